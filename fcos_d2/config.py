@@ -1,0 +1,111 @@
+"""Every config key of fcos_d2, with its reason and the source of its default."""
+
+import torch
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg as _get_detectron2_cfg
+
+
+def add_fcos_config(cfg: CN) -> None:
+    """Add the keys of fcos_d2 to a Detectron2 config, in place.
+
+    Calling it again changes nothing: values that were already set stay.
+
+    Args:
+        cfg: a config made by :func:`detectron2.config.get_cfg`.
+    """
+    if "FCOS" not in cfg.MODEL:
+        cfg.MODEL.FCOS = _fcos_defaults()
+    if "CUSTOM" not in cfg.DATASETS:
+        # Data sets of your own, registered under their key before training or evaluation, e.g.
+        #   DATASETS:
+        #     CUSTOM:
+        #       cells_train: {FORMAT: "voc", ROOT: "cells", SPLIT: "train", CLASSES: ["RBC"]}
+        # See fcos_d2.data.custom for the entries of both formats.
+        cfg.DATASETS.CUSTOM = CN(new_allowed=True)
+
+
+def get_cfg() -> CN:
+    """Detectron2's default config with the keys of fcos_d2.
+
+    ``MODEL.DEVICE`` is ``"cpu"`` where PyTorch sees no GPU (Detectron2's own default is
+    ``"cuda"`` everywhere); a YAML or the command line can still set it.
+    """
+    cfg = _get_detectron2_cfg()
+    add_fcos_config(cfg)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def _fcos_defaults() -> CN:
+    """The improved recipe of arXiv 2006.09214 on COCO, with ResNet-FPN P3 to P7."""
+    fcos = CN()
+
+    # Number of foreground classes. Must equal the number of classes of the data sets.
+    fcos.NUM_CLASSES = 80
+    # Feature maps of the backbone that the head runs on, from the finest to the coarsest.
+    fcos.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+
+    # ---- Backbone (build_fcos_resnet_fpn_backbone) ----
+    # Levels that stride-2 convolutions add on top of the FPN: 2 (P6, P7), 1 (P6) or 0.
+    fcos.TOP_LEVELS = 2
+    # What these convolutions start from: "p5" (1904.01355, section 4: fewer parameters, slightly
+    # better) or "res5" (as in RetinaNet).
+    fcos.TOP_IN_FEATURE = "p5"
+
+    # ---- Head ----
+    # 3x3 convolutions in the classification tower, the box tower, and shared before both.
+    fcos.NUM_CLS_CONVS = 4
+    fcos.NUM_BOX_CONVS = 4
+    fcos.NUM_SHARE_CONVS = 0
+    # Normalisation in the towers: "GN" (the papers), "BN" or "SyncBN" (statistics per level,
+    # since the levels' distributions differ), "" for none.
+    fcos.NORM = "GN"
+    # Modulated deformable convolution as the last layer of both towers (the "dcnv2" models).
+    fcos.USE_DEFORMABLE = False
+    # A learned scalar per level, multiplied with the box prediction (1904.01355, section 3.2).
+    fcos.USE_SCALE = True
+    # Initial class probability of every location, as in RetinaNet.
+    fcos.PRIOR_PROB = 0.01
+    # How the box branch turns its output x into pixels: "relu" is relu(scale * x) * stride
+    # (2006.09214), "exp" is exp(scale * x) (1904.01355).
+    fcos.BOX_ACTIVATION = "relu"
+    # What the third branch predicts: "centerness" (1904.01355, eq. 3), "iou" (of the predicted
+    # with the true box) or "none" for no branch.
+    fcos.QUALITY = "centerness"
+    # The tower the quality branch stands on: "box" (2006.09214) or "cls" (1904.01355).
+    fcos.QUALITY_ON = "box"
+
+    # ---- Target assignment ----
+    # Per level of IN_FEATURES: lower <= max(left, top, right, bottom) <= upper, in pixels
+    # (1904.01355, section 3.2). `.inf` in a YAML means no upper bound.
+    fcos.REGRESSION_RANGES = [[0, 64], [64, 128], [128, 256], [256, 512], [512, float("inf")]]
+    # A location is positive only within this many strides of the box centre, on both axes
+    # (2006.09214). 0: everywhere in the box (1904.01355).
+    fcos.CENTER_SAMPLING_RADIUS = 1.5
+
+    # ---- Losses ----
+    fcos.FOCAL_LOSS_ALPHA = 0.25
+    fcos.FOCAL_LOSS_GAMMA = 2.0
+    # "iou" (-ln IoU, 1904.01355), "linear_iou" (1 - IoU), "giou" (2006.09214), "diou", "ciou".
+    fcos.BOX_LOSS_TYPE = "giou"
+    # "quality": weighted by the quality target and divided by the sum of these weights (the
+    # authors' code). "none": unweighted, divided by the number of positives (1904.01355, eq. 2).
+    fcos.BOX_LOSS_WEIGHTING = "quality"
+    # What the losses that are not weighted are divided by: "fg", the mean number of positives
+    # per process in this step, or "ema_fg", its moving average, steadier for few positives per
+    # step. The average is part of the checkpoint.
+    fcos.LOSS_NORMALIZER = "fg"
+    fcos.CLS_LOSS_WEIGHT = 1.0
+    fcos.BOX_LOSS_WEIGHT = 1.0
+    fcos.QUALITY_LOSS_WEIGHT = 1.0
+
+    # ---- Inference ----
+    # Candidates are locations with a class probability above this, before quality is applied.
+    fcos.SCORE_THRESH_TEST = 0.05
+    # At most this many candidates per level and image go into NMS.
+    fcos.TOPK_CANDIDATES_TEST = 1000
+    fcos.NMS_THRESH_TEST = 0.6
+    # "sqrt": sqrt(class * quality) (2006.09214, eq. 4); "product": class * quality (1904.01355).
+    fcos.SCORE_FUSION = "sqrt"
+    return fcos

@@ -1,0 +1,62 @@
+"""ResNet-FPN with the extra levels of FCOS: P6 and P7 from P5, from C5, or none."""
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from .deform_conv import use_portable_deform_convs
+
+
+class LastLevelP6(nn.Module):
+    """One extra level, P6, by a stride-2 convolution. The one-level form of LastLevelP6P7."""
+
+    def __init__(self, in_channels: int, out_channels: int, in_feature: str):
+        super().__init__()
+        self.num_levels = 1
+        self.in_feature = in_feature
+        self.p6 = nn.Conv2d(in_channels, out_channels, 3, 2, 1)
+        weight_init.c2_xavier_fill(self.p6)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.p6(x)]
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """FPN on any ResNet of Detectron2's builder, with ``MODEL.FCOS.TOP_LEVELS`` extra levels.
+
+    Raises:
+        ValueError: if TOP_LEVELS is not 0, 1 or 2, or TOP_IN_FEATURE is not a map that the
+            backbone makes.
+    """
+    bottom_up = build_resnet_backbone(cfg, input_shape)
+    use_portable_deform_convs(bottom_up)
+    out_channels = cfg.MODEL.FPN.OUT_CHANNELS
+    in_features = cfg.MODEL.FPN.IN_FEATURES
+
+    top_levels, top_in_feature = cfg.MODEL.FCOS.TOP_LEVELS, cfg.MODEL.FCOS.TOP_IN_FEATURE
+    if top_levels not in (0, 1, 2):
+        raise ValueError(f"MODEL.FCOS.TOP_LEVELS must be 0, 1 or 2, got {top_levels}")
+    top_block = None
+    if top_levels > 0:
+        if in_features[-1] != "res5" or top_in_feature not in ("p5", "res5"):
+            raise ValueError(
+                "MODEL.FCOS.TOP_IN_FEATURE must be 'p5' or 'res5', and MODEL.FPN.IN_FEATURES must "
+                f"end with 'res5', for TOP_LEVELS {top_levels}; got {top_in_feature!r} and "
+                f"{in_features}. Set TOP_LEVELS 0 for an FPN without extra levels"
+            )
+        from_res5 = top_in_feature == "res5"
+        in_channels = bottom_up.output_shape()["res5"].channels if from_res5 else out_channels
+        top_class = LastLevelP6P7 if top_levels == 2 else LastLevelP6
+        top_block = top_class(in_channels, out_channels, top_in_feature)
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=in_features,
+        out_channels=out_channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

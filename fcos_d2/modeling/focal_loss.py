@@ -1,0 +1,129 @@
+"""Sigmoid focal loss on dense class logits whose positives are a short list.
+
+The loss of RetinaNet (arXiv 1708.02002, eq. 5), summed over all cells and classes, is the sum of
+the background term over everything, plus a correction where a class is present. So no one-hot
+target is needed, and as a sum does not care about order, no permutation of the logits either.
+
+Shapes: N images, K classes, (Hi, Wi) cells of level i, P positives.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .target_assignment import Positives
+
+# Elements that are processed at once. On CPU the temporaries then stay in the cache; on GPU it
+# only bounds their size, in few kernel launches.
+_CHUNK_CPU, _CHUNK_GPU = 2**16, 2**24
+
+
+def sparse_sigmoid_focal_loss(
+    logits: Sequence[Tensor], positives: Positives, classes: Tensor, alpha: float, gamma: float
+) -> Tensor:
+    """Sum of the focal loss over all levels, images, cells and classes.
+
+    Value and gradient equal fvcore's ``sigmoid_focal_loss(..., reduction="sum")`` of the dense
+    form. Forward allocates nothing of the size of the logits, backward only their gradient.
+    Arithmetic is float32 (float64 for float64 logits), whatever the logits are.
+
+    Args:
+        logits: (N, K, Hi, Wi) for each level, in any memory layout.
+        positives: the locations that own a box.
+        classes: (P,) int64 class in [0, K) of each positive.
+        alpha: weight of the present classes, 1 - alpha of the absent ones; negative: no weights.
+        gamma: focusing exponent, >= 0.
+
+    Returns:
+        a scalar, connected to all logits also where there is no positive.
+    """
+    num_classes = logits[0].shape[1]
+    dense = [_dense(x) for x in logits]
+    places = []
+    parts = (t.split(positives.per_level) for t in (positives.image, positives.cell, classes))
+    for x, image, cell, cls in zip(dense, *parts, strict=True):
+        num_cells = x.shape[2] * x.shape[3]
+        if x.is_contiguous():
+            places.append((image * num_classes + cls) * num_cells + cell)
+        else:  # channels last
+            places.append((image * num_cells + cell) * num_classes + cls)
+    return _SparseFocalLoss.apply(alpha, gamma, places, *dense)
+
+
+class _SparseFocalLoss(torch.autograd.Function):
+    """See :func:`sparse_sigmoid_focal_loss`; ``places`` index the logits in memory order."""
+
+    @staticmethod
+    def forward(ctx, alpha: float, gamma: float, places: list[Tensor], *logits: Tensor) -> Tensor:
+        ctx.weight_present, ctx.weight_absent = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
+        ctx.gamma, ctx.places = gamma, places
+        ctx.save_for_backward(*logits)
+        total = 0.0
+        for x, place in zip(logits, places, strict=True):
+            flat = _flat(x)
+            for chunk in flat.split(_chunk_size(x)):
+                total = total + ctx.weight_absent * _absent_term(_upcast(chunk), gamma).sum()
+            z = _upcast(flat[place])
+            correction = ctx.weight_present * _absent_term(-z, gamma)
+            total = total + (correction - ctx.weight_absent * _absent_term(z, gamma)).sum()
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        grads = []
+        for x, place in zip(ctx.saved_tensors, ctx.places, strict=True):
+            layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+            grad = torch.empty_like(x, memory_format=layout)
+            flat, flat_grad = _flat(x), _flat(grad)
+            size = _chunk_size(x)
+            for chunk, out in zip(flat.split(size), flat_grad.split(size), strict=True):
+                slope = _absent_slope(_upcast(chunk), ctx.gamma)
+                out.copy_(slope.mul_(ctx.weight_absent * grad_output))
+            slope = -_absent_slope(-_upcast(flat[place]), ctx.gamma)
+            flat_grad[place] = (slope * (ctx.weight_present * grad_output)).to(grad.dtype)
+            grads.append(grad)
+        return None, None, None, *grads
+
+
+def _absent_term(x: Tensor, gamma: float) -> Tensor:
+    """p^gamma * -ln(1 - p) for p = sigmoid(x). For a present class: the same of -x."""
+    return _power_(torch.sigmoid(x), gamma).mul_(_softplus(x))
+
+
+def _absent_slope(x: Tensor, gamma: float) -> Tensor:
+    """Derivative of :func:`_absent_term`: p^gamma * (gamma * (1 - p) * -ln(1 - p) + p)."""
+    p = torch.sigmoid(x)
+    slope = torch.rsub(p, 1).mul_(_softplus(x)).mul_(gamma).add_(p)
+    return slope.mul_(_power_(p, gamma))
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """ln(1 + e^x) = -ln(1 - sigmoid(x)). Beyond 40, x itself is exact in float64 too."""
+    return F.softplus(x, threshold=40.0)
+
+
+def _power_(p: Tensor, gamma: float) -> Tensor:
+    return p.mul_(p) if gamma == 2 else p.pow_(gamma)
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The tensor itself where its memory is one block in NCHW or NHWC order, else a copy."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(numel,) view in memory order."""
+    return x.view(-1) if x.is_contiguous() else x.permute(0, 2, 3, 1).view(-1)
+
+
+def _chunk_size(x: Tensor) -> int:
+    return _CHUNK_CPU if x.device.type == "cpu" else _CHUNK_GPU

@@ -1,0 +1,186 @@
+"""The head that all levels share: features in, class logits, distances and quality out.
+
+Shapes: N images, L levels, C channels, K classes, (Hi, Wi) cells of level i. A head takes and
+returns lists with an entry for each level.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec, get_norm
+from torch import Tensor, nn
+
+from .deform_conv import SelfModulatedDeformConv
+
+# exp(20) is 5e8 pixels: no image is so large, and the square of it is far from float32's end.
+_MAX_EXPONENT = 20.0
+
+
+class PerLevelNorm(nn.ModuleList):
+    """A normalisation layer for each level, for those that keep statistics (BN, SyncBN)."""
+
+    def forward(self, x: Tensor, level: int) -> Tensor:
+        return self[level](x)
+
+
+class Tower(nn.Sequential):
+    """Convolutions shared by all levels, applied to each."""
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        for layer in self:
+            if isinstance(layer, PerLevelNorm):
+                features = [layer(x, level) for level, x in enumerate(features)]
+            else:
+                features = [layer(x) for x in features]
+        return features
+
+
+class Scale(nn.Module):
+    """A learned scalar (1904.01355, section 3.2, the s_i of exp(s_i x))."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class FCOSHead(nn.Module):
+    """Towers and predictors of FCOS (1904.01355, figure 2).
+
+    Whatever the activation, distances leave the head in pixels: nothing after it knows about
+    strides or normalisation, and training equals inference.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[ShapeSpec],
+        num_classes: int,
+        num_cls_convs: int = 4,
+        num_box_convs: int = 4,
+        num_share_convs: int = 0,
+        norm: str = "GN",
+        use_deformable: bool = False,
+        use_scale: bool = True,
+        prior_prob: float = 0.01,
+        box_activation: str = "relu",
+        quality: str = "centerness",
+        quality_on: str = "box",
+    ):
+        """
+        Args:
+            input_shape: channels and stride of each level; the channels are the same on all.
+            Others: see the keys of ``MODEL.FCOS`` in :mod:`fcos_d2.config`.
+
+        Raises:
+            ValueError: for a value that its key does not offer, or levels of different channels.
+        """
+        super().__init__()
+        check_choice("NORM", norm, ("GN", "BN", "SyncBN", ""))
+        check_choice("BOX_ACTIVATION", box_activation, ("relu", "exp"))
+        check_choice("QUALITY", quality, ("centerness", "iou", "none"))
+        check_choice("QUALITY_ON", quality_on, ("box", "cls"))
+        channels = {shape.channels for shape in input_shape}
+        if len(channels) != 1:
+            raise ValueError(f"IN_FEATURES must have the same channels on all levels: {channels}")
+        channels = channels.pop()
+        if norm == "GN" and channels % 32:
+            raise ValueError(f"NORM 'GN' has 32 groups, which do not divide {channels} channels")
+        self.strides = [shape.stride for shape in input_shape]
+        self.box_activation = box_activation
+        self.quality_on = quality_on
+
+        def tower(num_convs: int, deformable: bool) -> Tower:
+            layers: list[nn.Module] = []
+            for i in range(num_convs):
+                last = i == num_convs - 1
+                if deformable and last:
+                    layers.append(SelfModulatedDeformConv(channels))
+                else:
+                    layers.append(_conv3x3(channels, channels))
+                if norm:
+                    layers.append(_norm(norm, channels, len(input_shape)))
+                layers.append(nn.ReLU())
+            return Tower(*layers)
+
+        self.share_tower = tower(num_share_convs, False)
+        self.cls_tower = tower(num_cls_convs, use_deformable)
+        self.bbox_tower = tower(num_box_convs, use_deformable)
+        self.cls_logits = _conv3x3(channels, num_classes)
+        self.bbox_pred = _conv3x3(channels, 4)
+        self.ctrness = _conv3x3(channels, 1) if quality != "none" else None
+        self.scales = nn.ModuleList(Scale() for _ in input_shape) if use_scale else None
+        nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior_prob) / prior_prob))
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]) -> dict:
+        fcos = cfg.MODEL.FCOS
+        return {
+            "input_shape": input_shape,
+            "num_classes": fcos.NUM_CLASSES,
+            "num_cls_convs": fcos.NUM_CLS_CONVS,
+            "num_box_convs": fcos.NUM_BOX_CONVS,
+            "num_share_convs": fcos.NUM_SHARE_CONVS,
+            "norm": fcos.NORM,
+            "use_deformable": fcos.USE_DEFORMABLE,
+            "use_scale": fcos.USE_SCALE,
+            "prior_prob": fcos.PRIOR_PROB,
+            "box_activation": fcos.BOX_ACTIVATION,
+            "quality": fcos.QUALITY,
+            "quality_on": fcos.QUALITY_ON,
+        }
+
+    def forward(
+        self, features: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+        """
+        Args:
+            features: (N, C, Hi, Wi) for each level.
+
+        Returns:
+            class_logits: (N, K, Hi, Wi) for each level.
+            ltrb: (N, 4, Hi, Wi) for each level, float32, in pixels, never negative.
+            quality_logits: (N, 1, Hi, Wi) for each level, or None without a quality branch.
+        """
+        features = self.share_tower(features)
+        cls_features = self.cls_tower(features)
+        box_features = self.bbox_tower(features)
+        class_logits = [self.cls_logits(x) for x in cls_features]
+        ltrb = [self._to_pixels(self.bbox_pred(x), i) for i, x in enumerate(box_features)]
+        if self.ctrness is None:
+            return class_logits, ltrb, None
+        quality_features = box_features if self.quality_on == "box" else cls_features
+        return class_logits, ltrb, [self.ctrness(x) for x in quality_features]
+
+    def _to_pixels(self, x: Tensor, level: int) -> Tensor:
+        x = x.float()
+        if self.scales is not None:
+            x = self.scales[level](x)
+        if self.box_activation == "exp":
+            return x.clamp(max=_MAX_EXPONENT).exp()
+        return x.relu() * self.strides[level]
+
+
+def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _norm(name: str, channels: int, num_levels: int) -> nn.Module:
+    if name == "GN":
+        return get_norm(name, channels)
+    if name == "SyncBN" and not torch.cuda.is_available():
+        name = "naiveSyncBN"  # the same statistics and parameters; nn.SyncBatchNorm wants a GPU
+    return PerLevelNorm(get_norm(name, channels) for _ in range(num_levels))
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"MODEL.FCOS.{key} must be one of {list(choices)}, got {value!r}")

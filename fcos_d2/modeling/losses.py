@@ -1,0 +1,246 @@
+"""The three losses of FCOS, on dense maps and sparse positives.
+
+Shapes: N images, K classes, (Hi, Wi) cells of level i, P positives. Dense maps are lists with an
+entry for each level; they are read where they lie, in any memory layout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import Tensor, nn
+from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
+
+from .focal_loss import sparse_sigmoid_focal_loss
+from .head import check_choice
+from .target_assignment import Positives
+
+_EMA_MOMENTUM = 0.9
+_EMA_START = 100.0
+_LOG_PERIOD = 20  # iterations; what is logged less often costs no GPU synchronisation in between
+_MIN_DISTANCE = 1e-6  # pixels; keeps -ln IoU and the aspect ratio finite for a box without area
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the positives of a batch shall learn.
+
+    Attributes:
+        positives: where they are.
+        classes: (P,) int64 in [0, K).
+        ltrb: (P, 4) float32 distances in pixels, all > 0.
+    """
+
+    positives: Positives
+    classes: Tensor
+    ltrb: Tensor
+
+    def to(self, device: torch.device) -> "Targets":
+        classes, ltrb = (x.to(device, non_blocking=True) for x in (self.classes, self.ltrb))
+        return Targets(self.positives.to(device), classes, ltrb)
+
+
+class FCOSLoss(nn.Module):
+    """Classification, box and quality loss with their normalisers (1904.01355, eq. 2).
+
+    With ``loss_normalizer="ema_fg"`` the moving average is a buffer, so that a resumed run goes
+    on with it.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
+        box_loss_type: str = "giou",
+        box_loss_weighting: str = "quality",
+        quality: str = "centerness",
+        loss_normalizer: str = "fg",
+        cls_loss_weight: float = 1.0,
+        box_loss_weight: float = 1.0,
+        quality_loss_weight: float = 1.0,
+    ):
+        """
+        Args: see the keys of ``MODEL.FCOS`` in :mod:`fcos_d2.config`.
+
+        Raises:
+            ValueError: for a value that its key does not offer, or weighting by a quality that
+                is not predicted.
+        """
+        super().__init__()
+        check_choice("BOX_LOSS_TYPE", box_loss_type, ("iou", "linear_iou", "giou", "diou", "ciou"))
+        check_choice("BOX_LOSS_WEIGHTING", box_loss_weighting, ("quality", "none"))
+        check_choice("LOSS_NORMALIZER", loss_normalizer, ("fg", "ema_fg"))
+        if box_loss_weighting == "quality" and quality == "none":
+            raise ValueError("MODEL.FCOS.BOX_LOSS_WEIGHTING must be 'none' when QUALITY is 'none'")
+        self.focal_loss_alpha = focal_loss_alpha
+        self.focal_loss_gamma = focal_loss_gamma
+        self.box_loss_type = box_loss_type
+        self.box_loss_weighting = box_loss_weighting
+        self.quality = quality
+        self.cls_loss_weight = cls_loss_weight
+        self.box_loss_weight = box_loss_weight
+        self.quality_loss_weight = quality_loss_weight
+        if loss_normalizer == "ema_fg":
+            self.register_buffer("ema_num_positives", torch.tensor(_EMA_START))
+        else:
+            self.ema_num_positives = None
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        fcos = cfg.MODEL.FCOS
+        return {
+            "focal_loss_alpha": fcos.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": fcos.FOCAL_LOSS_GAMMA,
+            "box_loss_type": fcos.BOX_LOSS_TYPE,
+            "box_loss_weighting": fcos.BOX_LOSS_WEIGHTING,
+            "quality": fcos.QUALITY,
+            "loss_normalizer": fcos.LOSS_NORMALIZER,
+            "cls_loss_weight": fcos.CLS_LOSS_WEIGHT,
+            "box_loss_weight": fcos.BOX_LOSS_WEIGHT,
+            "quality_loss_weight": fcos.QUALITY_LOSS_WEIGHT,
+        }
+
+    def forward(
+        self,
+        class_logits: Sequence[Tensor],
+        ltrb: Sequence[Tensor],
+        quality_logits: Sequence[Tensor] | None,
+        targets: Targets,
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            class_logits, ltrb, quality_logits: what the head returns.
+            targets: on the same device.
+
+        Returns:
+            ``loss_fcos_cls``, ``loss_fcos_loc`` and, with a quality branch, ``loss_fcos_ctr`` or
+            ``loss_fcos_iou``: float32 scalars, finite and connected to the maps also without
+            positives. Averaged over processes, their gradients are those of the whole batch.
+        """
+        positives = targets.positives
+        cls_loss = sparse_sigmoid_focal_loss(
+            class_logits, positives, targets.classes, self.focal_loss_alpha, self.focal_loss_gamma
+        )
+        predicted = gather(ltrb, positives).clamp(min=_MIN_DISTANCE)
+        box_loss = box_losses(predicted, targets.ltrb, self.box_loss_type)
+
+        if self.quality == "centerness":
+            quality = centerness(targets.ltrb)
+        elif self.quality == "iou":
+            quality = iou_of_ltrb(predicted.detach(), targets.ltrb)
+        weights = quality if self.box_loss_weighting == "quality" else torch.ones_like(box_loss)
+        num_positives, sum_of_weights = self._normalizers(len(positives), weights)
+
+        losses = {
+            "loss_fcos_cls": self.cls_loss_weight * cls_loss / num_positives,
+            "loss_fcos_loc": self.box_loss_weight * (box_loss * weights).sum() / sum_of_weights,
+        }
+        if self.quality != "none":
+            logits = gather(quality_logits, positives)[:, 0].float()
+            quality_loss = F.binary_cross_entropy_with_logits(logits, quality, reduction="sum")
+            name = "loss_fcos_ctr" if self.quality == "centerness" else "loss_fcos_iou"
+            losses[name] = self.quality_loss_weight * quality_loss / num_positives
+            self._log_quality_loss(name, quality_loss, quality, num_positives)
+        return losses
+
+    def _normalizers(self, num_positives: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean number of positives, and mean sum of box weights, per process."""
+        sums = torch.stack([weights.new_full((), num_positives), weights.sum()])
+        world_size = comm.get_world_size()
+        if world_size > 1:
+            dist.all_reduce(sums)
+        # The bounds hold for the whole batch, so that the result does not depend on how many
+        # processes share it. They matter only where there is no positive at all.
+        count = sums[0].clamp(min=1.0) / world_size
+        sum_of_weights = sums[1].clamp(min=1e-6) / world_size
+        if self.ema_num_positives is not None:
+            ema = _EMA_MOMENTUM * self.ema_num_positives + (1 - _EMA_MOMENTUM) * count
+            self.ema_num_positives.copy_(ema)
+            count = ema
+            if self.box_loss_weighting == "none":
+                sum_of_weights = ema
+        elif self.box_loss_weighting == "none":
+            sum_of_weights = count
+        return count, sum_of_weights
+
+    @torch.no_grad()
+    def _log_quality_loss(
+        self, name: str, loss: Tensor, quality: Tensor, num_positives: Tensor
+    ) -> None:
+        """Log how far the quality loss is above the least it can be.
+
+        The targets are soft, so the cross entropy cannot go below their entropy, some 0.55 for
+        centerness: seen alone, a loss that stops there looks like a bug.
+        """
+        if not has_event_storage() or get_event_storage().iter % _LOG_PERIOD:
+            return
+        floor = F.binary_cross_entropy(quality, quality, reduction="sum")
+        above_floor = ((loss - floor) / num_positives).item()
+        get_event_storage().put_scalar(f"fcos/{name}_above_floor", above_floor)
+
+
+def gather(maps: Sequence[Tensor], positives: Positives) -> Tensor:
+    """(P, C) entries of the (N, C, Hi, Wi) maps at the positives."""
+    parts = (t.split(positives.per_level) for t in (positives.image, positives.cell))
+    return torch.cat([x.flatten(2)[i, :, cell] for x, i, cell in zip(maps, *parts, strict=True)])
+
+
+def centerness(ltrb: Tensor) -> Tensor:
+    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) (1904.01355, eq. 3).
+
+    Args:
+        ltrb: (P, 4) distances, all > 0.
+
+    Returns:
+        (P,) in (0, 1]; 1 at the centre of the box.
+    """
+    nearer = torch.minimum(ltrb[:, :2], ltrb[:, 2:])
+    farther = torch.maximum(ltrb[:, :2], ltrb[:, 2:])
+    return (nearer / farther).prod(dim=1).sqrt()
+
+
+def iou_of_ltrb(predicted: Tensor, target: Tensor) -> Tensor:
+    """(P,) intersection over union of pairs of boxes, both seen from the same location.
+
+    Args:
+        predicted, target: (P, 4) distances, all > 0: the location is in both boxes.
+    """
+    intersection, union = _intersection_and_union(predicted, target)
+    return intersection / union
+
+
+def box_losses(predicted: Tensor, target: Tensor, box_loss_type: str) -> Tensor:
+    """(P,) box loss of pairs of boxes, both seen from the same location.
+
+    Args:
+        predicted, target: (P, 4) distances, all > 0: the location is in both boxes.
+        box_loss_type: "iou" -ln IoU (arXiv 1608.01471), "linear_iou" 1 - IoU, "giou" (arXiv
+            1902.09630), "diou" and "ciou" (arXiv 1911.08287).
+    """
+    if box_loss_type in ("diou", "ciou"):
+        loss = distance_box_iou_loss if box_loss_type == "diou" else complete_box_iou_loss
+        return loss(*(torch.cat([-x[:, :2], x[:, 2:]], dim=1) for x in (predicted, target)))
+    intersection, union = _intersection_and_union(predicted, target)
+    iou = intersection / union
+    if box_loss_type == "iou":
+        return -iou.log()
+    if box_loss_type == "linear_iou":
+        return 1 - iou
+    enclosing = _area(torch.maximum(predicted, target))
+    return 1 - iou + (enclosing - union) / enclosing
+
+
+def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    intersection = _area(torch.minimum(a, b))
+    return intersection, _area(a) + _area(b) - intersection
+
+
+def _area(ltrb: Tensor) -> Tensor:
+    return (ltrb[:, 0] + ltrb[:, 2]) * (ltrb[:, 1] + ltrb[:, 3])

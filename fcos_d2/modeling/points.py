@@ -1,0 +1,53 @@
+"""Geometry of locations: where the cells of a feature map lie, and boxes seen from there.
+
+A cell (x, y) of a level with stride s sees the image at the location (s/2 + x*s, s/2 + y*s).
+Seen from a location, a box is ltrb: its distances in pixels to the left, top, right and bottom
+side (1904.01355, eq. 1), all positive where the location is inside the box.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cell_locations(x: Tensor, y: Tensor, stride: float | Tensor) -> Tensor:
+    """Locations of the cells in columns ``x`` and rows ``y`` of a level.
+
+    Args:
+        x: (...) integer column of each cell.
+        y: (...) integer row of each cell.
+        stride: pixels per cell, a number or a tensor of the shape of ``x``.
+
+    Returns:
+        (..., 2) float32 locations (x, y) in pixels.
+    """
+    return torch.stack([(x + 0.5) * stride, (y + 0.5) * stride], dim=-1).float()
+
+
+def level_locations(
+    height: int, width: int, stride: float, device: torch.device | None = None
+) -> Tensor:
+    """Locations of all cells of a level, row by row.
+
+    Returns:
+        (height * width, 2) float32 locations (x, y) in pixels.
+    """
+    cell = torch.arange(height * width, device=device)
+    return cell_locations(cell % width, cell // width, stride)
+
+
+def boxes_to_ltrb(locations: Tensor, boxes: Tensor) -> Tensor:
+    """Distances from locations to the sides of boxes (1904.01355, eq. 1).
+
+    Args:
+        locations: (..., 2) in pixels.
+        boxes: (..., 4) as x0, y0, x1, y1 in pixels.
+
+    Returns:
+        (..., 4) left, top, right, bottom in pixels; negative where the location is outside.
+    """
+    return torch.cat([locations - boxes[..., :2], boxes[..., 2:] - locations], dim=-1)
+
+
+def ltrb_to_boxes(locations: Tensor, ltrb: Tensor) -> Tensor:
+    """Inverse of :func:`boxes_to_ltrb`: (..., 4) boxes as x0, y0, x1, y1 in pixels."""
+    return torch.cat([locations - ltrb[..., :2], locations + ltrb[..., 2:]], dim=-1)

@@ -1,0 +1,161 @@
+"""From dense maps to detections.
+
+Shapes: N images, L levels, K classes, (Hi, Wi) cells of level i, C candidates of the batch.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import batched_nms
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from .head import check_choice
+from .points import cell_locations, ltrb_to_boxes
+
+
+class FCOSPostProcessor:
+    """Threshold, top-k per level, decode, class-wise NMS (1904.01355, section 3.1)."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        score_thresh: float = 0.05,
+        topk_candidates: int = 1000,
+        nms_thresh: float = 0.6,
+        max_detections_per_image: int = 100,
+        score_fusion: str = "sqrt",
+    ):
+        """
+        Args:
+            max_detections_per_image: ``TEST.DETECTIONS_PER_IMAGE``; negative for no limit.
+            Others: see the keys of ``MODEL.FCOS`` in :mod:`fcos_d2.config`.
+        """
+        check_choice("SCORE_FUSION", score_fusion, ("sqrt", "product"))
+        self.score_thresh = score_thresh
+        self.topk_candidates = topk_candidates
+        self.nms_thresh = nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+        self.score_fusion = score_fusion
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        return {
+            "score_thresh": cfg.MODEL.FCOS.SCORE_THRESH_TEST,
+            "topk_candidates": cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST,
+            "nms_thresh": cfg.MODEL.FCOS.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "score_fusion": cfg.MODEL.FCOS.SCORE_FUSION,
+        }
+
+    def __call__(
+        self,
+        class_logits: Sequence[Tensor],
+        ltrb: Sequence[Tensor],
+        quality_logits: Sequence[Tensor] | None,
+        strides: Sequence[int],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[Instances]:
+        """
+        Args:
+            class_logits, ltrb, quality_logits: what the head returns; left as they are.
+            strides: pixels per cell of each level.
+            image_sizes: (height, width) of each image without padding.
+
+        Returns:
+            for each image its detections, best first: ``pred_boxes`` inside the image and not
+            empty, ``scores`` float32, ``pred_classes``.
+        """
+        num_levels = len(class_logits)
+        image, level, classes, scores, boxes = (
+            torch.cat(parts)
+            for parts in zip(
+                *(
+                    self._candidates(
+                        i,
+                        class_logits[i],
+                        ltrb[i],
+                        None if quality_logits is None else quality_logits[i],
+                        strides[i],
+                    )
+                    for i in range(num_levels)
+                ),
+                strict=True,
+            )
+        )
+        keep = top_k_per_group(
+            scores, image * num_levels + level, len(image_sizes) * num_levels, self.topk_candidates
+        )
+        image, classes, scores, boxes = image[keep], classes[keep], scores[keep], boxes[keep]
+        per_image = torch.bincount(image, minlength=len(image_sizes)).tolist()
+        return [
+            self._detect(*parts, image_size)
+            for *parts, image_size in zip(
+                boxes.split(per_image),
+                scores.split(per_image),
+                classes.split(per_image),
+                image_sizes,
+                strict=True,
+            )
+        ]
+
+    def _candidates(
+        self, level: int, class_logits: Tensor, ltrb: Tensor, quality_logits: Tensor | None, stride
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Image, level, class, score (C,) and box (C, 4) of the candidates of a level."""
+        # 1. Threshold. The sigmoid is monotone: compare logits, and take it of candidates only.
+        image, classes, y, x = (class_logits > self._logit_thresh).nonzero(as_tuple=True)
+        # 2. Score.
+        scores = class_logits[image, classes, y, x].float().sigmoid()
+        if quality_logits is not None:
+            scores = scores * quality_logits[image, 0, y, x].float().sigmoid()
+            if self.score_fusion == "sqrt":
+                scores = scores.sqrt()
+        # 3. Decode.
+        boxes = ltrb_to_boxes(cell_locations(x, y, stride), ltrb[image, :, y, x].float())
+        return image, torch.full_like(image, level), classes, scores, boxes
+
+    @property
+    def _logit_thresh(self) -> float:
+        if not 0 < self.score_thresh < 1:
+            return -math.inf if self.score_thresh <= 0 else math.inf
+        return math.log(self.score_thresh / (1 - self.score_thresh))
+
+    def _detect(
+        self, boxes: Tensor, scores: Tensor, classes: Tensor, image_size: tuple[int, int]
+    ) -> Instances:
+        """Clip the candidates of one image and keep the best that do not overlap."""
+        clipped = Boxes(boxes)
+        clipped.clip(image_size)
+        valid = clipped.nonempty() & torch.isfinite(scores)
+        boxes, scores, classes = clipped.tensor[valid], scores[valid], classes[valid]
+        keep = batched_nms(boxes, scores, classes, self.nms_thresh)
+        if self.max_detections_per_image >= 0:
+            keep = keep[: self.max_detections_per_image]
+        return Instances(
+            image_size,
+            pred_boxes=Boxes(boxes[keep]),
+            scores=scores[keep],
+            pred_classes=classes[keep],
+        )
+
+
+def top_k_per_group(scores: Tensor, group: Tensor, num_groups: int, k: int) -> Tensor:
+    """Indices of the k best scores of each group, group by group, best first.
+
+    Args:
+        scores: (C,)
+        group: (C,) int64 in [0, num_groups).
+
+    Returns:
+        indices into ``scores``; of equal scores the first is the better.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]
+    per_group = torch.bincount(group, minlength=num_groups)
+    begin = per_group.cumsum(0) - per_group
+    rank = torch.arange(len(order), device=order.device) - begin[group[order]]
+    return order[rank < k]

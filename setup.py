@@ -1,0 +1,48 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (ROOT / "fcos_d2" / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+# The configs stand at the top of the repository and travel inside the package as
+# fcos_d2/configs, where fcos_d2.model_zoo finds them.
+config_folders = [p for p in (ROOT / "configs").rglob("*") if p.is_dir()]
+config_packages = {"fcos_d2.configs": "configs"} | {
+    "fcos_d2.configs." + ".".join(p.relative_to(ROOT / "configs").parts): str(p.relative_to(ROOT))
+    for p in config_folders
+    if p.name != "__pycache__"
+}
+
+setup(
+    name="fcos_d2",
+    version=VERSION,
+    description="FCOS (Fully Convolutional One-Stage detection) as a Detectron2 extension",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["fcos_d2", "fcos_d2.*"]), *config_packages],
+    package_dir=config_packages,
+    package_data={name: ["*.yaml", "*.py"] for name in config_packages},
+    # Detectron2 is needed too, but is in no package registry: see "Install" in the README.
+    install_requires=[
+        "torch>=2.0",
+        "torchvision",
+        "fvcore",
+        "pycocotools",
+        "opencv-python",
+    ],
+    extras_require={"test": ["pytest", "hypothesis", "ruff"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
