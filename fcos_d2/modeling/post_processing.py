@@ -128,10 +128,11 @@ class FCOSPostProcessor:
         self, boxes: Tensor, scores: Tensor, classes: Tensor, image_size: tuple[int, int]
     ) -> Instances:
         """Clip the candidates of one image and keep the best that do not overlap."""
-        clipped = Boxes(boxes)
-        clipped.clip(image_size)
-        valid = clipped.nonempty() & torch.isfinite(scores)
-        boxes, scores, classes = clipped.tensor[valid], scores[valid], classes[valid]
+        height, width = image_size
+        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+        # NaN fails both comparisons, so a box of NaN counts as empty.
+        valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & ~scores.isnan()
+        boxes, scores, classes = boxes[valid], scores[valid], classes[valid]
         keep = batched_nms(boxes, scores, classes, self.nms_thresh)
         if self.max_detections_per_image >= 0:
             keep = keep[: self.max_detections_per_image]

@@ -1,0 +1,70 @@
+"""torchvision's ImageNet ResNets as ``MODEL.WEIGHTS``, by their name in torchvision.
+
+``torchvision://ResNet18_Weights.IMAGENET1K_V1`` downloads the weights through torchvision, gives
+the parameters Detectron2's names, and keeps the result in Detectron2's cache folder.
+"""
+
+import os
+import pickle
+import re
+
+import torchvision
+from detectron2.utils.file_io import PathHandler, PathManager
+from iopath.common.file_io import get_cache_dir
+from torch import Tensor
+
+_PREFIX = "torchvision://"
+
+
+def convert_torchvision_resnet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the parameters of a torchvision ResNet to those of Detectron2's ResNet.
+
+    The classifier is left out.
+
+    Raises:
+        ValueError: if a name is not one of a torchvision ResNet.
+    """
+    converted = {}
+    for name, value in state_dict.items():
+        if name.startswith("fc.") or name.endswith("num_batches_tracked"):
+            continue
+        block = re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", name)
+        if block:
+            stage, number, rest = block.groups()
+            prefix = f"res{int(stage) + 1}.{number}."
+            rest = rest.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        else:
+            prefix, rest = "stem.", name
+        rest = re.sub(r"^bn(\d)\.", r"conv\1.norm.", rest)
+        if not re.match(r"(conv[1-3]|shortcut)\.", rest):
+            raise ValueError(f"{name!r} is not a parameter of a torchvision ResNet")
+        converted[prefix + rest] = value
+    return converted
+
+
+class TorchvisionHandler(PathHandler):
+    """Resolves ``torchvision://<WeightsEnum>.<member>`` to a file in Detectron2's format."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [_PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
+        name = path[len(_PREFIX) :]
+        file = os.path.join(get_cache_dir(), "fcos_d2", "torchvision", name + ".pkl")
+        if force or not os.path.isfile(file):
+            weights = torchvision.models.get_weight(name)
+            state_dict = convert_torchvision_resnet(weights.get_state_dict(check_hash=True))
+            model = {k: v.numpy() for k, v in state_dict.items()}
+            data = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            partial = f"{file}.{os.getpid()}"
+            with open(partial, "wb") as f:
+                pickle.dump(data, f)
+            os.replace(partial, file)
+        return file
+
+    def _open(self, path: str, mode: str = "r", **kwargs):
+        return open(self._get_local_path(path), mode)  # noqa: SIM115
+
+
+PathManager.register_handler(TorchvisionHandler(), allow_override=True)

@@ -1,0 +1,135 @@
+"""Data sets of your own, declared in a config under ``DATASETS.CUSTOM``.
+
+Each entry is registered with Detectron2 under its key. Two formats::
+
+    DATASETS:
+      CUSTOM:
+        cells_train: {FORMAT: "coco", JSON: "cells/train.json", IMAGES: "cells/images"}
+        cells_test: {FORMAT: "voc", ROOT: "cells", SPLIT: "test", CLASSES: ["RBC", "WBC"]}
+
+A VOC entry may have ``EVALUATOR``: ``"pascal_voc"`` (default) or ``"coco"``. Relative paths are
+taken from the folder in the environment variable DETECTRON2_DATASETS, else from ``datasets``, as
+for Detectron2's built-in data sets.
+"""
+
+import logging
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_voc_instances, register_coco_instances
+
+_KEYS = {
+    "coco": ({"FORMAT", "JSON", "IMAGES"}, set()),
+    "voc": ({"FORMAT", "ROOT", "SPLIT", "CLASSES"}, {"EVALUATOR"}),
+}
+_registered: dict[str, dict] = {}
+
+
+def register_custom_datasets(cfg: CfgNode) -> None:
+    """Register the data sets of ``cfg.DATASETS.CUSTOM`` with Detectron2.
+
+    Calling it again with the same entries changes nothing; a changed entry replaces the old one.
+
+    Raises:
+        ValueError: for an entry with an unknown format, or missing or unknown keys, or with the
+            name of a data set that was registered elsewhere.
+    """
+    for name, entry in cfg.DATASETS.CUSTOM.items():
+        entry = dict(entry)
+        if _registered.get(name) == entry:
+            continue
+        _check_entry(name, entry)
+        if name in _registered:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        elif name in DatasetCatalog:
+            raise ValueError(
+                f"DATASETS.CUSTOM.{name}: a data set of this name is registered already. "
+                "Choose another name"
+            )
+        if entry["FORMAT"] == "coco":
+            register_coco_instances(name, {}, _path(entry["JSON"]), _path(entry["IMAGES"]))
+        else:
+            _register_voc(name, entry)
+        _registered[name] = entry
+
+
+def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
+    """Compare ``MODEL.FCOS.NUM_CLASSES`` with the classes of a registered data set.
+
+    For a COCO JSON the classes are known only once the data set has been loaded.
+
+    Raises:
+        ValueError: if they differ, naming both numbers and the classes.
+    """
+    classes = MetadataCatalog.get(dataset_name).get("thing_classes", None)
+    if cfg.MODEL.META_ARCHITECTURE != "FCOS" or classes is None:
+        return
+    if len(classes) != cfg.MODEL.FCOS.NUM_CLASSES:
+        raise ValueError(
+            f"MODEL.FCOS.NUM_CLASSES is {cfg.MODEL.FCOS.NUM_CLASSES}, but the data set "
+            f"{dataset_name!r} has {len(classes)} classes: {list(classes)}. "
+            f"Set MODEL.FCOS.NUM_CLASSES {len(classes)}"
+        )
+
+
+def _check_entry(name: str, entry: dict) -> None:
+    where = f"DATASETS.CUSTOM.{name}"
+    if entry.get("FORMAT") not in _KEYS:
+        raise ValueError(
+            f"{where}.FORMAT must be one of {list(_KEYS)}, got {entry.get('FORMAT')!r}"
+        )
+    required, optional = _KEYS[entry["FORMAT"]]
+    if not required <= entry.keys() <= required | optional:
+        raise ValueError(
+            f"{where} must have the keys {sorted(required)} and may have {sorted(optional)}, "
+            f"got {sorted(entry)}"
+        )
+    if entry.get("EVALUATOR", "coco") not in ("coco", "pascal_voc"):
+        raise ValueError(f"{where}.EVALUATOR must be 'coco' or 'pascal_voc'")
+
+
+def _register_voc(name: str, entry: dict) -> None:
+    root, split, classes = _path(entry["ROOT"]), entry["SPLIT"], list(entry["CLASSES"])
+    DatasetCatalog.register(name, lambda: _load_voc(root, split, classes))
+    MetadataCatalog.get(name).set(
+        thing_classes=classes,
+        dirname=root,
+        split=split,
+        year=2012,  # the average precision of VOC 2010 and later: the area under the curve
+        evaluator_type=entry.get("EVALUATOR", "pascal_voc"),
+    )
+
+
+def _load_voc(root: str, split: str, classes: list[str]) -> list[dict]:
+    """Detectron2's VOC loader, without boxes that have no area."""
+    try:
+        dicts = load_voc_instances(root, split, classes)
+    except ValueError as error:  # "'x' is not in list", from looking up a class
+        raise ValueError(
+            f"{root}, split {split}: {error}; CLASSES is {classes}. It must list every <name> of "
+            "the annotations, spelled alike"
+        ) from error
+    dropped = []
+    for image in dicts:
+        kept = []
+        for annotation in image["annotations"]:
+            x0, y0, x1, y1 = annotation["bbox"]
+            # The loader has moved xmin and ymin by one pixel: back to the numbers of the file.
+            x0, y0 = x0 + 1, y0 + 1
+            if x1 > x0 and y1 > y0:
+                kept.append(annotation)
+            else:
+                dropped.append(f"{image['image_id']} ({x0:g}, {y0:g}, {x1:g}, {y1:g})")
+        image["annotations"] = kept
+    if dropped:
+        logging.getLogger(__name__).warning(
+            f"{root}, split {split}: dropped {len(dropped)} box(es) without area, as image "
+            f"(xmin, ymin, xmax, ymax): {'; '.join(dropped)}"
+        )
+    return dicts
+
+
+def _path(path: str) -> str:
+    return os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), path)

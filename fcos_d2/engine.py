@@ -1,0 +1,139 @@
+"""Detectron2's DefaultTrainer with what an FCOS run needs beyond it."""
+
+import logging
+import os
+import weakref
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_setup,
+    hooks,
+)
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from .checkpoint import AtomicCheckpointer
+from .config import get_cfg
+from .data import check_num_classes, register_custom_datasets
+
+
+def setup(args) -> CfgNode:
+    """Build the config of a run, register its data sets, and set up logging.
+
+    Args:
+        args: from :func:`detectron2.engine.default_argument_parser`.
+    """
+    cfg = get_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fcos_d2")
+    register_custom_datasets(cfg)
+    return cfg
+
+
+class Trainer(DefaultTrainer):
+    """DefaultTrainer with atomic checkpoints, the best one kept, and DDP on CPU too."""
+
+    def __init__(self, cfg: CfgNode):
+        # DefaultTrainer.__init__ has no hook for the checkpointer or for DDP's arguments, so this
+        # builds the same parts in the same order.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        # Without device_ids Detectron2 would pass the rank, which DDP refuses for CPU modules.
+        ddp_args = {"device_ids": None} if on_cpu else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **ddp_args)
+        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer_class(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list:
+        built = super().build_hooks()
+        if comm.is_main_process() and len(self.cfg.DATASETS.TEST):
+            # With several data sets their names stand before the metric; the first one decides.
+            prefix = f"{self.cfg.DATASETS.TEST[0]}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
+            best = BestCheckpointer(
+                self.cfg.TEST.EVAL_PERIOD, self.checkpointer, f"{prefix}bbox/AP", "max"
+            )
+            after_eval = [isinstance(h, hooks.EvalHook) for h in built].index(True) + 1
+            built.insert(after_eval, best)
+        return built
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        loader = super().build_train_loader(cfg)
+        for name in cfg.DATASETS.TRAIN:
+            check_num_classes(cfg, name)
+        return loader
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        loader = super().build_test_loader(cfg, dataset_name)
+        check_num_classes(cfg, dataset_name)
+        return loader
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """The evaluator that the data set's ``evaluator_type`` asks for.
+
+        Raises:
+            NotImplementedError: for another type than "coco" and "pascal_voc".
+        """
+        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+        if evaluator_type == "coco":
+            folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+            # A converted data set is not cached: the annotations may change between two runs.
+            return COCOEvaluator(
+                dataset_name, ("bbox",), output_dir=folder, allow_cached_coco=False
+            )
+        if evaluator_type == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise NotImplementedError(
+            f"The data set {dataset_name!r} has evaluator_type {evaluator_type!r}; 'coco' and "
+            "'pascal_voc' are supported. Set it in the data set's metadata, or override "
+            "Trainer.build_evaluator"
+        )
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Detectron2's hook, whose record survives a resumed run.
+
+    Without it, the first evaluation after resuming would overwrite the best checkpoint.
+    """
+
+    def state_dict(self) -> dict:
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+
+def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
+    """Evaluate ``cfg.MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of OUTPUT_DIR."""
+    model = Trainer.build_model(cfg)
+    checkpointer = AtomicCheckpointer if resume else DetectionCheckpointer
+    checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return Trainer.test(cfg, model)

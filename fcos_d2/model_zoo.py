@@ -1,0 +1,57 @@
+"""The shipped configs by name, as :mod:`detectron2.model_zoo` has them for its own."""
+
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from .config import get_cfg
+
+_PACKAGE = Path(__file__).parent
+
+
+def get_config_file(config_path: str) -> str:
+    """Path of a shipped config.
+
+    Args:
+        config_path: name under ``configs/``, e.g. "COCO-Detection/fcos_R_50_FPN_1x.yaml".
+
+    Raises:
+        FileNotFoundError: naming the configs there are.
+    """
+    # Inside the package where it was installed, beside it in a clone.
+    root = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir())
+    file = root / config_path
+    if not file.is_file():
+        names = sorted(str(p.relative_to(root)) for p in root.rglob("*.yaml"))
+        raise FileNotFoundError(f"No config {config_path!r}. There are: {', '.join(names)}")
+    return str(file)
+
+
+def get_config(config_path: str) -> CfgNode:
+    """The config of this name, with all keys. ``MODEL.WEIGHTS`` is an ImageNet backbone."""
+    cfg = get_cfg()
+    cfg.merge_from_file(get_config_file(config_path))
+    return cfg
+
+
+def get(config_path: str, weights: str | None = None, device: str | None = None) -> nn.Module:
+    """Build the model of a shipped config.
+
+    Args:
+        config_path: name under ``configs/``.
+        weights: a checkpoint of the whole model. None takes the config's ImageNet backbone, ""
+            leaves the model at random.
+        device: overrides ``MODEL.DEVICE``.
+    """
+    cfg = get_config(config_path)
+    if weights is not None:
+        cfg.MODEL.WEIGHTS = weights
+    if device is not None:
+        cfg.MODEL.DEVICE = str(torch.device(device))
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model

@@ -1,0 +1,33 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+BCCD = Path(__file__).resolve().parents[2] / "shared" / "data" / "bccd" / "BCCD"
+
+
+def pytest_collection_modifyitems(items):
+    """Skip, with a reason that the report shows, what this machine cannot run."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "shared" in item.keywords and not BCCD.is_dir():
+            item.add_marker(pytest.mark.skip(reason="needs ../shared/data/bccd"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def bccd_root():
+    return str(BCCD)
+
+
+@pytest.fixture
+def datasets_folder(tmp_path, monkeypatch):
+    """A folder that relative paths of DATASETS.CUSTOM start from."""
+    monkeypatch.setitem(os.environ, "DETECTRON2_DATASETS", str(tmp_path))
+    return tmp_path

@@ -1,0 +1,84 @@
+"""Small models and inputs, and slow, obvious references for the fast code."""
+
+import math
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+
+import fcos_d2
+
+RANGES = [(0, 64), (64, 128), (128, 256), (256, 512), (512, math.inf)]
+STRIDES = [8, 16, 32, 64, 128]
+
+
+def tiny_cfg(**fcos_keys):
+    """R-18 with 64 channels and towers of one layer, 3 classes; keyword arguments are FCOS keys."""
+    cfg = fcos_d2.get_cfg()
+    cfg.merge_from_file(
+        fcos_d2.model_zoo.get_config_file("quick_schedules/fcos_R_18_FPN_shapes.yaml")
+    )
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.FCOS.NUM_CLS_CONVS = 1
+    cfg.MODEL.FCOS.NUM_BOX_CONVS = 1
+    for key, value in fcos_keys.items():
+        cfg.MODEL.FCOS[key] = value
+    return cfg
+
+
+def make_instances(boxes, classes, image_size=(64, 96)):
+    instances = Instances(image_size)
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+    return instances
+
+
+def make_input(boxes=((10.0, 8.0, 50.0, 40.0),), classes=(1,), size=(64, 96), seed=0):
+    """One element of a training batch, with a random image of (height, width)."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+    return {"image": image, "instances": make_instances(boxes, classes, size)}
+
+
+def level_shapes(height, width, strides=STRIDES):
+    return [(math.ceil(height / s), math.ceil(width / s)) for s in strides]
+
+
+def assign_by_loops(shapes, strides, ranges, radius, boxes_per_image):
+    """The definition of the assignment, cell by cell and box by box, in float32.
+
+    Returns:
+        {(image, level, cell): index of the box in the batch}
+    """
+    f = np.float32
+    owners = {}
+    for level, ((height, width), stride, (low, high)) in enumerate(
+        zip(shapes, strides, ranges, strict=True)
+    ):
+        for y in range(height):
+            for x in range(width):
+                px, py = f((x + 0.5) * stride), f((y + 0.5) * stride)
+                number = 0
+                for image, boxes in enumerate(boxes_per_image):
+                    best_area = None
+                    for x0, y0, x1, y1 in boxes.numpy():
+                        ltrb = (px - x0, py - y0, x1 - px, y1 - py)
+                        inside = min(ltrb) > 0
+                        in_range = low <= max(ltrb) <= high
+                        near = radius == 0 or (
+                            abs(px - (x0 + x1) / f(2)) < radius * stride
+                            and abs(py - (y0 + y1) / f(2)) < radius * stride
+                        )
+                        area = (x1 - x0) * (y1 - y0)
+                        if inside and in_range and near and (best_area is None or area < best_area):
+                            best_area = area
+                            owners[image, level, y * width + x] = number
+                        number += 1
+    return owners
+
+
+def as_dict(positives):
+    keys = zip(
+        positives.image.tolist(), positives.level.tolist(), positives.cell.tolist(), strict=True
+    )
+    return dict(zip(keys, positives.gt.tolist(), strict=True))

@@ -1,0 +1,216 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.layers import ciou_loss, diou_loss
+from detectron2.structures import Boxes
+from detectron2.structures.boxes import matched_pairwise_iou
+from detectron2.utils.events import EventStorage
+from fvcore.nn import giou_loss
+from helpers import RANGES, STRIDES, level_shapes
+from torch.autograd import gradcheck
+
+from fcos_d2.modeling import FCOSLoss, LocationAssigner
+from fcos_d2.modeling.losses import Targets, box_losses, centerness, gather, iou_of_ltrb
+from fcos_d2.modeling.points import boxes_to_ltrb, level_locations
+
+NUM_CLASSES = 3
+SIZE = (64, 96)
+
+
+def make_case(images=2, objects=True, dtype=torch.float32):
+    """Random maps of all levels, and targets of a few boxes."""
+    shapes = level_shapes(*SIZE)
+    maps = [
+        [torch.randn(images, c, *s).to(dtype).requires_grad_() for s in shapes]
+        for c in (NUM_CLASSES, 4, 1)
+    ]
+    maps[1] = [x.detach().float().abs().mul(20).requires_grad_() for x in maps[1]]
+    boxes = [torch.tensor([[5.0, 6, 60, 50], [20, 10, 90, 60]])] * images
+    boxes = boxes if objects else [torch.zeros(0, 4)] * images
+    positives = LocationAssigner(RANGES, 1.5)(shapes, STRIDES, boxes)
+    locations = [level_locations(*s, stride) for s, stride in zip(shapes, STRIDES, strict=True)]
+    here = [
+        locations[level][cell]
+        for level, cell in zip(positives.level.tolist(), positives.cell.tolist(), strict=True)
+    ]
+    here = torch.stack(here) if here else torch.zeros(0, 2)
+    ltrb = boxes_to_ltrb(here, torch.cat(boxes)[positives.gt])
+    return maps, Targets(positives, positives.gt % NUM_CLASSES, ltrb)
+
+
+def test_centerness_hand_computed():
+    # At the centre 1. With l, r = 1, 4 and t, b = 3, 3: sqrt(1/4 * 1) = 1/2.
+    # With l, r = 2, 8 and t, b = 9, 1: sqrt(2/8 * 1/9) = 1/6.
+    ltrb = torch.tensor([[5.0, 5, 5, 5], [1, 3, 4, 3], [2, 9, 8, 1]])
+    torch.testing.assert_close(centerness(ltrb), torch.tensor([1, 1 / 2, 1 / 6]))
+
+
+def test_iou_hand_computed():
+    # Boxes of 4x4 = 16 and 6x2 = 12 px²; common 4 * 2 = 8, union 16 + 12 - 8 = 20.
+    a, b = torch.tensor([[2.0, 2, 2, 2]]), torch.tensor([[3.0, 1, 3, 1]])
+    torch.testing.assert_close(iou_of_ltrb(a, b), torch.tensor([0.4]))
+    assert box_losses(a, b, "linear_iou").item() == pytest.approx(0.6)
+    assert box_losses(a, b, "iou").item() == pytest.approx(-math.log(0.4))
+    # The enclosing box is 6x4 = 24: GIoU = 0.4 - (24 - 20) / 24.
+    assert box_losses(a, b, "giou").item() == pytest.approx(1 - (0.4 - 4 / 24))
+
+
+def test_box_losses_equal_fvcores_and_detectron2s():
+    predicted, target = torch.rand(50, 4) * 300 + 1, torch.rand(50, 4) * 300 + 1
+    location = torch.rand(50, 2) * 1000
+    boxes = [
+        torch.cat([location - x[:, :2], location + x[:, 2:]], dim=1) for x in (predicted, target)
+    ]
+    iou = matched_pairwise_iou(*(Boxes(b) for b in boxes))
+    torch.testing.assert_close(iou_of_ltrb(predicted, target), iou, rtol=1e-4, atol=1e-5)
+    references = {
+        "iou": -iou.log(),
+        "linear_iou": 1 - iou,
+        "giou": giou_loss(*boxes),
+        "diou": diou_loss(*boxes),
+        "ciou": ciou_loss(*boxes),
+    }
+    for name, expected in references.items():
+        ours = box_losses(predicted, target, name)
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", ["iou", "linear_iou", "giou", "diou", "ciou"])
+def test_box_loss_gradients(name):
+    predicted = (torch.rand(6, 4).double() * 50 + 1).requires_grad_()
+    target = torch.rand(6, 4).double() * 50 + 1
+    if name == "ciou":  # its alpha is a constant to the gradient by definition (1911.08287, eq. 11)
+        loss = box_losses(predicted, target, name).sum()
+        assert torch.autograd.grad(loss, predicted)[0].isfinite().all()
+    else:
+        assert gradcheck(lambda x: box_losses(x, target, name), predicted)
+
+
+def test_gather_reads_the_cells_of_the_positives():
+    maps, targets = make_case()
+    p = targets.positives
+    rows = [
+        maps[1][level][image, :, cell // maps[1][level].shape[3], cell % maps[1][level].shape[3]]
+        for level, image, cell in zip(
+            p.level.tolist(), p.image.tolist(), p.cell.tolist(), strict=True
+        )
+    ]
+    torch.testing.assert_close(gather(maps[1], p), torch.stack(rows))
+    last = [x.to(memory_format=torch.channels_last) for x in maps[1]]
+    torch.testing.assert_close(gather(last, p), torch.stack(rows))
+
+
+def test_losses_by_definition():
+    maps, targets = make_case()
+    losses = FCOSLoss()(*maps, targets)
+    count = len(targets.positives)
+    weights = centerness(targets.ltrb)
+    giou = box_losses(gather(maps[1], targets.positives), targets.ltrb, "giou")
+    assert losses["loss_fcos_loc"].item() == pytest.approx(
+        ((giou * weights).sum() / weights.sum()).item(), rel=1e-5
+    )
+    logits = gather(maps[2], targets.positives)[:, 0]
+    ctr = F.binary_cross_entropy_with_logits(logits, weights)
+    assert losses["loss_fcos_ctr"].item() == pytest.approx(ctr.item(), rel=1e-5)
+
+    unweighted = FCOSLoss(box_loss_weighting="none", box_loss_weight=2.0, cls_loss_weight=3.0)
+    scaled = unweighted(*maps, targets)
+    assert scaled["loss_fcos_loc"].item() == pytest.approx(2 * giou.mean().item(), rel=1e-5)
+    assert scaled["loss_fcos_cls"].item() == pytest.approx(
+        3 * losses["loss_fcos_cls"].item(), rel=1e-5
+    )
+    assert count > 10
+
+
+def test_iou_as_quality():
+    maps, targets = make_case()
+    loss = FCOSLoss(quality="iou", box_loss_weighting="none", quality_loss_weight=0.5)
+    losses = loss(*maps, targets)
+    assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_iou"}
+    iou = iou_of_ltrb(gather(maps[1], targets.positives), targets.ltrb).detach()
+    logits = gather(maps[2], targets.positives)[:, 0]
+    expected = 0.5 * F.binary_cross_entropy_with_logits(logits, iou)
+    assert losses["loss_fcos_iou"].item() == pytest.approx(expected.item(), rel=1e-5)
+    losses["loss_fcos_iou"].backward()
+    assert all(x.grad is None for x in maps[1])  # the target is no path for the gradient
+
+
+def test_no_quality_branch():
+    maps, targets = make_case()
+    losses = FCOSLoss(quality="none", box_loss_weighting="none")(maps[0], maps[1], None, targets)
+    assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc"}
+
+
+@pytest.mark.parametrize("quality", ["centerness", "iou"])
+@pytest.mark.parametrize("name", ["iou", "giou", "ciou"])
+def test_without_positives_finite_and_connected(quality, name):
+    maps, targets = make_case(objects=False)
+    losses = FCOSLoss(quality=quality, box_loss_type=name)(*maps, targets)
+    assert all(v.isfinite() for v in losses.values())
+    sum(losses.values()).backward()
+    for x in (*maps[0], *maps[1], *maps[2]):
+        assert x.grad is not None and x.grad.isfinite().all()
+    assert all((x.grad == 0).all() for x in (*maps[1], *maps[2]))
+
+
+@pytest.mark.parametrize("name", ["iou", "linear_iou", "giou", "diou", "ciou"])
+def test_predicted_boxes_without_area_are_finite(name):
+    maps, targets = make_case()
+    maps[1] = [torch.zeros_like(x).requires_grad_() for x in maps[1]]
+    losses = FCOSLoss(box_loss_type=name)(*maps, targets)
+    assert all(v.isfinite() for v in losses.values())
+    losses["loss_fcos_loc"].backward()
+    assert all(x.grad.isfinite().all() for x in maps[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("objects", [True, False])
+def test_half_precision_maps_give_float32_losses(dtype, objects):
+    maps, targets = make_case(objects=objects, dtype=dtype)
+    losses = FCOSLoss()(*maps, targets)
+    assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
+    exact = FCOSLoss()(*([x.detach().float() for x in m] for m in maps), targets)
+    for key, value in losses.items():
+        torch.testing.assert_close(value, exact[key], rtol=1e-5, atol=1e-6)
+
+
+def test_ema_normalizer_by_hand():
+    maps, targets = make_case()
+    loss = FCOSLoss(loss_normalizer="ema_fg")
+    count = len(targets.positives)
+    plain = FCOSLoss()(*maps, targets)
+    first = loss(*maps, targets)
+    ema = 0.9 * 100 + 0.1 * count  # starts at 100, momentum 0.9
+    assert loss.state_dict()["ema_num_positives"].item() == pytest.approx(ema)
+    for key in ("loss_fcos_cls", "loss_fcos_ctr"):
+        assert (first[key] * ema).item() == pytest.approx((plain[key] * count).item(), rel=1e-5)
+    assert first["loss_fcos_loc"].item() == pytest.approx(plain["loss_fcos_loc"].item())
+    loss(*maps, targets)
+    assert loss.ema_num_positives.item() == pytest.approx(0.9 * ema + 0.1 * count)
+    sum(first.values()).backward()  # not disturbed by the buffer having moved on
+
+    assert "ema_num_positives" not in FCOSLoss().state_dict()
+
+
+def test_logged_centerness_loss_can_reach_zero():
+    maps, targets = make_case()
+    # Logits whose sigmoid is the target: the loss is then its own least value, the entropy.
+    perfect = [torch.zeros_like(x) for x in maps[2]]
+    ideal = torch.logit(centerness(targets.ltrb), eps=1e-6)
+    p = targets.positives
+    for i in range(len(p)):
+        perfect[p.level[i]].flatten(2)[p.image[i], 0, p.cell[i]] = ideal[i]
+    with EventStorage(0) as storage:
+        losses = FCOSLoss()(maps[0], maps[1], perfect, targets)
+        above_floor = storage.latest()["fcos/loss_fcos_ctr_above_floor"][0]
+    assert losses["loss_fcos_ctr"].item() > 0.3
+    assert above_floor == pytest.approx(0, abs=1e-5)
+
+
+def test_errors_name_key_and_choices():
+    with pytest.raises(ValueError, match=r"BOX_LOSS_TYPE must be one of .*'giou'.* got 'l1'"):
+        FCOSLoss(box_loss_type="l1")
+    with pytest.raises(ValueError, match="BOX_LOSS_WEIGHTING must be 'none'"):
+        FCOSLoss(quality="none")

@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector from a YAML config, in Detectron2's manner.
+
+    python train_net.py --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml --num-gpus 8
+    python train_net.py --config-file ... --eval-only MODEL.WEIGHTS model.pth
+
+On a machine without GPUs, --num-gpus N runs N processes on CPU.
+"""
+
+from detectron2.engine import default_argument_parser, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from fcos_d2.engine import Trainer, evaluate, setup
+
+
+def main(args):
+    cfg = setup(args)
+    if args.eval_only:
+        results = evaluate(cfg, resume=args.resume)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser(epilog=__doc__).parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
