@@ -23,5 +23,9 @@ if find_spec("detectron2") is None:
             "`python -m fcos_d2.doctor` checks the whole installation."
         )
 elif not _running_doctor:
-    from . import checkpoint, modeling  # noqa: F401  registration only
+    from . import (  # noqa: F401  registration only
+        checkpoint,
+        model_zoo,
+        modeling,
+    )
     from .config import add_fcos_config, get_cfg  # noqa: F401

@@ -1,6 +1,6 @@
 """The main job on a built-in data set: make it, train on it, evaluate, draw the predictions.
 
-    python -m fcos_d2.demo --output demo_output
+python -m fcos_d2.demo --output demo_output
 """
 
 import argparse
@@ -21,6 +21,7 @@ from .engine import Trainer
 
 CONFIG = "quick_schedules/fcos_R_18_FPN_shapes.yaml"
 _SHOWN_SCORE = 0.4
+_GAP = 12  # pixels between the images of the grid
 
 
 def demo_config(output: Path):
@@ -64,14 +65,21 @@ def draw_predictions(cfg, dataset_name: str, num_images: int = 10) -> np.ndarray
             _titled(image, found, dataset_name, f"predicted: {len(found)}"),
         ]
         pairs.append(np.hstack(titled))
-    height, width = (max(p.shape[axis] for p in pairs) + 12 for axis in (0, 1))
-    cells = [_padded(p, height, width) for p in pairs] + [np.full((height, width, 3), 255, "u1")]
-    return np.vstack([np.hstack(cells[i : i + 2]) for i in range(0, len(pairs), 2)])
+    width = max(p.shape[1] for p in pairs) + _GAP
+    rows = []
+    for row in (pairs[i : i + 2] for i in range(0, len(pairs), 2)):
+        height = max(p.shape[0] for p in row) + _GAP
+        rows.append(np.hstack([_padded(p, height, width) for p in row]))
+    return np.vstack([_padded(row, row.shape[0], 2 * width) for row in rows])
 
 
 def _titled(image: np.ndarray, instances: Instances, dataset_name: str, title: str) -> np.ndarray:
     metadata = MetadataCatalog.get(dataset_name)
-    drawing = Visualizer(image[:, :, ::-1], metadata, scale=2.0, instance_mode=ColorMode.IMAGE)
+    # Colours by class rather than at random.
+    metadata.thing_colors = [(255, 255, 255), (255, 220, 0), (0, 255, 255)]
+    drawing = Visualizer(
+        image[:, :, ::-1], metadata, scale=2.0, instance_mode=ColorMode.SEGMENTATION
+    )
     drawn = drawing.draw_instance_predictions(instances).get_image()[:, :, ::-1]
     bar = np.full((26, drawn.shape[1], 3), 255, np.uint8)
     cv2.putText(bar, title, (4, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)

@@ -31,3 +31,13 @@ def datasets_folder(tmp_path, monkeypatch):
     """A folder that relative paths of DATASETS.CUSTOM start from."""
     monkeypatch.setitem(os.environ, "DETECTRON2_DATASETS", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(tmp_path_factory):
+    """The folder above the built-in data set: what DETECTRON2_DATASETS would name."""
+    from fcos_d2.data import make_shapes_dataset
+
+    folder = tmp_path_factory.mktemp("datasets")
+    make_shapes_dataset(folder / "shapes")
+    return folder

@@ -64,7 +64,7 @@ class TorchvisionHandler(PathHandler):
         return file
 
     def _open(self, path: str, mode: str = "r", **kwargs):
-        return open(self._get_local_path(path), mode)  # noqa: SIM115
+        return open(self._get_local_path(path), mode)
 
 
 PathManager.register_handler(TorchvisionHandler(), allow_override=True)

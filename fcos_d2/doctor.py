@@ -1,0 +1,119 @@
+"""Says whether everything fcos_d2 needs is installed and works, and what to do where it is not.
+
+    python -m fcos_d2.doctor
+
+Exits with 1 if something that is needed does not work.
+"""
+
+import importlib
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+
+_PACKAGES = ("torch", "torchvision", "detectron2", "fvcore", "pycocotools", "opencv-python")
+_INSTALL_DETECTRON2 = (
+    "pip install --no-build-isolation 'detectron2 @ "
+    "git+https://github.com/facebookresearch/detectron2.git"
+    "@02b5c4e295e990042a714712c21dc79b731e8833'"
+)
+
+
+def _check_torch() -> str:
+    import torch
+
+    assert torch.ones(2).sum() == 2
+    return "works"
+
+
+def _check_torchvision_ops() -> str:
+    import torch
+    from torchvision.ops import nms
+
+    boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8], [20, 20, 30, 30]])
+    assert nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist() == [0, 2]
+    return "work"
+
+
+def _check_pkg_resources() -> str:
+    importlib.import_module("pkg_resources")
+    return "importable"
+
+
+def _check_detectron2_ops() -> str:
+    import torch
+    from detectron2 import _C  # noqa: F401  the compiled part
+    from detectron2.layers import nms_rotated
+
+    boxes = torch.tensor([[5.0, 5, 10, 10, 0], [5, 5, 10, 9, 0], [30, 30, 4, 4, 0]])
+    assert nms_rotated(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist() == [0, 2]
+    return "work"
+
+
+def _check_cuda() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU is seen: training and inference run on CPU"
+    assert torch.ones(2, device="cuda").sum() == 2
+    return f"works, {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+
+
+def _check_registered() -> str:
+    from detectron2.modeling import META_ARCH_REGISTRY
+
+    importlib.import_module("fcos_d2.modeling")
+    META_ARCH_REGISTRY.get("FCOS")
+    return "registered with Detectron2"
+
+
+# Name, check, and what to do where it fails.
+CHECKS: list[tuple[str, Callable[[], str], str]] = [
+    ("PyTorch", _check_torch, "pip install torch torchvision"),
+    (
+        "torchvision's ops",
+        _check_torchvision_ops,
+        "install the torchvision that belongs to this torch: "
+        "pip install --force-reinstall torch torchvision",
+    ),
+    (
+        "pkg_resources",
+        _check_pkg_resources,
+        "Detectron2 imports it, and setuptools dropped it in 81: pip install 'setuptools<81'",
+    ),
+    (
+        "Detectron2's compiled ops",
+        _check_detectron2_ops,
+        "install Detectron2, or build it again for this torch (add --force-reinstall --no-deps): "
+        + _INSTALL_DETECTRON2,
+    ),
+    (
+        "CUDA",
+        _check_cuda,
+        "the driver and this torch do not fit: compare nvidia-smi with torch.version.cuda",
+    ),
+    ("fcos_d2", _check_registered, "see the error; the checks above come first"),
+]
+
+
+def main() -> int:
+    """Print versions and checks; returns the exit code."""
+    print(f"Python {platform.python_version()} on {platform.platform()}: {sys.executable}")
+    for package in _PACKAGES:
+        try:
+            print(f"  {package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"  {package}: not installed under this name")
+    failed = 0
+    for name, check, advice in CHECKS:
+        try:
+            print(f"ok    {name}: {check()}")
+        except Exception as error:  # whatever it is, the user shall read it and the advice
+            failed += 1
+            print(f"FAIL  {name}: {type(error).__name__}: {error}\n      what to do: {advice}")
+    print("All is well." if not failed else f"{failed} of {len(CHECKS)} checks failed.")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

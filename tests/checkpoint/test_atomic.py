@@ -1,0 +1,61 @@
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from fcos_d2.checkpoint import AtomicCheckpointer
+
+
+def save_three(folder):
+    model = nn.Linear(1, 1)
+    checkpointer = AtomicCheckpointer(model, str(folder))
+    for i in range(3):
+        nn.init.constant_(model.weight, float(i))
+        checkpointer.save(f"model_{i}", iteration=i)
+        os.utime(folder / f"model_{i}.pth", (i, i))
+    return checkpointer
+
+
+def test_resumes_from_the_last(tmp_path):
+    checkpointer = save_three(tmp_path)
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 2
+    assert checkpointer.model.weight.item() == 2
+
+
+def test_killed_while_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    checkpointer = save_three(tmp_path)
+
+    def write_half(data, f):
+        f.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", write_half)
+    for name in ("model_2", "model_3"):  # one that is there, and a new one
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.save(name, iteration=9)
+    monkeypatch.undo()
+    assert not (tmp_path / "model_3.pth").exists()
+    assert AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path)).resume_or_load("")["iteration"] == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "untagged"])
+def test_falls_back_to_the_newest_complete_checkpoint(tmp_path, damage, caplog):
+    checkpointer = save_three(tmp_path)
+    last = tmp_path / "model_2.pth"
+    if damage == "cut":
+        last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    elif damage == "missing":
+        last.unlink()
+    else:
+        (tmp_path / "last_checkpoint").write_text("")
+    newest = 2 if damage == "untagged" else 1
+    with caplog.at_level("WARNING"):
+        assert checkpointer.resume_or_load("", resume=True)["iteration"] == newest
+    assert f"resuming from {tmp_path}/model_{newest}.pth" in caplog.text
+
+
+def test_no_complete_checkpoint_is_an_error(tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_0.pth")
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint to resume from"):
+        AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path)).resume_or_load("", resume=True)

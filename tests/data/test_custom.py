@@ -1,0 +1,145 @@
+import json
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from helpers import tiny_cfg
+
+from fcos_d2.config import get_cfg
+from fcos_d2.data import check_num_classes, register_custom_datasets
+
+
+@pytest.fixture
+def register(datasets_folder):
+    """Registers entries, and removes them after the test."""
+    names = set()
+
+    def _register(**entries):
+        cfg = get_cfg()
+        for name, entry in entries.items():
+            cfg.DATASETS.CUSTOM[name] = type(cfg)(entry)
+            names.add(name)
+        register_custom_datasets(cfg)
+
+    yield _register
+    from fcos_d2.data import custom
+
+    for name in names & custom._registered.keys():
+        custom._registered.pop(name)
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def write_voc(root, boxes, names=("cat", "dog")):
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True)
+    objects = "".join(
+        f"<object><name>{name}</name><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin>"
+        f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+        for (x0, y0, x1, y1), name in zip(boxes, names, strict=False)
+    )
+    for image in ("a", "b"):
+        (root / "Annotations" / f"{image}.xml").write_text(
+            f"<annotation><size><width>40</width><height>30</height></size>{objects}</annotation>"
+        )
+        cv2.imwrite(str(root / "JPEGImages" / f"{image}.jpg"), np.zeros((30, 40, 3), np.uint8))
+    (root / "ImageSets" / "Main" / "train.txt").write_text("a\nb\n")
+
+
+def voc(**changes):
+    entry = {"FORMAT": "voc", "ROOT": "pets", "SPLIT": "train", "CLASSES": ["cat", "dog"]}
+    return entry | changes
+
+
+def test_voc(register, datasets_folder):
+    write_voc(datasets_folder / "pets", [(1, 1, 10, 20), (5, 6, 40, 30)])
+    register(pets=voc())
+    dicts = DatasetCatalog.get("pets")
+    assert [d["image_id"] for d in dicts] == ["a", "b"]
+    # VOC's corners are pixel numbers from 1, both included: 1..10 covers 0 to 10.
+    assert [a["bbox"] for a in dicts[0]["annotations"]] == [[0, 0, 10, 20], [4, 5, 40, 30]]
+    assert [a["category_id"] for a in dicts[0]["annotations"]] == [0, 1]
+    assert MetadataCatalog.get("pets").evaluator_type == "pascal_voc"
+
+
+def test_boxes_without_area_are_dropped_with_one_warning(register, datasets_folder, caplog):
+    write_voc(datasets_folder / "pets", [(7, 8, 7, 8), (5, 6, 40, 30)])
+    register(pets=voc(EVALUATOR="coco"))
+    dicts = DatasetCatalog.get("pets")
+    assert [len(d["annotations"]) for d in dicts] == [1, 1]
+    (record,) = [r for r in caplog.records if r.name == "fcos_d2.data.custom"]
+    assert "dropped 2 box(es)" in record.message
+    assert "a (7, 8, 7, 8); b (7, 8, 7, 8)" in record.message
+    assert MetadataCatalog.get("pets").evaluator_type == "coco"
+
+
+def test_unlisted_class_is_named(register, datasets_folder):
+    write_voc(datasets_folder / "pets", [(1, 1, 9, 9)], names=("bird",))
+    register(pets=voc())
+    with pytest.raises(ValueError, match=r"'bird' is not in list; CLASSES is \['cat', 'dog'\]"):
+        DatasetCatalog.get("pets")
+
+
+def test_coco(register, datasets_folder):
+    data = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 30, "width": 40}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 4, "bbox": [1, 2, 3, 4], "iscrowd": 0}
+        ],
+        "categories": [{"id": 4, "name": "cat"}],
+    }
+    (datasets_folder / "a.json").write_text(json.dumps(data))
+    register(cats={"FORMAT": "coco", "JSON": "a.json", "IMAGES": "images"})
+    (record,) = DatasetCatalog.get("cats")
+    assert record["file_name"] == str(datasets_folder / "images" / "a.jpg")
+    assert record["annotations"][0]["category_id"] == 0
+    cfg = tiny_cfg()
+    with pytest.raises(
+        ValueError, match=r"NUM_CLASSES is 3, but the data set 'cats' has 1 classes: \['cat'\]"
+    ):
+        check_num_classes(cfg, "cats")
+    cfg.MODEL.FCOS.NUM_CLASSES = 1
+    check_num_classes(cfg, "cats")
+
+
+def test_registering_again(register, datasets_folder):
+    register(pets=voc())
+    register(pets=voc())
+    register(pets=voc(CLASSES=["cat"]))
+    assert MetadataCatalog.get("pets").thing_classes == ["cat"]
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"FORMAT": "yolo"}, r"pets\.FORMAT must be one of \['coco', 'voc'\], got 'yolo'"),
+        ({"FORMAT": "voc", "ROOT": "x"}, r"must have the keys \['CLASSES', 'FORMAT'"),
+        (voc(JSON="x"), r"may have \['EVALUATOR'\], got .*'JSON'"),
+        (voc(EVALUATOR="lvis"), "EVALUATOR must be 'coco' or 'pascal_voc'"),
+    ],
+)
+def test_errors_say_what_is_wrong(register, entry, message):
+    with pytest.raises(ValueError, match=message):
+        register(pets=entry)
+
+
+def test_name_of_a_built_in_data_set(register):
+    with pytest.raises(ValueError, match="voc_2007_train: a data set of this name"):
+        register(voc_2007_train=voc())
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    "split, images, boxes, dropped",
+    [("train", 205, None, "BloodImage_00343 (181, 329, 181, 329)"),
+     ("val", 87, None, "BloodImage_00338 (504, 337, 504, 337)"),
+     ("test", 72, None, None)],
+)  # fmt: skip
+def test_bccd(register, bccd_root, split, images, boxes, dropped, caplog):
+    classes = ["RBC", "WBC", "Platelets"]
+    register(bccd={"FORMAT": "voc", "ROOT": bccd_root, "SPLIT": split, "CLASSES": classes})
+    assert len(DatasetCatalog.get("bccd")) == images
+    warnings = [r.message for r in caplog.records if r.name == "fcos_d2.data.custom"]
+    assert len(warnings) == (dropped is not None)
+    assert all(dropped in w for w in warnings)

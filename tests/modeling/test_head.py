@@ -1,0 +1,130 @@
+import math
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from torch import nn
+
+from fcos_d2.modeling import FCOSHead
+
+SHAPES = [ShapeSpec(channels=32, stride=s) for s in (8, 16)]
+
+
+def make_head(**kwargs):
+    defaults = {"num_classes": 5, "num_cls_convs": 2, "num_box_convs": 1}
+    return FCOSHead(input_shape=SHAPES, **(defaults | kwargs))
+
+
+def features(images=2):
+    return [torch.randn(images, 32, 6, 8), torch.randn(images, 32, 3, 4)]
+
+
+def test_shapes_and_units():
+    class_logits, ltrb, quality_logits = make_head()(features())
+    assert [tuple(x.shape) for x in class_logits] == [(2, 5, 6, 8), (2, 5, 3, 4)]
+    assert [tuple(x.shape) for x in ltrb] == [(2, 4, 6, 8), (2, 4, 3, 4)]
+    assert [tuple(x.shape) for x in quality_logits] == [(2, 1, 6, 8), (2, 1, 3, 4)]
+    assert all((x >= 0).all() and x.dtype == torch.float32 for x in ltrb)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("use_scale", [True, False])
+def test_distances_in_pixels(use_scale, training):
+    # The predictor's weights are 0 and its bias is 2, so x = 2 everywhere. With scales 3 and 5:
+    # relu: 3 * 2 * stride 8 = 48 and 5 * 2 * 16 = 160; exp: e^6 and e^10. Without: 2 * stride, e^2.
+    for activation, expected in (
+        ("relu", (48, 160) if use_scale else (16, 32)),
+        ("exp", (math.exp(6), math.exp(10)) if use_scale else (math.exp(2),) * 2),
+    ):
+        head = make_head(box_activation=activation, use_scale=use_scale).train(training)
+        nn.init.zeros_(head.bbox_pred.weight)
+        nn.init.constant_(head.bbox_pred.bias, 2.0)
+        if use_scale:
+            for scale, value in zip(head.scales, (3.0, 5.0), strict=True):
+                nn.init.constant_(scale.scale, value)
+        for x, value in zip(head(features())[1], expected, strict=True):
+            torch.testing.assert_close(x, torch.full_like(x, value))
+
+
+def test_exp_of_a_huge_prediction_is_finite():
+    head = make_head(box_activation="exp")
+    nn.init.constant_(head.bbox_pred.bias, 1e6)
+    assert all(x.isfinite().all() and (x * x).isfinite().all() for x in head(features())[1])
+
+
+def test_prior_probability():
+    head = make_head(prior_prob=0.03)
+    nn.init.zeros_(head.cls_logits.weight)
+    torch.testing.assert_close(
+        head(features())[0][0].sigmoid(), torch.full((2, 5, 6, 8), 0.03), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("tower, other", [("box", "cls"), ("cls", "box")])
+def test_quality_stands_on_the_tower_it_is_told(tower, other):
+    head = make_head(quality_on=tower)
+    sum(x.sum() for x in head(features())[2]).backward()
+    towers = {"box": head.bbox_tower, "cls": head.cls_tower}
+    assert all(p.grad is not None for p in towers[tower].parameters())
+    assert all(p.grad is None for p in towers[other].parameters())
+
+
+def test_no_quality_branch():
+    head = make_head(quality="none")
+    assert head(features())[2] is None
+    assert not any("ctrness" in name for name in head.state_dict())
+
+
+def test_shared_tower_feeds_both():
+    head = make_head(num_share_convs=1)
+    sum(x.sum() for x in head(features())[0]).backward()
+    first = [p.grad.clone() for p in head.share_tower.parameters()]
+    sum(x.sum() for x in head(features())[1]).backward()
+    assert len(first) == 4  # weight and bias of a convolution and of its norm
+    assert all(
+        not torch.equal(a, p.grad)
+        for a, p in zip(first, head.share_tower.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
+def test_batch_norm_keeps_statistics_per_level(norm):
+    head = make_head(norm=norm).train()
+    low, high = features()
+    head([low, high + 100])
+    norms = head.cls_tower[1]
+    assert len(norms) == 2
+    assert not torch.allclose(norms[0].running_mean, norms[1].running_mean, atol=0.1)
+    before = norms[0].running_mean.clone()
+    head.eval()
+    head([low, high])
+    assert torch.equal(before, norms[0].running_mean)
+
+
+def test_norm_kinds():
+    kinds = {n: type(make_head(norm=n).cls_tower[1]).__name__ for n in ("GN", "BN", "")}
+    assert kinds == {"GN": "GroupNorm", "BN": "PerLevelNorm", "": "ReLU"}
+
+
+def test_deformable_layer_is_the_last_of_both_towers_and_starts_as_a_convolution():
+    head = make_head(num_cls_convs=2, use_deformable=True)
+    names = [type(m).__name__ for m in head.cls_tower]
+    assert names == ["Conv2d", "GroupNorm", "ReLU", "SelfModulatedDeformConv", "GroupNorm", "ReLU"]
+    layer = head.bbox_tower[0]
+    x = torch.randn(1, 32, 5, 7)
+    # Offsets are 0 and the mask is sigmoid(0) = 1/2 at the start.
+    plain = nn.functional.conv2d(x, layer.conv.weight, padding=1) / 2
+    torch.testing.assert_close(
+        layer(x), plain + layer.conv.bias[:, None, None], rtol=1e-4, atol=1e-5
+    )
+    sum(x.sum() for m in head(features()) for x in m).backward()
+    assert all(p.grad is not None for p in head.parameters())
+
+
+def test_errors_name_key_and_choices():
+    with pytest.raises(ValueError, match=r"QUALITY must be one of .*'iou'.* got 'ctr'"):
+        make_head(quality="ctr")
+    with pytest.raises(ValueError, match="same channels"):
+        FCOSHead(input_shape=[ShapeSpec(channels=c, stride=8) for c in (32, 64)], num_classes=1)
+    with pytest.raises(ValueError, match="32 groups, which do not divide 48"):
+        FCOSHead(input_shape=[ShapeSpec(channels=48, stride=8)], num_classes=1)

@@ -1,0 +1,53 @@
+"""Two processes over GLOO on CPU, as train_net.py --num-gpus 2 runs them without GPUs."""
+
+import pytest
+import torch
+from ddp_worker import training_step
+from detectron2.engine import launch
+from detectron2.modeling import build_model
+from helpers import tiny_cfg
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Detectron2 launches over NCCL where there is a GPU"
+)
+
+ONE = (((10.0, 8.0, 50.0, 40.0),), (1,))
+TWO = (((2.0, 4.0, 30.0, 60.0), (40.0, 10.0, 90.0, 50.0)), (0, 2))
+NONE = ((), ())
+CASES = [(ONE, TWO), (NONE, TWO), (ONE, NONE), (NONE, NONE)]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"LOSS_NORMALIZER": "ema_fg", "QUALITY": "iou", "BOX_LOSS_WEIGHTING": "none"}],
+    ids=["centerness", "iou, moving average"],
+)
+def test_two_processes_equal_one(tmp_path, monkeypatch, keys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cfg = tiny_cfg(**keys)
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    torch.save(build_model(cfg).state_dict(), tmp_path / "model.pth")
+
+    def args(name):
+        return CASES, keys, str(tmp_path / "model.pth"), str(tmp_path / name)
+
+    training_step(*args("one"))
+    launch(training_step, 2, dist_url="auto", args=args("two"))
+    one, one_state = torch.load(tmp_path / "one")
+    two, two_state = torch.load(tmp_path / "two")
+    ema = "ema_num_positives" in one_state
+    for i, ((losses, gradients), (losses2, gradients2)) in enumerate(zip(one, two, strict=True)):
+        if ema and i > 0:
+            break  # the average starts at 100 positives per process, whatever their number
+        scale = 1.0
+        if ema:
+            # One process: 0.9 * 100 + 0.1 * n; two: 0.9 * 100 + 0.1 * n / 2 of half the sums.
+            scale = losses["loss_fcos_cls"] / losses2["loss_fcos_cls"]
+            assert 1 < scale < 2
+            gradients2 = {k: v * scale for k, v in gradients2.items()}
+        for key, value in losses.items():
+            assert losses2[key] * scale == pytest.approx(value, rel=1e-4, abs=1e-7), (i, key)
+        for key, value in gradients.items():
+            torch.testing.assert_close(gradients2[key], value, rtol=1e-3, atol=1e-6, msg=key)
+    if ema:
+        assert two_state["ema_num_positives"] < one_state["ema_num_positives"]

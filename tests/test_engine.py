@@ -1,0 +1,139 @@
+import logging
+
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.engine import HookBase, hooks
+from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.utils.events import EventStorage
+from helpers import tiny_cfg
+
+from fcos_d2.data import register_custom_datasets
+from fcos_d2.engine import BestCheckpointer, Trainer, evaluate
+
+
+@pytest.fixture
+def cfg(shapes_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_folder))
+    cfg = tiny_cfg(LOSS_NORMALIZER="ema_fg")
+    cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.SOLVER.STEPS = (3,)
+    cfg.SOLVER.MAX_ITER = 6
+    cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    cfg.SOLVER.WARMUP_ITERS = 0
+    register_custom_datasets(cfg)
+    return cfg
+
+
+class Stop(HookBase):
+    """Ends the run as a kill would, in the middle of an iteration."""
+
+    def before_step(self):
+        if self.trainer.iter == 5:
+            raise KeyboardInterrupt
+
+
+def test_resumed_run_continues_from_the_last_checkpoint(cfg, monkeypatch):
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda *args: {}))
+    killed = Trainer(cfg)
+    killed.register_hooks([Stop()])
+    states = {}
+
+    class Remember(HookBase):
+        def after_step(self):
+            optimizer = self.trainer.optimizer
+            states[self.trainer.iter] = (
+                self.trainer.model.loss.ema_num_positives.item(),
+                optimizer.param_groups[0]["lr"],
+                [s["momentum_buffer"].clone() for s in optimizer.state.values()],
+            )
+
+    killed.register_hooks([Remember()])
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    # Checkpoints after the iterations 1 and 3 (counted from 0); iteration 4 is lost.
+    resumed = Trainer(cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 4
+    ema, lr, momentum = states[3]
+    assert resumed.model.loss.ema_num_positives.item() == ema != 100
+    found = [s["momentum_buffer"] for s in resumed.optimizer.state.values()]
+    assert len(found) == len(momentum) > 10
+    assert all(torch.equal(a, b) for a, b in zip(found, momentum, strict=True))
+    for key, value in killed.model.state_dict().items():
+        assert value.shape == resumed.model.state_dict()[key].shape
+
+    resumed.train()
+    assert resumed.iter == 6
+    # STEPS (3,): a tenth of the rate from the fourth iteration on, also after resuming.
+    assert lr == pytest.approx(cfg.SOLVER.BASE_LR * 0.1)
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(cfg.SOLVER.BASE_LR * 0.1)
+    # The average went on: two more steps with momentum 0.9 keep at least 0.81 of it.
+    assert 0.8 * ema < resumed.model.loss.ema_num_positives.item() < ema + 100
+
+
+def test_best_checkpoint_survives_a_resumed_run(cfg, monkeypatch):
+    aps = iter([30.0, 20.0, 25.0, 40.0])
+    monkeypatch.setattr(
+        Trainer, "test", classmethod(lambda *args: {"bbox": {"AP": next(aps), "AP50": 1.0}})
+    )
+    cfg.TEST.EVAL_PERIOD = 2
+    cfg.SOLVER.MAX_ITER = 4
+    Trainer(cfg).train()  # 30 is the best, 20 at the end is not
+    best = torch.load(f"{cfg.OUTPUT_DIR}/model_best.pth")
+    assert best["iteration"] == 1
+
+    cfg.SOLVER.MAX_ITER = 8
+    longer = Trainer(cfg)
+    longer.resume_or_load(resume=True)
+    (hook,) = [h for h in longer._hooks if isinstance(h, BestCheckpointer)]
+    assert (hook.best_metric, hook.best_iter) == (30.0, 1)
+    assert longer.start_iter == 4
+    longer.train()  # 25 does not replace it, 40 does
+    assert hook.best_metric == 40.0
+
+
+def test_best_checkpoint_hook_comes_right_after_evaluation(cfg):
+    kinds = [type(h) for h in Trainer(cfg)._hooks]
+    assert kinds.index(BestCheckpointer) == kinds.index(hooks.EvalHook) + 1
+
+
+def test_evaluates_by_the_type_of_the_data_set(cfg, tmp_path):
+    assert isinstance(Trainer.build_evaluator(cfg, "shapes_val"), COCOEvaluator)
+    (tmp_path / "Annotations").mkdir()
+    MetadataCatalog.get("voc_like").set(
+        evaluator_type="pascal_voc", dirname=str(tmp_path), split="x", year=2007, thing_classes=[]
+    )
+    assert isinstance(Trainer.build_evaluator(cfg, "voc_like"), PascalVOCDetectionEvaluator)
+    MetadataCatalog.remove("voc_like")
+    with pytest.raises(NotImplementedError, match="'nothing' has evaluator_type None"):
+        Trainer.build_evaluator(cfg, "nothing")
+
+
+def test_wrong_number_of_classes_is_an_error_before_training(cfg):
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    message = r"NUM_CLASSES is 80, but .*'shapes_train' has 3 classes: \['disc', 'square', "
+    with pytest.raises(ValueError, match=message):
+        Trainer(cfg)
+    with pytest.raises(ValueError, match="'shapes_val' has 3 classes"):
+        Trainer.build_test_loader(cfg, "shapes_val")
+
+
+def test_diverged_training_stops_with_a_clear_error(cfg):
+    trainer = Trainer(cfg)
+    torch.nn.init.constant_(trainer.model.head.cls_logits.bias, float("nan"))
+    with EventStorage(0), pytest.raises(FloatingPointError, match="Loss became infinite or NaN"):
+        trainer.iter = 0
+        trainer.before_train()
+        trainer.run_step()
+
+
+def test_evaluate_the_last_checkpoint(cfg, monkeypatch):
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, cfg, model: model))
+    trainer = Trainer(cfg)
+    torch.nn.init.constant_(trainer.model.head.cls_logits.bias, 0.5)
+    trainer.checkpointer.save("model_x")
+    assert (evaluate(cfg, resume=True).head.cls_logits.bias == 0.5).all()
+    assert not (evaluate(cfg).head.cls_logits.bias == 0.5).any()
+    logging.getLogger("detectron2").handlers.clear()

@@ -1,0 +1,88 @@
+import copy
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from helpers import make_input
+
+from fcos_d2 import model_zoo
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+YAMLS = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_every_config_trains_and_infers_a_step(name):
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.DEVICE = "cpu"
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    before = copy.deepcopy(model.head.cls_logits.weight.detach())
+    losses = model.train()([make_input(size=(64, 64))])
+    sum(losses.values()).backward()
+    assert all(v.isfinite() for v in losses.values())
+    optimizer.step()
+    assert not torch.equal(before, model.head.cls_logits.weight)
+    with torch.no_grad():
+        found = model.eval()([make_input(size=(64, 64))])[0]["instances"]
+    assert len(found) <= cfg.TEST.DETECTIONS_PER_IMAGE
+
+
+@pytest.mark.parametrize("name", [n for n in YAMLS if "dcnv2" in n])
+def test_deformable_layers_are_where_the_config_says(name):
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.DEVICE = "cpu"
+    names = [
+        n for n, m in build_model(cfg).named_modules() if type(m).__name__.endswith("DeformConv")
+    ]
+    stages = {n.split(".")[2] for n in names if "bottom_up" in n}
+    assert stages == ({"res4", "res5"} if "X_101" in name else {"res3", "res4", "res5"})
+    # Two modules each: the layer and, inside, its operator.
+    assert sum(n.startswith("head.cls_tower") for n in names) == 2
+    assert sum(n.startswith("head.bbox_tower") for n in names) == 2
+
+
+def test_lazy_config_builds_the_model_of_the_yaml():
+    lazy = LazyConfig.load(str(CONFIGS / "common" / "models" / "fcos.py")).model
+    ours = instantiate(lazy)
+    cfg = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    yaml = build_model(cfg)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in yaml.state_dict().items()
+    }
+    ours.load_state_dict(yaml.state_dict())
+    batch = [make_input(size=(64, 64))]
+    for key, value in yaml.train()(batch).items():
+        torch.testing.assert_close(ours.train()(batch)[key], value)
+
+
+def test_unknown_config_lists_what_there_is():
+    with pytest.raises(FileNotFoundError, match=r"No config 'x\.yaml'.*fcos_R_50_FPN_1x\.yaml"):
+        model_zoo.get_config("x.yaml")
+
+
+def test_get_builds_from_a_checkpoint(tmp_path):
+    name = "quick_schedules/fcos_R_18_FPN_shapes.yaml"
+    first = model_zoo.get(name, weights="", device="cpu")
+    torch.save({"model": first.state_dict()}, tmp_path / "m.pth")
+    second = model_zoo.get(name, weights=str(tmp_path / "m.pth"), device="cpu")
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key])
+
+
+def test_wheel_holds_the_configs(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*command, "-w", tmp_path, ROOT], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"fcos_d2/configs/{y}" for y in YAMLS} <= set(names)
+    assert "fcos_d2/modeling/fcos.py" in names

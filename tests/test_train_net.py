@@ -1,0 +1,128 @@
+"""train_net.py as a user runs it, in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from detectron2.engine import DefaultPredictor
+
+from fcos_d2 import model_zoo
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "configs/quick_schedules/fcos_R_18_FPN_shapes.yaml"
+SMALL = [
+    "MODEL.FCOS.NUM_CLS_CONVS", "1", "MODEL.FCOS.NUM_BOX_CONVS", "1", "SOLVER.IMS_PER_BATCH", "2",
+    "MODEL.FCOS.LOSS_NORMALIZER", "ema_fg",
+]  # fmt: skip
+
+
+@pytest.fixture
+def train_net(shapes_folder, tmp_path):
+    """Starts train_net.py with its output in tmp_path/output."""
+    env = os.environ | {"DETECTRON2_DATASETS": str(shapes_folder), "OMP_NUM_THREADS": "1"}
+
+    def start(*args, opts=()):
+        command = [sys.executable, "train_net.py", "--config-file", CONFIG, *args]
+        command += [*SMALL, "OUTPUT_DIR", str(tmp_path / "output"), *map(str, opts)]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    return start
+
+
+def finish(process, timeout=300):
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
+def test_two_processes_on_cpu_train_and_evaluate(train_net, tmp_path):
+    output = finish(train_net("--num-gpus", "2", "--dist-url", "auto", opts=["SOLVER.MAX_ITER", 3]))
+    assert "World size: 2" in output
+    metrics = {}
+    for line in (tmp_path / "output" / "metrics.json").open():
+        metrics |= json.loads(line)
+    assert {"bbox/AP", "loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"} <= metrics.keys()
+    assert metrics["fcos/positives_per_image"] > 0
+    assert list((tmp_path / "output").glob("events.out.tfevents*"))  # TensorBoard
+    assert (tmp_path / "output" / "model_final.pth").exists()
+
+
+def test_killed_run_resumes_and_its_weights_predict(train_net, tmp_path):
+    folder = tmp_path / "output"
+    process = train_net(opts=["SOLVER.MAX_ITER", 10000, "SOLVER.CHECKPOINT_PERIOD", 2])
+    deadline = time.monotonic() + 300
+    while not (folder / "model_0000003.pth").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    last = (folder / "last_checkpoint").read_text()
+    saved = torch.load(folder / last)
+    begin = saved["iteration"] + 1
+
+    output = finish(
+        train_net(
+            "--resume",
+            opts=["SOLVER.MAX_ITER", begin + 2, "SOLVER.CHECKPOINT_PERIOD", 1, "DATASETS.TEST", ()],
+        )
+    )
+    assert f"Starting training from iteration {begin}" in output
+    final = torch.load(folder / "model_final.pth")
+    assert final["iteration"] == begin + 1
+    assert final["trainer"]["hooks"]["LRScheduler"]["last_epoch"] == begin + 2
+    ema = "loss.ema_num_positives"
+    # Two more steps of momentum 0.9: it went on from the saved value, not from 100.
+    assert abs(final["model"][ema] - saved["model"][ema]) < 0.19 * 100
+    assert saved["model"][ema] != 100
+
+    cfg = model_zoo.get_cfg()
+    cfg.merge_from_file(str(folder / "config.yaml"))
+    cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.001
+    image = cv2.imread(str(next((tmp_path.parent).rglob("shapes/val/0001.png"))))
+    found = DefaultPredictor(cfg)(image)["instances"]
+    assert found.image_size == image.shape[:2]
+    assert len(found) > 0
+
+
+def test_eval_only(train_net, tmp_path):
+    model = model_zoo.get("quick_schedules/fcos_R_18_FPN_shapes.yaml", weights="", device="cpu")
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    process = train_net("--eval-only", opts=["MODEL.WEIGHTS", tmp_path / "model.pth",
+                                             "MODEL.FCOS.NUM_CLS_CONVS", 2,
+                                             "MODEL.FCOS.NUM_BOX_CONVS", 2,
+                                             "MODEL.FCOS.LOSS_NORMALIZER", "fg",
+                                             "MODEL.FCOS.SCORE_THRESH_TEST", 0.001])  # fmt: skip
+    output = finish(process)
+    assert "Evaluation results for bbox" in output
+    assert not (tmp_path / "output" / "metrics.json").exists()
+
+
+def test_rgb_and_bgr_models_see_the_same_picture():
+    """A model whose first layer is flipped with its input format predicts the same."""
+    predictors = {}
+    for channel_order in ("BGR", "RGB"):
+        cfg = model_zoo.get_config("quick_schedules/fcos_R_18_FPN_shapes.yaml")
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.INPUT.FORMAT = channel_order
+        cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.0
+        torch.manual_seed(0)
+        predictors[channel_order] = DefaultPredictor(cfg)
+    weight = predictors["RGB"].model.backbone.bottom_up.stem.conv1.weight
+    with torch.no_grad():
+        weight.copy_(weight.flip(1))
+    image = (torch.rand(96, 128, 3) * 255).byte().numpy()
+    bgr, rgb = (predictors[c](image)["instances"] for c in ("BGR", "RGB"))
+    torch.testing.assert_close(bgr.scores, rgb.scores)
+    torch.testing.assert_close(bgr.pred_boxes.tensor, rgb.pred_boxes.tensor, rtol=1e-4, atol=1e-2)
