@@ -11,7 +11,8 @@ __version__ = "0.1.0"
 
 _running_doctor = "fcos_d2.doctor" in sys.orig_argv
 
-if find_spec("detectron2") is None:
+_detectron2 = find_spec("detectron2")
+if _detectron2 is None or _detectron2.origin is None:  # no origin: a folder, not a package
     if not _running_doctor:  # the doctor must be able to say that Detectron2 is missing
         raise ImportError(
             "fcos_d2 needs Detectron2, which is not installed in this Python "

@@ -89,8 +89,9 @@ def _fcos_defaults() -> CN:
     fcos.FOCAL_LOSS_GAMMA = 2.0
     # "iou" (-ln IoU, 1904.01355), "linear_iou" (1 - IoU), "giou" (2006.09214), "diou", "ciou".
     fcos.BOX_LOSS_TYPE = "giou"
-    # "quality": weighted by the quality target and divided by the sum of these weights (the
-    # authors' code). "none": unweighted, divided by the number of positives (1904.01355, eq. 2).
+    # "quality": weighted by the centerness target and divided by the sum of these weights (the
+    # authors' code). "none": unweighted, divided by the number of positives (1904.01355, eq. 2);
+    # also what the authors' code does with QUALITY "iou".
     fcos.BOX_LOSS_WEIGHTING = "quality"
     # What the losses that are not weighted are divided by: "fg", the mean number of positives
     # per process in this step, or "ema_fg", its moving average, steadier for few positives per

@@ -10,6 +10,7 @@ import platform
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 _PACKAGES = ("torch", "torchvision", "detectron2", "fvcore", "pycocotools", "opencv-python")
 _INSTALL_DETECTRON2 = (
@@ -50,12 +51,21 @@ def _check_detectron2_ops() -> str:
     return "work"
 
 
+def _check_opencv() -> str:
+    importlib.import_module("cv2")
+    return "importable"
+
+
 def _check_cuda() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        return "no GPU is seen: training and inference run on CPU"
-    assert torch.ones(2, device="cuda").sum() == 2
+        assert not Path("/dev/nvidia0").exists(), "there is a GPU, but PyTorch does not see it"
+        return "no GPU on this machine: training and inference run on CPU"
+    from torchvision.ops import nms
+
+    boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8]], device="cuda")
+    assert nms(boxes, torch.tensor([0.9, 0.8], device="cuda"), 0.5).tolist() == [0]
     return f"works, {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
 
 
@@ -88,9 +98,16 @@ CHECKS: list[tuple[str, Callable[[], str], str]] = [
         + _INSTALL_DETECTRON2,
     ),
     (
+        "OpenCV",
+        _check_opencv,
+        "it needs the system's libGL: apt-get install libgl1 (or pip install "
+        "opencv-python-headless in place of opencv-python)",
+    ),
+    (
         "CUDA",
         _check_cuda,
-        "the driver and this torch do not fit: compare nvidia-smi with torch.version.cuda",
+        "install CUDA builds of torch and torchvision that fit the driver: compare nvidia-smi "
+        "with python -c 'import torch; print(torch.version.cuda)'",
     ),
     ("fcos_d2", _check_registered, "see the error; the checks above come first"),
 ]

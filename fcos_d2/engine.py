@@ -1,6 +1,7 @@
 """Detectron2's DefaultTrainer with what an FCOS run needs beyond it."""
 
 import logging
+import math
 import os
 import weakref
 
@@ -74,7 +75,7 @@ class Trainer(DefaultTrainer):
             # With several data sets their names stand before the metric; the first one decides.
             prefix = f"{self.cfg.DATASETS.TEST[0]}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
             best = BestCheckpointer(
-                self.cfg.TEST.EVAL_PERIOD, self.checkpointer, f"{prefix}bbox/AP", "max"
+                self.cfg.TEST.EVAL_PERIOD, self.checkpointer, f"{prefix}bbox/AP"
             )
             after_eval = [isinstance(h, hooks.EvalHook) for h in built].index(True) + 1
             built.insert(after_eval, best)
@@ -119,16 +120,38 @@ class Trainer(DefaultTrainer):
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's hook, whose record survives a resumed run.
+    """Detectron2's hook, with a record that is kept in ``model_best.pth`` itself.
 
-    Without it, the first evaluation after resuming would overwrite the best checkpoint.
+    So a resumed run does not overwrite a better model, and ``last_checkpoint`` goes on naming the
+    last one.
     """
 
-    def state_dict(self) -> dict:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+    def before_train(self) -> None:
+        file = os.path.join(self._checkpointer.save_dir, self._file_prefix + ".pth")
+        if self.trainer.start_iter > 0 and os.path.isfile(file):
+            saved = torch.load(file, map_location="cpu", mmap=True)
+            self.best_metric, self.best_iter = saved["best_metric"], saved["best_iter"]
 
-    def load_state_dict(self, state: dict) -> None:
-        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+    def _best_checking(self) -> None:
+        value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, 0))
+        if math.isnan(value) or (self.best_metric is not None and value <= self.best_metric):
+            self._logger.info(f"{self._val_metric} is {value:.3f}: {self._best()}")
+            return
+        # After the last iteration Detectron2 counts one too many.
+        self.best_metric, self.best_iter = value, min(iteration, self.trainer.max_iter - 1)
+        self._checkpointer.save(
+            self._file_prefix,
+            tag=False,
+            iteration=self.best_iter,
+            best_metric=self.best_metric,
+            best_iter=self.best_iter,
+        )
+        self._logger.info(f"Saved {self._file_prefix}.pth: {self._best()}")
+
+    def _best(self) -> str:
+        if self.best_metric is None:
+            return "no best model yet"
+        return f"best is {self.best_metric:.3f} of iteration {self.best_iter}"
 
 
 def evaluate(cfg: CfgNode, resume: bool = False) -> dict:

@@ -7,6 +7,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 import fcos_d2
+from fcos_d2.modeling.points import cell_locations
 
 RANGES = [(0, 64), (64, 128), (128, 256), (256, 512), (512, math.inf)]
 STRIDES = [8, 16, 32, 64, 128]
@@ -38,6 +39,12 @@ def make_input(boxes=((10.0, 8.0, 50.0, 40.0),), classes=(1,), size=(64, 96), se
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
     return {"image": image, "instances": make_instances(boxes, classes, size)}
+
+
+def level_locations(height, width, stride):
+    """(height * width, 2) locations of all cells of a level, row by row."""
+    cell = torch.arange(height * width)
+    return cell_locations(cell % width, cell // width, stride)
 
 
 def level_shapes(height, width, strides=STRIDES):

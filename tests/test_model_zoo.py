@@ -1,4 +1,5 @@
 import copy
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -80,9 +81,15 @@ def test_get_builds_from_a_checkpoint(tmp_path):
 
 
 def test_wheel_holds_the_configs(tmp_path):
+    source = tmp_path / "source"  # a copy: a build folder left in the checkout would be taken in
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        source.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    for name in ("fcos_d2", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    subprocess.run([*command, "-w", tmp_path, ROOT], check=True, capture_output=True)
+    subprocess.run([*command, "-w", tmp_path, source], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"fcos_d2/configs/{y}" for y in YAMLS} <= set(names)
-    assert "fcos_d2/modeling/fcos.py" in names
+    assert {"fcos_d2/modeling/fcos.py", "fcos_d2/configs/common/models/fcos.py"} <= set(names)

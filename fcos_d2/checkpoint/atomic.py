@@ -1,6 +1,7 @@
 """Checkpoints that are either complete or not there."""
 
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,22 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.path_manager = _AtomicWrites(self.path_manager)
+        self._tag = True
+
+    def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
+        """As Detectron2's; without ``tag`` the file is not what a run resumes from."""
+        self._tag = tag
+        try:
+            super().save(name, **kwargs)
+        finally:
+            self._tag = True
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        if self._tag:
+            super().tag_last_checkpoint(last_filename_basename)
+
+    def has_checkpoint(self) -> bool:
+        return super().has_checkpoint() or bool(self._complete_checkpoints())
 
     def get_checkpoint_file(self) -> str:
         """The last complete checkpoint in the folder.
@@ -30,7 +47,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         last = super().get_checkpoint_file()
         if _is_complete(last):
             return last
-        complete = [f for f in self.get_all_checkpoint_files() if _is_complete(f)]
+        complete = self._complete_checkpoints()
         if not complete:
             raise FileNotFoundError(
                 f"{last} is missing or not complete, and {self.save_dir} has no complete "
@@ -39,6 +56,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
         newest = max(complete, key=os.path.getmtime)
         self.logger.warning(f"{last} is missing or not complete: resuming from {newest}")
         return newest
+
+    def _complete_checkpoints(self) -> list[str]:
+        if not os.path.isdir(self.save_dir):
+            return []
+        periodic = re.compile(r"model_(\d+|final)\.pth")
+        files = self.get_all_checkpoint_files()
+        return [f for f in files if periodic.fullmatch(os.path.basename(f)) and _is_complete(f)]
 
 
 def _is_complete(path: str) -> bool:

@@ -7,9 +7,10 @@ Each entry is registered with Detectron2 under its key. Two formats::
         cells_train: {FORMAT: "coco", JSON: "cells/train.json", IMAGES: "cells/images"}
         cells_test: {FORMAT: "voc", ROOT: "cells", SPLIT: "test", CLASSES: ["RBC", "WBC"]}
 
-A VOC entry may have ``EVALUATOR``: ``"pascal_voc"`` (default) or ``"coco"``. Relative paths are
-taken from the folder in the environment variable DETECTRON2_DATASETS, else from ``datasets``, as
-for Detectron2's built-in data sets.
+A VOC entry may have ``EVALUATOR``: ``"coco"`` (default, which sees the boxes as loaded) or
+``"pascal_voc"`` (which reads the XML files itself, and counts "difficult" objects neither for nor
+against). Relative paths are taken from the folder in the environment variable
+DETECTRON2_DATASETS, else from ``datasets``, as for Detectron2's built-in data sets.
 """
 
 import logging
@@ -18,6 +19,7 @@ import os
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_voc_instances, register_coco_instances
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 
 _KEYS = {
     "coco": ({"FORMAT", "JSON", "IMAGES"}, set()),
@@ -92,13 +94,21 @@ def _check_entry(name: str, entry: dict) -> None:
 
 def _register_voc(name: str, entry: dict) -> None:
     root, split, classes = _path(entry["ROOT"]), entry["SPLIT"], list(entry["CLASSES"])
-    DatasetCatalog.register(name, lambda: _load_voc(root, split, classes))
+    evaluator = entry.get("EVALUATOR", "coco")
+
+    def load() -> list[dict]:
+        dicts = _load_voc(root, split, classes)
+        if evaluator == "pascal_voc":
+            _check_readable_by_pascal_voc_evaluator(root, dicts)
+        return dicts
+
+    DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
         thing_classes=classes,
         dirname=root,
         split=split,
         year=2012,  # the average precision of VOC 2010 and later: the area under the curve
-        evaluator_type=entry.get("EVALUATOR", "pascal_voc"),
+        evaluator_type=evaluator,
     )
 
 
@@ -131,5 +141,20 @@ def _load_voc(root: str, split: str, classes: list[str]) -> list[dict]:
     return dicts
 
 
+def _check_readable_by_pascal_voc_evaluator(root: str, dicts: list[dict]) -> None:
+    """Find now what Detectron2's evaluator would stumble over after the training."""
+    for image in dicts:
+        file = os.path.join(root, "Annotations", f"{image['image_id']}.xml")
+        try:
+            parse_rec(file)
+        except (AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{file}: the PASCAL VOC evaluator needs <pose>, <truncated>, <difficult> and "
+                f"whole-number corners in every object ({error}). Add them, or set EVALUATOR "
+                "'coco' for this data set"
+            ) from error
+
+
 def _path(path: str) -> str:
-    return os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), path)
+    root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    return os.path.join(root, path)

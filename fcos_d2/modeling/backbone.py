@@ -1,5 +1,7 @@
 """ResNet-FPN with the extra levels of FCOS: P6 and P7 from P5, from C5, or none."""
 
+from collections.abc import Sequence
+
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, build_resnet_backbone
@@ -29,8 +31,9 @@ def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """FPN on any ResNet of Detectron2's builder, with ``MODEL.FCOS.TOP_LEVELS`` extra levels.
 
     Raises:
-        ValueError: if TOP_LEVELS is not 0, 1 or 2, or TOP_IN_FEATURE is not a map that the
-            backbone makes.
+        ValueError: if TOP_LEVELS is not 0, 1 or 2, TOP_IN_FEATURE is not a map that the backbone
+            makes, or a level is made for nothing: one that IN_FEATURES leaves out, unless coarser
+            levels of the FPN help the finer ones.
     """
     bottom_up = build_resnet_backbone(cfg, input_shape)
     use_portable_deform_convs(bottom_up)
@@ -52,7 +55,7 @@ def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
         in_channels = bottom_up.output_shape()["res5"].channels if from_res5 else out_channels
         top_class = LastLevelP6P7 if top_levels == 2 else LastLevelP6
         top_block = top_class(in_channels, out_channels, top_in_feature)
-    return FPN(
+    fpn = FPN(
         bottom_up=bottom_up,
         in_features=in_features,
         out_channels=out_channels,
@@ -60,3 +63,25 @@ def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+    if cfg.MODEL.META_ARCHITECTURE == "FCOS":
+        _freeze_unused_outputs(fpn, cfg.MODEL.FCOS.IN_FEATURES)
+    return fpn
+
+
+def _freeze_unused_outputs(fpn: FPN, used: Sequence[str]) -> None:
+    """Take the convolutions of levels that nobody reads from training.
+
+    They would never get a gradient, which distributed training refuses.
+    """
+    made_from = None if fpn.top_block is None else fpn.top_block.in_feature
+    strides = {name: shape.stride for name, shape in fpn.output_shape().items()}
+    finest = min((strides[name] for name in used if name in strides), default=0)
+    for name in strides.keys() - {*used, made_from}:
+        output = getattr(fpn, f"fpn_output{name[1:]}", None)
+        if output is None or strides[name] < finest:
+            key = "MODEL.FCOS.TOP_LEVELS" if output is None else "MODEL.FPN.IN_FEATURES"
+            raise ValueError(
+                f"{key} makes the level {name}, but MODEL.FCOS.IN_FEATURES {list(used)} leaves it "
+                f"out: change {key}, or add the level"
+            )
+        output.requires_grad_(False)

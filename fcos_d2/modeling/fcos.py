@@ -48,10 +48,18 @@ class FCOS(DenseDetector):
             num_classes: what ``gt_classes`` must be below.
             pixel_mean, pixel_std: per channel, in the channel order of ``input_format``.
             input_format, vis_period: Detectron2's INPUT.FORMAT and VIS_PERIOD.
+
+        Raises:
+            ValueError: if there are not as many regression ranges as levels.
         """
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
         )
+        if len(assigner.regression_ranges) != len(head_in_features):
+            raise ValueError(
+                f"{len(assigner.regression_ranges)} REGRESSION_RANGES for the "
+                f"{len(head_in_features)} levels {list(head_in_features)}: they must be as many"
+            )
         self.assigner = assigner
         self.loss = loss
         self.post_processor = post_processor
@@ -89,13 +97,16 @@ class FCOS(DenseDetector):
         """As every Detectron2 detector: losses in training, else ``instances`` of each image.
 
         Raises:
-            ValueError: for an image with NaN or infinity, a ground-truth box that is not finite,
-                or a class number that is not below ``num_classes``.
+            ValueError: for an image on CPU with NaN or infinity; in training also for missing
+                annotations, a box that is not finite, or, on CPU, a class number outside
+                [0, ``num_classes``).
         """
         if not self.training:
             return super().forward(batched_inputs)
         # The ground truth stays where the data loader put it, on CPU: the assignment there runs
         # while a GPU works on the backbone, and never waits for it.
+        if any("instances" not in x for x in batched_inputs):
+            raise ValueError("Instance annotations are missing in training: no key 'instances'")
         instances = [x["instances"] for x in batched_inputs]
         self._check_classes(instances)
         images = self.preprocess_image(batched_inputs)
@@ -120,8 +131,10 @@ class FCOS(DenseDetector):
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         for i, x in enumerate(batched_inputs):
             image = x["image"]
+            if not image.is_floating_point() or image.is_cuda:
+                continue
             # The sum is finite unless an element is not: a tenth of the work of looking at each.
-            if image.is_floating_point() and not image.is_cuda and not image.sum().isfinite():
+            if not image.sum(dtype=torch.float32).isfinite():
                 name = x.get("file_name", f"number {i} of the batch")
                 raise ValueError(f"The image {name} has NaN or infinite pixels")
         return super().preprocess_image(batched_inputs)
@@ -142,8 +155,11 @@ class FCOS(DenseDetector):
     def _check_classes(self, instances: list[Instances]) -> None:
         for i, x in enumerate(instances):
             classes = x.gt_classes
-            if len(classes) and not classes.is_cuda and classes.max() >= self.num_classes:
+            if len(classes) == 0 or classes.is_cuda:
+                continue
+            lowest, highest = int(classes.min()), int(classes.max())
+            if lowest < 0 or highest >= self.num_classes:
                 raise ValueError(
-                    f"Image number {i} of the batch has class {int(classes.max())}, but "
+                    f"Image number {i} of the batch has classes from {lowest} to {highest}, but "
                     f"MODEL.FCOS.NUM_CLASSES is {self.num_classes}: classes are numbered from 0"
                 )

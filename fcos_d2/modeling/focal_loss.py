@@ -17,7 +17,7 @@ from .target_assignment import Positives
 
 # Elements that are processed at once. On CPU the temporaries then stay in the cache; on GPU it
 # only bounds their size, in few kernel launches.
-_CHUNK_CPU, _CHUNK_GPU = 2**16, 2**24
+_CHUNK_CPU, _CHUNK_GPU = 2**16, 2**22
 
 
 def sparse_sigmoid_focal_loss(
@@ -26,7 +26,7 @@ def sparse_sigmoid_focal_loss(
     """Sum of the focal loss over all levels, images, cells and classes.
 
     Value and gradient equal fvcore's ``sigmoid_focal_loss(..., reduction="sum")`` of the dense
-    form. Forward allocates nothing of the size of the logits, backward only their gradient.
+    form. Beside bounded temporaries, forward allocates nothing and backward only the gradient.
     Arithmetic is float32 (float64 for float64 logits), whatever the logits are.
 
     Args:

@@ -177,7 +177,7 @@ def _norm(name: str, channels: int, num_levels: int) -> nn.Module:
     if name == "GN":
         return get_norm(name, channels)
     if name == "SyncBN" and not torch.cuda.is_available():
-        name = "naiveSyncBN"  # the same statistics and parameters; nn.SyncBatchNorm wants a GPU
+        name = "naiveSyncBN"  # same parameters; nn.SyncBatchNorm runs on GPU only
     return PerLevelNorm(get_norm(name, channels) for _ in range(num_levels))
 
 

@@ -23,18 +23,6 @@ def cell_locations(x: Tensor, y: Tensor, stride: float | Tensor) -> Tensor:
     return torch.stack([(x + 0.5) * stride, (y + 0.5) * stride], dim=-1).float()
 
 
-def level_locations(
-    height: int, width: int, stride: float, device: torch.device | None = None
-) -> Tensor:
-    """Locations of all cells of a level, row by row.
-
-    Returns:
-        (height * width, 2) float32 locations (x, y) in pixels.
-    """
-    cell = torch.arange(height * width, device=device)
-    return cell_locations(cell % width, cell // width, stride)
-
-
 def boxes_to_ltrb(locations: Tensor, boxes: Tensor) -> Tensor:
     """Distances from locations to the sides of boxes (1904.01355, eq. 1).
 

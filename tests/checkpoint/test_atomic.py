@@ -39,7 +39,7 @@ def test_killed_while_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path)).resume_or_load("")["iteration"] == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "untagged"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "empty tag", "no tag"])
 def test_falls_back_to_the_newest_complete_checkpoint(tmp_path, damage, caplog):
     checkpointer = save_three(tmp_path)
     last = tmp_path / "model_2.pth"
@@ -47,12 +47,29 @@ def test_falls_back_to_the_newest_complete_checkpoint(tmp_path, damage, caplog):
         last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     elif damage == "missing":
         last.unlink()
-    else:
+    elif damage == "empty tag":
         (tmp_path / "last_checkpoint").write_text("")
-    newest = 2 if damage == "untagged" else 1
+    else:
+        (tmp_path / "last_checkpoint").unlink()
+    torch.save({"a released model": 1}, tmp_path / "model_zoo.pth")  # newer, but not of this run
+    newest = 2 if "tag" in damage else 1
     with caplog.at_level("WARNING"):
         assert checkpointer.resume_or_load("", resume=True)["iteration"] == newest
     assert f"resuming from {tmp_path}/model_{newest}.pth" in caplog.text
+
+
+def test_untagged_checkpoint_is_not_resumed_from(tmp_path):
+    checkpointer = save_three(tmp_path)
+    checkpointer.save("model_best", tag=False, iteration=1)
+    assert (tmp_path / "model_best.pth").exists()
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 2
+    checkpointer.save("model_3", iteration=3)
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 3
+
+
+def test_empty_folder_has_no_checkpoint(tmp_path):
+    assert not AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path)).has_checkpoint()
+    assert not AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path / "none")).has_checkpoint()
 
 
 def test_no_complete_checkpoint_is_an_error(tmp_path):

@@ -60,18 +60,25 @@ def test_voc(register, datasets_folder):
     # VOC's corners are pixel numbers from 1, both included: 1..10 covers 0 to 10.
     assert [a["bbox"] for a in dicts[0]["annotations"]] == [[0, 0, 10, 20], [4, 5, 40, 30]]
     assert [a["category_id"] for a in dicts[0]["annotations"]] == [0, 1]
+    assert MetadataCatalog.get("pets").evaluator_type == "coco"
+
+
+def test_what_the_pascal_voc_evaluator_cannot_read_is_said_at_once(register, datasets_folder):
+    write_voc(datasets_folder / "pets", [(1, 1, 10, 20)])
+    register(pets=voc(EVALUATOR="pascal_voc"))
     assert MetadataCatalog.get("pets").evaluator_type == "pascal_voc"
+    with pytest.raises(ValueError, match=r"a\.xml: .* needs <pose>.* set EVALUATOR 'coco'"):
+        DatasetCatalog.get("pets")
 
 
 def test_boxes_without_area_are_dropped_with_one_warning(register, datasets_folder, caplog):
     write_voc(datasets_folder / "pets", [(7, 8, 7, 8), (5, 6, 40, 30)])
-    register(pets=voc(EVALUATOR="coco"))
+    register(pets=voc())
     dicts = DatasetCatalog.get("pets")
     assert [len(d["annotations"]) for d in dicts] == [1, 1]
     (record,) = [r for r in caplog.records if r.name == "fcos_d2.data.custom"]
     assert "dropped 2 box(es)" in record.message
     assert "a (7, 8, 7, 8); b (7, 8, 7, 8)" in record.message
-    assert MetadataCatalog.get("pets").evaluator_type == "coco"
 
 
 def test_unlisted_class_is_named(register, datasets_folder):
@@ -131,14 +138,17 @@ def test_name_of_a_built_in_data_set(register):
 
 @pytest.mark.shared
 @pytest.mark.parametrize(
-    "split, images, boxes, dropped",
-    [("train", 205, None, "BloodImage_00343 (181, 329, 181, 329)"),
-     ("val", 87, None, "BloodImage_00338 (504, 337, 504, 337)"),
-     ("test", 72, None, None)],
-)  # fmt: skip
-def test_bccd(register, bccd_root, split, images, boxes, dropped, caplog):
+    "split, images, dropped",
+    [
+        ("train", 205, "BloodImage_00343 (181, 329, 181, 329)"),
+        ("val", 87, "BloodImage_00338 (504, 337, 504, 337)"),
+        ("test", 72, None),
+    ],
+)
+@pytest.mark.parametrize("evaluator", ["coco", "pascal_voc"])
+def test_bccd(register, bccd_root, split, images, dropped, evaluator, caplog):
     classes = ["RBC", "WBC", "Platelets"]
-    register(bccd={"FORMAT": "voc", "ROOT": bccd_root, "SPLIT": split, "CLASSES": classes})
+    register(bccd=voc(ROOT=bccd_root, SPLIT=split, CLASSES=classes, EVALUATOR=evaluator))
     assert len(DatasetCatalog.get("bccd")) == images
     warnings = [r.message for r in caplog.records if r.name == "fcos_d2.data.custom"]
     assert len(warnings) == (dropped is not None)

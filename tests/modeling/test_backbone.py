@@ -7,6 +7,20 @@ from helpers import tiny_cfg
 from fcos_d2.modeling.deform_conv import use_portable_deform_convs
 
 
+@pytest.mark.parametrize("keys", [
+    {"IN_FEATURES": ["p4"], "TOP_LEVELS": 0},
+    {"IN_FEATURES": ["p3", "p6"], "TOP_LEVELS": 1, "TOP_IN_FEATURE": "p5"},
+    {"IN_FEATURES": ["p3", "p6"], "TOP_LEVELS": 1, "TOP_IN_FEATURE": "res5"},
+])  # fmt: skip
+def test_every_trained_parameter_gets_a_gradient(keys):
+    """Distributed training refuses parameters without one."""
+    backbone = build_backbone(tiny_cfg(**keys))
+    maps = backbone(torch.randn(1, 3, 64, 64))
+    sum(maps[f].sum() for f in keys["IN_FEATURES"]).backward()
+    for name, parameter in backbone.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
 def test_levels_strides_and_channels():
     backbone = build_backbone(tiny_cfg())
     shapes = backbone.output_shape()
@@ -22,7 +36,8 @@ def test_levels_strides_and_channels():
 
 @pytest.mark.parametrize("levels, names", [(2, 5), (1, 4), (0, 3)])
 def test_top_levels(levels, names):
-    backbone = build_backbone(tiny_cfg(TOP_LEVELS=levels))
+    features = [f"p{i}" for i in range(3, 6 + levels)]
+    backbone = build_backbone(tiny_cfg(TOP_LEVELS=levels, IN_FEATURES=features))
     assert list(backbone(torch.zeros(1, 3, 64, 64))) == [f"p{i}" for i in range(3, 3 + names)]
 
 
@@ -44,6 +59,8 @@ def test_one_level_alone():
 def test_errors_say_what_to_set():
     with pytest.raises(ValueError, match="TOP_LEVELS must be 0, 1 or 2, got 3"):
         build_backbone(tiny_cfg(TOP_LEVELS=3))
+    with pytest.raises(ValueError, match="makes p[67], but IN_FEATURES .* leaves it out"):
+        build_backbone(tiny_cfg(IN_FEATURES=["p3", "p4", "p5"]))
     with pytest.raises(ValueError, match="TOP_IN_FEATURE must be 'p5' or 'res5'"):
         build_backbone(tiny_cfg(TOP_IN_FEATURE="p4"))
 

@@ -63,7 +63,7 @@ def test_images_without_positives(model, batch):
 def test_autocast(model, dtype, objects):
     batch = [make_input() if objects else make_input((), ())]
     model.train().zero_grad()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast("cpu", dtype=dtype), EventStorage(0):
         losses = model(batch)
     assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
     sum(losses.values()).backward()
@@ -102,9 +102,13 @@ def test_image_with_nan_is_named(model, value, training):
         model.train(training)([make_input(), bad])
 
 
-def test_class_number_beyond_num_classes(model):
-    with pytest.raises(ValueError, match=r"has class 3, but MODEL\.FCOS\.NUM_CLASSES is 3"):
+def test_wrong_or_missing_annotations(model):
+    with pytest.raises(ValueError, match=r"classes from 3 to 3, but MODEL\.FCOS\.NUM_CLASSES is 3"):
         model.train()([make_input(classes=(3,))])
+    with pytest.raises(ValueError, match="classes from -1 to -1"):
+        model.train()([make_input(classes=(-1,))])
+    with pytest.raises(ValueError, match="annotations are missing in training"):
+        model.train()([{"image": make_input()["image"]}])
 
 
 def test_detections_fit_the_requested_output_size(model):
@@ -151,9 +155,26 @@ def test_overfits_one_image():
     assert found.pred_classes[which].tolist() == [1, 2]
 
 
+def test_ranges_must_be_as_many_as_levels():
+    with pytest.raises(ValueError, match=r"5 REGRESSION_RANGES for the 4 levels"):
+        build_model(tiny_cfg(IN_FEATURES=["p3", "p4", "p5", "p6"], TOP_LEVELS=1))
+
+
 def test_unknown_feature_is_named():
     with pytest.raises(ValueError, match=r"IN_FEATURES names \['p8'\], but the backbone makes"):
         build_model(tiny_cfg(IN_FEATURES=["p3", "p8"]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_autocast(dtype):
+    cfg = tiny_cfg()
+    cfg.MODEL.DEVICE = "cuda"
+    model = build_model(cfg).train()
+    with torch.autocast("cuda", dtype=dtype), EventStorage(0):
+        losses = model([make_input(), make_input((), ())])
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.gpu

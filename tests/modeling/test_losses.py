@@ -7,13 +7,13 @@ from detectron2.layers import ciou_loss, diou_loss
 from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import EventStorage
-from fvcore.nn import giou_loss
-from helpers import RANGES, STRIDES, level_shapes
+from fvcore.nn import giou_loss, sigmoid_focal_loss
+from helpers import RANGES, STRIDES, level_locations, level_shapes
 from torch.autograd import gradcheck
 
 from fcos_d2.modeling import FCOSLoss, LocationAssigner
 from fcos_d2.modeling.losses import Targets, box_losses, centerness, gather, iou_of_ltrb
-from fcos_d2.modeling.points import boxes_to_ltrb, level_locations
+from fcos_d2.modeling.points import boxes_to_ltrb
 
 NUM_CLASSES = 3
 SIZE = (64, 96)
@@ -107,6 +107,13 @@ def test_losses_by_definition():
     losses = FCOSLoss()(*maps, targets)
     count = len(targets.positives)
     weights = centerness(targets.ltrb)
+    dense = 0
+    for level, x in enumerate(maps[0]):
+        target, here = torch.zeros_like(x).flatten(2), targets.positives.level == level
+        where = (targets.positives.image[here], targets.classes[here], targets.positives.cell[here])
+        target[where] = 1
+        dense += sigmoid_focal_loss(x.flatten(2), target, 0.25, 2.0, reduction="sum")
+    assert losses["loss_fcos_cls"].item() == pytest.approx((dense / count).item(), rel=1e-5)
     giou = box_losses(gather(maps[1], targets.positives), targets.ltrb, "giou")
     assert losses["loss_fcos_loc"].item() == pytest.approx(
         ((giou * weights).sum() / weights.sum()).item(), rel=1e-5
@@ -147,7 +154,9 @@ def test_no_quality_branch():
 @pytest.mark.parametrize("name", ["iou", "giou", "ciou"])
 def test_without_positives_finite_and_connected(quality, name):
     maps, targets = make_case(objects=False)
-    losses = FCOSLoss(quality=quality, box_loss_type=name)(*maps, targets)
+    weighting = "quality" if quality == "centerness" else "none"
+    loss = FCOSLoss(quality=quality, box_loss_type=name, box_loss_weighting=weighting)
+    losses = loss(*maps, targets)
     assert all(v.isfinite() for v in losses.values())
     sum(losses.values()).backward()
     for x in (*maps[0], *maps[1], *maps[2]):
@@ -212,5 +221,6 @@ def test_logged_centerness_loss_can_reach_zero():
 def test_errors_name_key_and_choices():
     with pytest.raises(ValueError, match=r"BOX_LOSS_TYPE must be one of .*'giou'.* got 'l1'"):
         FCOSLoss(box_loss_type="l1")
-    with pytest.raises(ValueError, match="BOX_LOSS_WEIGHTING must be 'none'"):
-        FCOSLoss(quality="none")
+    for quality in ("none", "iou"):
+        with pytest.raises(ValueError, match="set BOX_LOSS_WEIGHTING 'none'"):
+            FCOSLoss(quality=quality)

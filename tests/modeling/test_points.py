@@ -2,21 +2,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fcos_d2.modeling.points import (
-    boxes_to_ltrb,
-    cell_locations,
-    level_locations,
-    ltrb_to_boxes,
-)
+from fcos_d2.modeling.points import boxes_to_ltrb, cell_locations, ltrb_to_boxes
 
 pixel = st.floats(-1000, 1000, width=32)
 
 
-def test_locations_are_cell_centers_row_by_row():
+def test_locations_are_cell_centers():
     # Stride 16: 16/2 = 8, 8 + 16 = 24, 8 + 2 * 16 = 40.
-    expected = [[8, 8], [24, 8], [40, 8], [8, 24], [24, 24], [40, 24]]
-    assert level_locations(2, 3, 16).tolist() == expected
-    assert cell_locations(torch.tensor(2), torch.tensor(1), 16).tolist() == [40, 24]
+    x, y = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 0, 0, 1])
+    assert cell_locations(x, y, 16).tolist() == [[8, 8], [24, 8], [40, 8], [8, 24]]
 
 
 def test_ltrb_of_a_box():

@@ -4,12 +4,11 @@ import math
 import pytest
 import torch
 from detectron2.layers import nms
-from helpers import STRIDES, level_shapes
+from helpers import STRIDES, level_locations, level_shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcos_d2.modeling import FCOSPostProcessor
-from fcos_d2.modeling.points import level_locations
 from fcos_d2.modeling.post_processing import top_k_per_group
 
 NUM_CLASSES = 3

@@ -1,0 +1,71 @@
+"""Each key of MODEL.FCOS reaches the part that it is for, through the whole model's config."""
+
+import pytest
+from detectron2.modeling import build_model
+from helpers import tiny_cfg
+
+from fcos_d2.config import get_cfg
+
+# Key: (value that is not the default, other keys it needs, what then shows in the model).
+KEYS = {
+    "NUM_CLASSES": (7, {}, lambda m: (m.num_classes, m.head.cls_logits.out_channels) == (7, 7)),
+    "IN_FEATURES": (
+        ["p3", "p4"],
+        {"TOP_LEVELS": 0, "REGRESSION_RANGES": [[0, 64], [64, 999]]},
+        lambda m: (m.head_in_features, m.strides, len(m.head.scales)) == (["p3", "p4"], [8, 16], 2),
+    ),
+    "TOP_LEVELS": (
+        1,
+        {"IN_FEATURES": ["p3", "p4", "p5", "p6"], "REGRESSION_RANGES": [[0, 9]] * 4},
+        lambda m: not hasattr(m.backbone.top_block, "p7"),
+    ),
+    "TOP_IN_FEATURE": ("res5", {}, lambda m: m.backbone.top_block.p6.in_channels == 512),
+    "NUM_CLS_CONVS": (3, {}, lambda m: len(m.head.cls_tower) == 9),
+    "NUM_BOX_CONVS": (3, {}, lambda m: len(m.head.bbox_tower) == 9),
+    "NUM_SHARE_CONVS": (2, {}, lambda m: len(m.head.share_tower) == 6),
+    "NORM": ("BN", {}, lambda m: type(m.head.cls_tower[1]).__name__ == "PerLevelNorm"),
+    "USE_DEFORMABLE": (True, {}, lambda m: hasattr(m.head.cls_tower[0], "offset")),
+    "USE_SCALE": (False, {}, lambda m: m.head.scales is None),
+    # ln(0.2 / 0.8) = -1.386
+    "PRIOR_PROB": (0.2, {}, lambda m: abs(m.head.cls_logits.bias[0].item() + 1.386) < 1e-3),
+    "BOX_ACTIVATION": ("exp", {}, lambda m: m.head.box_activation == "exp"),
+    "QUALITY": (
+        "iou",
+        {"BOX_LOSS_WEIGHTING": "none"},
+        lambda m: m.loss.quality == "iou" and m.head.ctrness is not None,
+    ),
+    "QUALITY_ON": ("cls", {}, lambda m: m.head.quality_on == "cls"),
+    "REGRESSION_RANGES": (
+        [[0, 9]] * 5, {}, lambda m: m.assigner.regression_ranges == [(0.0, 9.0)] * 5,
+    ),
+    "CENTER_SAMPLING_RADIUS": (0.7, {}, lambda m: m.assigner.radius == 0.7),
+    "FOCAL_LOSS_ALPHA": (0.4, {}, lambda m: m.loss.focal_loss_alpha == 0.4),
+    "FOCAL_LOSS_GAMMA": (1.5, {}, lambda m: m.loss.focal_loss_gamma == 1.5),
+    "BOX_LOSS_TYPE": ("diou", {}, lambda m: m.loss.box_loss_type == "diou"),
+    "BOX_LOSS_WEIGHTING": ("none", {}, lambda m: m.loss.box_loss_weighting == "none"),
+    "LOSS_NORMALIZER": ("ema_fg", {}, lambda m: m.loss.ema_num_positives is not None),
+    "CLS_LOSS_WEIGHT": (2.0, {}, lambda m: m.loss.cls_loss_weight == 2.0),
+    "BOX_LOSS_WEIGHT": (3.0, {}, lambda m: m.loss.box_loss_weight == 3.0),
+    "QUALITY_LOSS_WEIGHT": (4.0, {}, lambda m: m.loss.quality_loss_weight == 4.0),
+    "SCORE_THRESH_TEST": (0.2, {}, lambda m: m.post_processor.score_thresh == 0.2),
+    "TOPK_CANDIDATES_TEST": (50, {}, lambda m: m.post_processor.topk_candidates == 50),
+    "NMS_THRESH_TEST": (0.5, {}, lambda m: m.post_processor.nms_thresh == 0.5),
+    "SCORE_FUSION": ("product", {}, lambda m: m.post_processor.score_fusion == "product"),
+}  # fmt: skip
+
+
+def test_every_key_is_listed_here():
+    assert get_cfg().MODEL.FCOS.keys() == KEYS.keys()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_key_reaches_its_part(key):
+    value, needed, shows = KEYS[key]
+    assert not shows(build_model(tiny_cfg())), "the value must differ from the default"
+    assert shows(build_model(tiny_cfg(**{key: value}, **needed)))
+
+
+def test_detections_per_image_is_detectron2s_key():
+    cfg = tiny_cfg()
+    cfg.TEST.DETECTIONS_PER_IMAGE = 7
+    assert build_model(cfg).post_processor.max_detections_per_image == 7
