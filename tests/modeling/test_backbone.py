@@ -8,7 +8,7 @@ from fcos_d2.modeling.deform_conv import use_portable_deform_convs
 
 
 @pytest.mark.parametrize("keys", [
-    {"IN_FEATURES": ["p4"], "TOP_LEVELS": 0},
+    {"IN_FEATURES": ["p3"], "TOP_LEVELS": 0},
     {"IN_FEATURES": ["p3", "p6"], "TOP_LEVELS": 1, "TOP_IN_FEATURE": "p5"},
     {"IN_FEATURES": ["p3", "p6"], "TOP_LEVELS": 1, "TOP_IN_FEATURE": "res5"},
 ])  # fmt: skip
@@ -59,8 +59,10 @@ def test_one_level_alone():
 def test_errors_say_what_to_set():
     with pytest.raises(ValueError, match="TOP_LEVELS must be 0, 1 or 2, got 3"):
         build_backbone(tiny_cfg(TOP_LEVELS=3))
-    with pytest.raises(ValueError, match="makes p[67], but IN_FEATURES .* leaves it out"):
+    with pytest.raises(ValueError, match=r"TOP_LEVELS makes the level p[67], but .* leaves"):
         build_backbone(tiny_cfg(IN_FEATURES=["p3", "p4", "p5"]))
+    with pytest.raises(ValueError, match=r"FPN\.IN_FEATURES makes the level p3, but .* leaves"):
+        build_backbone(tiny_cfg(IN_FEATURES=["p4", "p5"], TOP_LEVELS=0))
     with pytest.raises(ValueError, match="TOP_IN_FEATURE must be 'p5' or 'res5'"):
         build_backbone(tiny_cfg(TOP_IN_FEATURE="p4"))
 
