@@ -87,10 +87,24 @@ def make_batch(images: int, boxes: int) -> list[dict]:
 
 
 def step(model: torch.nn.Module, batch: list[dict]) -> float:
+    """Milliseconds of a training step."""
     model.zero_grad()
     begin = time.perf_counter()
     sum(model(batch).values()).backward()
     return (time.perf_counter() - begin) * 1e3
+
+
+def peak_megabytes(model: torch.nn.Module, batch: list[dict]) -> float:
+    """The most memory that tensors made in a training step hold at once."""
+    model.zero_grad()
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step(model, batch)
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
 
 
 def main() -> None:
@@ -115,8 +129,10 @@ def main() -> None:
                     if repeat:  # the first one warms up
                         measured.append(milliseconds)
             a, b = (statistics.median(times[m]) for m in (ours, peer))
-            rows.append([boxes, a, b, b / a])
-    headers = ["boxes per image", "fcos_d2 ms", "Detectron2 FCOS ms", "ratio"]
+            rows.append([boxes, a, b, b / a, *(peak_megabytes(m, batch) for m in (ours, peer))])
+    headers = [
+        "boxes per image", "fcos_d2 ms", "Detectron2 ms", "ratio", "fcos_d2 MB", "Detectron2 MB",
+    ]  # fmt: skip
     print(f"training step, {args.images} x {SIZE[0]}x{SIZE[1]}, medians of {args.repeats}")
     print(tabulate(rows, headers, floatfmt=".1f"))
 

@@ -154,6 +154,20 @@ def test_equals_detectron2s_fcos():
     assert torch.equal(matched[0][place], boxes[positives.gt])
 
 
+@pytest.mark.parametrize("radius, per_box", [(0.0, 130), (1.5, 40)])
+def test_boxes_propose_few_cells_whatever_the_size_of_the_image(radius, per_box):
+    # With centre sampling a window is at most 4 x 4 cells, on the two or three levels that a box
+    # can be on. Without it, a window under the upper bound of 8 strides is at most 9 x 9 cells,
+    # again on two levels, and P7 has 70 cells in all. A location looks at 1000 boxes otherwise.
+    shapes = level_shapes(800, 1216)
+    sizes = torch.exp(torch.rand(1000, 2) * 4 + 2.5)  # 12 to 665 pixels
+    centers = torch.rand(1000, 2) * torch.tensor([1216.0, 800.0])
+    boxes = torch.cat([centers - sizes / 2, centers + sizes / 2], dim=1)
+    proposals = LocationAssigner(RANGES, radius)._propose(shapes, STRIDES, boxes)
+    assert 1000 < len(proposals[0]) <= per_box * 1000
+    assert len(proposals[0]) < sum(h * w for h, w in shapes) * 1000 / 100
+
+
 def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"lower must be below upper, got \[64, 32\]"):
         LocationAssigner([(64, 32)], 1.5)
