@@ -70,8 +70,9 @@ def _fcos_defaults() -> CN:
     # How the box branch turns its output x into pixels: "relu" is relu(scale * x) * stride
     # (2006.09214), "exp" is exp(scale * x) (1904.01355).
     fcos.BOX_ACTIVATION = "relu"
-    # What the third branch predicts: "centerness" (1904.01355, eq. 3), "iou" (of the predicted
-    # with the true box) or "none" for no branch.
+    # What the third branch predicts: "centerness" (1904.01355, eq. 3) or "iou" (of the predicted
+    # with the true box). Without a branch: "none", or "computed", centerness of the predicted
+    # distances themselves at test time (1904.01355, table 4).
     fcos.QUALITY = "centerness"
     # The tower the quality branch stands on: "box" (2006.09214) or "cls" (1904.01355).
     fcos.QUALITY_ON = "box"
@@ -80,6 +81,9 @@ def _fcos_defaults() -> CN:
     # Per level of IN_FEATURES: lower <= max(left, top, right, bottom) <= upper, in pixels
     # (1904.01355, section 3.2). `.inf` in a YAML means no upper bound.
     fcos.REGRESSION_RANGES = [[0, 64], [64, 128], [128, 256], [256, 512], [512, float("inf")]]
+    # Where in its cell a location is, in strides: 0.5, its middle (1904.01355, section 3.1).
+    # torchvision's models are trained with 0.
+    fcos.LOCATION_OFFSET = 0.5
     # A location is positive only within this many strides of the box centre, on both axes
     # (2006.09214). 0: everywhere in the box (1904.01355).
     fcos.CENTER_SAMPLING_RADIUS = 1.5
@@ -102,8 +106,10 @@ def _fcos_defaults() -> CN:
     fcos.QUALITY_LOSS_WEIGHT = 1.0
 
     # ---- Inference ----
-    # Candidates are locations with a class probability above this, before quality is applied.
+    # Candidates are locations with a class probability above this, before quality is applied; or
+    # with SCORE_THRESH_ON "score", with a final score above this, as in Detectron2 and torchvision.
     fcos.SCORE_THRESH_TEST = 0.05
+    fcos.SCORE_THRESH_ON = "class"
     # At most this many candidates per level and image go into NMS.
     fcos.TOPK_CANDIDATES_TEST = 1000
     fcos.NMS_THRESH_TEST = 0.6

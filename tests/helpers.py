@@ -51,7 +51,7 @@ def level_shapes(height, width, strides=STRIDES):
     return [(math.ceil(height / s), math.ceil(width / s)) for s in strides]
 
 
-def assign_by_loops(shapes, strides, ranges, radius, boxes_per_image):
+def assign_by_loops(shapes, strides, ranges, radius, boxes_per_image, offset=0.5):
     """The definition of the assignment, cell by cell and box by box, in float32.
 
     Returns:
@@ -64,7 +64,7 @@ def assign_by_loops(shapes, strides, ranges, radius, boxes_per_image):
     ):
         for y in range(height):
             for x in range(width):
-                px, py = f((x + 0.5) * stride), f((y + 0.5) * stride)
+                px, py = f((x + offset) * stride), f((y + offset) * stride)
                 number = 0
                 for image, boxes in enumerate(boxes_per_image):
                     best_area = None

@@ -34,6 +34,10 @@ KEYS = {
         {"BOX_LOSS_WEIGHTING": "none"},
         lambda m: m.loss.quality == "iou" and m.head.ctrness is not None,
     ),
+    "LOCATION_OFFSET": (
+        0.0, {}, lambda m: m.assigner.location_offset == m.post_processor.location_offset == 0,
+    ),
+    "SCORE_THRESH_ON": ("score", {}, lambda m: m.post_processor.score_thresh_on == "score"),
     "QUALITY_ON": ("cls", {}, lambda m: m.head.quality_on == "cls"),
     "REGRESSION_RANGES": (
         [[0, 9]] * 5, {}, lambda m: m.assigner.regression_ranges == [(0.0, 9.0)] * 5,
@@ -63,6 +67,11 @@ def test_key_reaches_its_part(key):
     value, needed, shows = KEYS[key]
     assert not shows(build_model(tiny_cfg())), "the value must differ from the default"
     assert shows(build_model(tiny_cfg(**{key: value}, **needed)))
+
+
+def test_computed_centerness():
+    model = build_model(tiny_cfg(QUALITY="computed", BOX_LOSS_WEIGHTING="none"))
+    assert model.head.ctrness is None and model.post_processor.computed_centerness
 
 
 def test_detections_per_image_is_detectron2s_key():

@@ -83,7 +83,9 @@ class FCOS(DenseDetector):
             "backbone": backbone,
             "head": FCOSHead(cfg, [shapes[f] for f in fcos.IN_FEATURES]),
             "head_in_features": fcos.IN_FEATURES,
-            "assigner": LocationAssigner(fcos.REGRESSION_RANGES, fcos.CENTER_SAMPLING_RADIUS),
+            "assigner": LocationAssigner(
+                fcos.REGRESSION_RANGES, fcos.CENTER_SAMPLING_RADIUS, fcos.LOCATION_OFFSET
+            ),
             "loss": FCOSLoss(cfg),
             "post_processor": FCOSPostProcessor(cfg),
             "num_classes": fcos.NUM_CLASSES,
@@ -147,7 +149,8 @@ class FCOS(DenseDetector):
         widths = torch.tensor([width for _, width in level_shapes], device=boxes[0].device)
         width = widths[positives.level]
         stride = torch.tensor(self.strides, device=boxes[0].device)[positives.level]
-        locations = cell_locations(positives.cell % width, positives.cell // width, stride)
+        x, y = positives.cell % width, positives.cell // width
+        locations = cell_locations(x, y, stride, self.assigner.location_offset)
         ltrb = boxes_to_ltrb(locations, torch.cat(boxes)[positives.gt])
         classes = torch.cat([x.gt_classes for x in instances])[positives.gt]
         return Targets(positives, classes, ltrb).to(self.device)

@@ -83,7 +83,7 @@ class FCOSHead(nn.Module):
         super().__init__()
         check_choice("NORM", norm, ("GN", "BN", "SyncBN", ""))
         check_choice("BOX_ACTIVATION", box_activation, ("relu", "exp"))
-        check_choice("QUALITY", quality, ("centerness", "iou", "none"))
+        check_choice("QUALITY", quality, ("centerness", "iou", "computed", "none"))
         check_choice("QUALITY_ON", quality_on, ("box", "cls"))
         channels = {shape.channels for shape in input_shape}
         if len(channels) != 1:
@@ -113,7 +113,7 @@ class FCOSHead(nn.Module):
         self.bbox_tower = tower(num_box_convs, use_deformable)
         self.cls_logits = _conv3x3(channels, num_classes)
         self.bbox_pred = _conv3x3(channels, 4)
-        self.ctrness = _conv3x3(channels, 1) if quality != "none" else None
+        self.ctrness = _conv3x3(channels, 1) if quality in ("centerness", "iou") else None
         self.scales = nn.ModuleList(Scale() for _ in input_shape) if use_scale else None
         nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior_prob) / prior_prob))
 

@@ -18,6 +18,7 @@ from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
 
 from .focal_loss import sparse_sigmoid_focal_loss
 from .head import check_choice
+from .points import centerness
 from .target_assignment import Positives
 
 _EMA_MOMENTUM = 0.9
@@ -145,7 +146,7 @@ class FCOSLoss(nn.Module):
             "loss_fcos_cls": self.cls_loss_weight * cls_loss / num_positives,
             "loss_fcos_loc": self.box_loss_weight * (box_loss * weights).sum() / sum_of_weights,
         }
-        if self.quality != "none":
+        if quality_logits is not None:
             logits = gather(quality_logits, positives)[:, 0].float()
             quality_loss = F.binary_cross_entropy_with_logits(logits, quality, reduction="sum")
             name = "loss_fcos_ctr" if self.quality == "centerness" else "loss_fcos_iou"
@@ -194,20 +195,6 @@ def gather(maps: Sequence[Tensor], positives: Positives) -> Tensor:
     """(P, C) entries of the (N, C, Hi, Wi) maps at the positives."""
     parts = (t.split(positives.per_level) for t in (positives.image, positives.cell))
     return torch.cat([x.flatten(2)[i, :, cell] for x, i, cell in zip(maps, *parts, strict=True)])
-
-
-def centerness(ltrb: Tensor) -> Tensor:
-    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) (1904.01355, eq. 3).
-
-    Args:
-        ltrb: (P, 4) distances, all > 0.
-
-    Returns:
-        (P,) in (0, 1]; 1 at the centre of the box.
-    """
-    nearer = torch.minimum(ltrb[:, :2], ltrb[:, 2:])
-    farther = torch.maximum(ltrb[:, :2], ltrb[:, 2:])
-    return (nearer / farther).prod(dim=1).sqrt()
 
 
 def iou_of_ltrb(predicted: Tensor, target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from .head import check_choice
-from .points import cell_locations, ltrb_to_boxes
+from .points import cell_locations, centerness, ltrb_to_boxes
 
 
 class FCOSPostProcessor:
@@ -24,31 +24,43 @@ class FCOSPostProcessor:
         self,
         *,
         score_thresh: float = 0.05,
+        score_thresh_on: str = "class",
         topk_candidates: int = 1000,
         nms_thresh: float = 0.6,
         max_detections_per_image: int = 100,
         score_fusion: str = "sqrt",
+        computed_centerness: bool = False,
+        location_offset: float = 0.5,
     ):
         """
         Args:
+            computed_centerness: without a quality branch, take the centerness of the predicted
+                distances for the quality.
             max_detections_per_image: ``TEST.DETECTIONS_PER_IMAGE``; negative for no limit.
             Others: see the keys of ``MODEL.FCOS`` in :mod:`fcos_d2.config`.
         """
         check_choice("SCORE_FUSION", score_fusion, ("sqrt", "product"))
+        check_choice("SCORE_THRESH_ON", score_thresh_on, ("class", "score"))
         self.score_thresh = score_thresh
+        self.score_thresh_on = score_thresh_on
         self.topk_candidates = topk_candidates
         self.nms_thresh = nms_thresh
         self.max_detections_per_image = max_detections_per_image
         self.score_fusion = score_fusion
+        self.computed_centerness = computed_centerness
+        self.location_offset = location_offset
 
     @classmethod
     def from_config(cls, cfg) -> dict:
         return {
             "score_thresh": cfg.MODEL.FCOS.SCORE_THRESH_TEST,
+            "score_thresh_on": cfg.MODEL.FCOS.SCORE_THRESH_ON,
             "topk_candidates": cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST,
             "nms_thresh": cfg.MODEL.FCOS.NMS_THRESH_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "score_fusion": cfg.MODEL.FCOS.SCORE_FUSION,
+            "computed_centerness": cfg.MODEL.FCOS.QUALITY == "computed",
+            "location_offset": cfg.MODEL.FCOS.LOCATION_OFFSET,
         }
 
     def __call__(
@@ -110,19 +122,33 @@ class FCOSPostProcessor:
         image, classes, y, x = (class_logits > self._logit_thresh).nonzero(as_tuple=True)
         # 2. Score.
         scores = class_logits[image, classes, y, x].float().sigmoid()
+        distances = ltrb[image, :, y, x].float()
         if quality_logits is not None:
-            scores = scores * quality_logits[image, 0, y, x].float().sigmoid()
-            if self.score_fusion == "sqrt":
-                scores = scores.sqrt()
+            scores = self._fuse(scores, quality_logits[image, 0, y, x].float().sigmoid())
+        elif self.computed_centerness:
+            # A box without extent on an axis is dropped later; its centerness is 0 / 0 till then.
+            scores = self._fuse(scores, centerness(distances).nan_to_num(0.0))
         # 3. Decode.
-        boxes = ltrb_to_boxes(cell_locations(x, y, stride), ltrb[image, :, y, x].float())
-        return image, torch.full_like(image, level), classes, scores, boxes
+        boxes = ltrb_to_boxes(cell_locations(x, y, stride, self.location_offset), distances)
+        found = image, torch.full_like(image, level), classes, scores, boxes
+        if self.score_thresh_on == "score":
+            above = scores > self.score_thresh
+            found = tuple(t[above] for t in found)
+        return found
+
+    def _fuse(self, scores: Tensor, quality: Tensor) -> Tensor:
+        fused = scores * quality
+        return fused.sqrt() if self.score_fusion == "sqrt" else fused
 
     @property
     def _logit_thresh(self) -> float:
-        if not 0 < self.score_thresh < 1:
-            return -math.inf if self.score_thresh <= 0 else math.inf
-        return math.log(self.score_thresh / (1 - self.score_thresh))
+        """What a class logit must be above for a candidate."""
+        thresh = self.score_thresh
+        if self.score_thresh_on == "score" and self.score_fusion == "sqrt":
+            thresh = thresh * abs(thresh)  # sqrt(class * quality) > t needs class > t * t
+        if not 0 < thresh < 1:
+            return -math.inf if thresh <= 0 else math.inf
+        return math.log(thresh / (1 - thresh))
 
     def _detect(
         self, boxes: Tensor, scores: Tensor, classes: Tensor, image_size: tuple[int, int]

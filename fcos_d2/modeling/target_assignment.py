@@ -61,12 +61,16 @@ class LocationAssigner:
     """
 
     def __init__(
-        self, regression_ranges: Sequence[tuple[float, float]], center_sampling_radius: float
+        self,
+        regression_ranges: Sequence[tuple[float, float]],
+        center_sampling_radius: float,
+        location_offset: float = 0.5,
     ):
         """
         Args:
             regression_ranges: (lower, upper) in pixels for each level, finest first.
             center_sampling_radius: in strides; 0 takes all locations in the box.
+            location_offset: where in its cell a location is, in strides.
 
         Raises:
             ValueError: for a range with lower >= upper, or a negative radius.
@@ -80,6 +84,7 @@ class LocationAssigner:
             raise ValueError(f"CENTER_SAMPLING_RADIUS must be >= 0, got {center_sampling_radius}")
         self.regression_ranges = [(float(low), float(high)) for low, high in regression_ranges]
         self.radius = float(center_sampling_radius)
+        self.location_offset = float(location_offset)
 
     @torch.no_grad()
     def __call__(
@@ -89,6 +94,35 @@ class LocationAssigner:
         boxes: Sequence[Tensor],
     ) -> Positives:
         """Assign the boxes of a batch. Runs on the device of the boxes; on CPU no GPU waits.
+
+        Arguments and errors are those of :meth:`candidates`.
+        """
+        found = self.candidates(level_shapes, strides, boxes)
+        place = self.place(found, level_shapes, len(boxes))
+        # The smallest area wins, then the lowest box number. The bits of a non-negative float32,
+        # read as an integer, are ordered like the float: area and number make one exact key.
+        all_boxes = torch.cat(list(boxes)).float()
+        size = all_boxes[:, 2:] - all_boxes[:, :2]
+        area = (size[:, 0] * size[:, 1])[found.gt]
+        key = (area.view(torch.int32).long() << 32) | found.gt
+        num_places = len(boxes) * sum(height * width for height, width in level_shapes)
+        smallest = torch.full((num_places,), torch.iinfo(torch.int64).max, device=place.device)
+        smallest.scatter_reduce_(0, place, key, reduce="amin")
+        won = smallest[place] == key
+        level = found.level[won]
+        per_level = torch.bincount(level, minlength=len(level_shapes)).tolist()
+        return Positives(found.image[won], level, found.cell[won], found.gt[won], per_level)
+
+    @torch.no_grad()
+    def candidates(
+        self,
+        level_shapes: Sequence[tuple[int, int]],
+        strides: Sequence[int],
+        boxes: Sequence[Tensor],
+    ) -> Positives:
+        """All pairs of a location and a box that it may learn.
+
+        An ambiguous location is listed once for each of its boxes; the assignment keeps one.
 
         Args:
             level_shapes: (height, width) in cells of each level.
@@ -119,25 +153,20 @@ class LocationAssigner:
         keep = self._is_candidate(all_boxes[box], strides, level, x, y)
         level, box, x, y = level[keep], box[keep], x[keep], y[keep]
 
-        # The cell's number in the whole batch.
-        heights, widths = torch.tensor(level_shapes, device=device).unbind(dim=1)
-        cells_per_level = heights * widths
-        level_begin = len(boxes) * (cells_per_level.cumsum(0) - cells_per_level)
-        image = image_of_box[box]
-        cell = y * widths[level] + x
-        place = level_begin[level] + image * cells_per_level[level] + cell
+        widths = torch.tensor([width for _, width in level_shapes], device=device)
+        per_level = torch.bincount(level, minlength=len(level_shapes)).tolist()
+        return Positives(image_of_box[box], level, y * widths[level] + x, box, per_level)
 
-        # The smallest area wins, then the lowest box number. The bits of a non-negative float32,
-        # read as an integer, are ordered like the float: area and number make one exact key.
-        size = all_boxes[:, 2:] - all_boxes[:, :2]
-        area = (size[:, 0] * size[:, 1])[box]
-        key = (area.view(torch.int32).long() << 32) | box
-        num_places = len(boxes) * sum(height * width for height, width in level_shapes)
-        smallest = torch.full((num_places,), torch.iinfo(torch.int64).max, device=device)
-        smallest.scatter_reduce_(0, place, key, reduce="amin")
-        won = smallest[place] == key
-        per_level = torch.bincount(level[won], minlength=len(level_shapes)).tolist()
-        return Positives(image[won], level[won], cell[won], box[won], per_level)
+    @staticmethod
+    def place(
+        positives: Positives, level_shapes: Sequence[tuple[int, int]], num_images: int
+    ) -> Tensor:
+        """(P,) int64 number of each cell among those of all levels and images of the batch."""
+        sizes = [height * width for height, width in level_shapes]
+        cells = torch.tensor(sizes, device=positives.cell.device)
+        level_begin = num_images * (cells.cumsum(0) - cells)
+        level = positives.level
+        return level_begin[level] + positives.image * cells[level] + positives.cell
 
     def _propose(
         self, level_shapes: Sequence[tuple[int, int]], strides: Sequence[int], boxes: Tensor
@@ -165,8 +194,9 @@ class LocationAssigner:
             high = torch.minimum(high, center + reach[..., None])
             largest = torch.minimum(largest, largest / 2 + reach)  # (L, M)
 
-        first = torch.ceil(low / stride[..., None] - 0.5 - _WINDOW_MARGIN).clamp(min=0)
-        last = torch.floor(high / stride[..., None] - 0.5 + _WINDOW_MARGIN)
+        offset = self.location_offset
+        first = torch.ceil(low / stride[..., None] - offset - _WINDOW_MARGIN).clamp(min=0)
+        last = torch.floor(high / stride[..., None] - offset + _WINDOW_MARGIN)
         last = torch.minimum(last, num_cells - 1.0)
         count = (last - first + 1).clamp(min=0)  # (L, M, 2) cells per axis
         reachable = largest >= lower - _WINDOW_MARGIN * stride
@@ -175,10 +205,10 @@ class LocationAssigner:
         level, box = per_pair.nonzero(as_tuple=True)
         per_pair = per_pair[level, box]
         pair = torch.arange(len(level), device=device).repeat_interleave(per_pair)
-        offset = torch.arange(len(pair), device=device) - (per_pair.cumsum(0) - per_pair)[pair]
+        number = torch.arange(len(pair), device=device) - (per_pair.cumsum(0) - per_pair)[pair]
         first, columns = first[level, box].long()[pair], count[level, box, 0].long()[pair]
-        row = torch.div(offset, columns, rounding_mode="floor")
-        x, y = first[:, 0] + offset - row * columns, first[:, 1] + row
+        row = torch.div(number, columns, rounding_mode="floor")
+        x, y = first[:, 0] + number - row * columns, first[:, 1] + row
         return level[pair], box[pair], x, y
 
     def _is_candidate(
@@ -187,7 +217,7 @@ class LocationAssigner:
         """(C,) bool: may the cell (x, y) of the level learn the box beside it? In float32."""
         stride = torch.tensor(strides, dtype=torch.float32, device=boxes.device)[level]
         ranges = torch.tensor(self.regression_ranges, device=boxes.device)[level]
-        locations = cell_locations(x, y, stride)
+        locations = cell_locations(x, y, stride, self.location_offset)
         ltrb = boxes_to_ltrb(locations, boxes)
         farthest = ltrb.amax(dim=1)
         accepted = (ltrb.amin(dim=1) > 0) & (farthest >= ranges[:, 0]) & (farthest <= ranges[:, 1])

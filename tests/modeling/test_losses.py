@@ -12,8 +12,8 @@ from helpers import RANGES, STRIDES, level_locations, level_shapes
 from torch.autograd import gradcheck
 
 from fcos_d2.modeling import FCOSLoss, LocationAssigner
-from fcos_d2.modeling.losses import Targets, box_losses, centerness, gather, iou_of_ltrb
-from fcos_d2.modeling.points import boxes_to_ltrb
+from fcos_d2.modeling.losses import Targets, box_losses, gather, iou_of_ltrb
+from fcos_d2.modeling.points import boxes_to_ltrb, centerness
 
 NUM_CLASSES = 3
 SIZE = (64, 96)
@@ -38,13 +38,6 @@ def make_case(images=2, objects=True, dtype=torch.float32):
     here = torch.stack(here) if here else torch.zeros(0, 2)
     ltrb = boxes_to_ltrb(here, torch.cat(boxes)[positives.gt])
     return maps, Targets(positives, positives.gt % NUM_CLASSES, ltrb)
-
-
-def test_centerness_hand_computed():
-    # At the centre 1. With l, r = 1, 4 and t, b = 3, 3: sqrt(1/4 * 1) = 1/2.
-    # With l, r = 2, 8 and t, b = 9, 1: sqrt(2/8 * 1/9) = 1/6.
-    ltrb = torch.tensor([[5.0, 5, 5, 5], [1, 3, 4, 3], [2, 9, 8, 1]])
-    torch.testing.assert_close(centerness(ltrb), torch.tensor([1, 1 / 2, 1 / 6]))
 
 
 def test_iou_hand_computed():
@@ -146,8 +139,10 @@ def test_iou_as_quality():
 
 def test_no_quality_branch():
     maps, targets = make_case()
-    losses = FCOSLoss(quality="none", box_loss_weighting="none")(maps[0], maps[1], None, targets)
-    assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc"}
+    for quality in ("none", "computed"):
+        loss = FCOSLoss(quality=quality, box_loss_weighting="none")
+        losses = loss(maps[0], maps[1], None, targets)
+        assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc"}
 
 
 @pytest.mark.parametrize("quality", ["centerness", "iou"])

@@ -70,6 +70,17 @@ def test_range_bounds_are_inclusive(size, levels):
     assert owners == {(0, level, 8 * 20 + 8): 0 for level in levels}
 
 
+def test_candidates_list_ambiguous_locations_once_a_box():
+    boxes = torch.tensor([[0.0, 0, 16, 16], [0, 0, 8, 8], [24, 24, 32, 32]])
+    assigner = LocationAssigner([(0, math.inf)], 0)
+    found = assigner.candidates([(4, 4)], [8], [boxes[:2], boxes[2:]])
+    # The first box holds the cells 0, 1, 4, 5, the second cell 0 too; the third, of the second
+    # image, cell 15, which is place 16 + 15 of the batch.
+    pairs = list(zip(found.image.tolist(), found.cell.tolist(), found.gt.tolist(), strict=True))
+    assert sorted(pairs) == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 4, 0), (0, 5, 0), (1, 15, 2)]
+    assert sorted(assigner.place(found, [(4, 4)], 2).tolist()) == [0, 0, 1, 4, 5, 31]
+
+
 def test_no_boxes_and_boxes_without_area():
     assert assign([]) == {}
     assert assign([[4, 4, 4, 20], [12, 12, 12, 12]]) == {}
@@ -102,14 +113,15 @@ def box(draw):
     st.lists(st.lists(box(), max_size=5), min_size=1, max_size=2),
     st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.7]),
     st.sampled_from([(100, 140), (64, 256), (257, 90)]),
+    st.sampled_from([0.5, 0.0, 0.25]),
 )
-def test_equals_the_slow_reference(images, radius, size):
+def test_equals_the_slow_reference(images, radius, size, offset):
     shapes = level_shapes(*size)
     boxes = [torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in images]
     # A second copy of each box makes ties.
     boxes = [torch.cat([b, b.flip(0)]) for b in boxes]
-    positives = LocationAssigner(RANGES, radius)(shapes, STRIDES, boxes)
-    expected = assign_by_loops(shapes, STRIDES, RANGES, radius, boxes)
+    positives = LocationAssigner(RANGES, radius, offset)(shapes, STRIDES, boxes)
+    expected = assign_by_loops(shapes, STRIDES, RANGES, radius, boxes, offset)
     assert as_dict(positives) == expected
     assert len(positives) == len(expected) == sum(positives.per_level)
     assert positives.level.tolist() == sorted(positives.level.tolist())
