@@ -115,4 +115,10 @@ def _fcos_defaults() -> CN:
     fcos.NMS_THRESH_TEST = 0.6
     # "sqrt": sqrt(class * quality) (2006.09214, eq. 4); "product": class * quality (1904.01355).
     fcos.SCORE_FUSION = "sqrt"
+
+    # ---- In place of the RPN (MODEL.PROPOSAL_GENERATOR.NAME "FCOS") ----
+    # Classes that the proposals tell apart, in place of NUM_CLASSES: 1 for any object against
+    # background, as the RPN (1904.01355, section 5). How many proposals are made is up to
+    # MODEL.RPN's PRE_NMS_TOPK_*, POST_NMS_TOPK_* and NMS_THRESH, as for the RPN.
+    fcos.PROPOSAL_NUM_CLASSES = 1
     return fcos

@@ -25,6 +25,7 @@ from detectron2.utils.logger import setup_logger
 from .checkpoint import AtomicCheckpointer
 from .config import get_cfg
 from .data import check_num_classes, register_custom_datasets
+from .modeling import FCOSWithTTA
 
 
 def setup(args) -> CfgNode:
@@ -79,7 +80,21 @@ class Trainer(DefaultTrainer):
             )
             after_eval = [isinstance(h, hooks.EvalHook) for h in built].index(True) + 1
             built.insert(after_eval, best)
+        if self.cfg.TEST.AUG.ENABLED:
+            # At the end of training only, before the writers.
+            evaluate_augmented = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
+            writers = [i for i, h in enumerate(built) if isinstance(h, hooks.PeriodicWriter)]
+            built.insert(writers[0] if writers else len(built), evaluate_augmented)
         return built
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> dict:
+        """Evaluate with test-time augmentation; the results have "_TTA" behind their names."""
+        logging.getLogger(__name__).info("Evaluating with test-time augmentation ...")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, FCOSWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": value for name, value in results.items()}
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -155,8 +170,14 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
 
 def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
-    """Evaluate ``cfg.MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of OUTPUT_DIR."""
+    """Evaluate ``cfg.MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of OUTPUT_DIR.
+
+    With ``TEST.AUG.ENABLED`` also with test-time augmentation.
+    """
     model = Trainer.build_model(cfg)
     checkpointer = AtomicCheckpointer if resume else DetectionCheckpointer
     checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return Trainer.test(cfg, model)
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
+    return results

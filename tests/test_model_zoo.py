@@ -1,4 +1,5 @@
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
+from detectron2.utils.events import EventStorage
 from helpers import make_input
 
 from fcos_d2 import model_zoo
@@ -26,15 +29,77 @@ def test_every_config_trains_and_infers_a_step(name):
     torch.manual_seed(0)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
-    before = copy.deepcopy(model.head.cls_logits.weight.detach())
-    losses = model.train()([make_input(size=(64, 64))])
+    before = copy.deepcopy(model.state_dict())
+    with EventStorage(0):
+        losses = model.train()([make_input(size=(64, 64))])
     sum(losses.values()).backward()
     assert all(v.isfinite() for v in losses.values())
     optimizer.step()
-    assert not torch.equal(before, model.head.cls_logits.weight)
+    after = model.state_dict()
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    # All but those that had no part in this picture, as the levels whose size no box has.
+    assert sum(not torch.equal(before[n], after[n]) for n in trained) > 0.5 * len(trained)
     with torch.no_grad():
-        found = model.eval()([make_input(size=(64, 64))])[0]["instances"]
-    assert len(found) <= cfg.TEST.DETECTIONS_PER_IMAGE
+        (found,) = model.eval()([make_input(size=(64, 64))])[0].values()
+    assert len(found) <= max(cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.RPN.POST_NMS_TOPK_TEST)
+
+
+def reduced(cfg):
+    """The same config on a small backbone."""
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    cfg.MODEL.RESNETS.NUM_GROUPS = 1
+    cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * 4
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    cfg.MODEL.FPN.OUT_CHANNELS = 64
+    cfg.MODEL.FCOS.NUM_CLASSES = 3
+    return cfg
+
+
+def behaviour(cfg):
+    """Losses and detections of a seeded model with dozens of overlapping detections."""
+    torch.manual_seed(0)
+    try:
+        model = build_model(cfg)
+    except ValueError as error:  # a combination that is refused is a behaviour too
+        return str(error)
+    head = model.head if hasattr(model, "head") else model.proposal_generator.head
+    torch.nn.init.normal_(head.cls_logits.weight, std=0.5)
+    torch.nn.init.normal_(head.bbox_pred.weight, std=0.3)
+    torch.nn.init.normal_(head.cls_logits.bias, std=1.0)
+    torch.nn.init.constant_(head.bbox_pred.bias, 3.0)  # boxes of some strides, which overlap
+    batch = [make_input(((10.0, 8.0, 100.0, 90.0), (20.0, 20.0, 60.0, 40.0)), (1, 2), (128, 128))]
+    losses = {k: round(v.item(), 5) for k, v in model.train()(batch).items()}
+    with torch.no_grad():
+        (found,) = model.eval()(batch)[0].values()
+    assert len(found) > 10
+    fields = found.get_fields()
+    scores = fields.get("scores", fields.get("objectness_logits"))
+    boxes = fields.get("pred_boxes", fields.get("proposal_boxes")).tensor
+    return losses, scores.tolist(), boxes.tolist(), sorted(model.state_dict())
+
+
+def changed_fcos_keys(name):
+    """The keys of MODEL.FCOS that a config sets itself, and those of the config it is based on."""
+    with open(CONFIGS / name) as f:
+        own = yaml.safe_load(f)
+    base = own.get("_BASE_")
+    if base is None:
+        return {}, None
+    base = os.path.normpath(Path(name).parent / base)
+    return own.get("MODEL", {}).get("FCOS", {}), base
+
+
+CHANGES = [(n, k) for n in YAMLS for k in changed_fcos_keys(n)[0] if k != "NUM_CLASSES"]
+
+
+@pytest.mark.parametrize("name, key", CHANGES)
+def test_every_key_that_a_config_changes_changes_behaviour(name, key):
+    _, base = changed_fcos_keys(name)
+    cfg, reverted = reduced(model_zoo.get_config(name)), reduced(model_zoo.get_config(name))
+    reverted.MODEL.FCOS[key] = model_zoo.get_config(base).MODEL.FCOS[key]
+    assert cfg.MODEL.FCOS[key] != reverted.MODEL.FCOS[key], "the config sets what its base has"
+    assert behaviour(cfg) != behaviour(reverted)
 
 
 @pytest.mark.parametrize("name", [n for n in YAMLS if "dcnv2" in n])

@@ -103,9 +103,11 @@ def test_eval_only(train_net, tmp_path):
                                              "MODEL.FCOS.NUM_CLS_CONVS", 2,
                                              "MODEL.FCOS.NUM_BOX_CONVS", 2,
                                              "MODEL.FCOS.LOSS_NORMALIZER", "fg",
-                                             "MODEL.FCOS.SCORE_THRESH_TEST", 0.001])  # fmt: skip
+                                             "MODEL.FCOS.SCORE_THRESH_TEST", 0.001,
+                                             "TEST.AUG.ENABLED", True,
+                                             "TEST.AUG.MIN_SIZES", (128, 160)])  # fmt: skip
     output = finish(process)
-    assert "Evaluation results for bbox" in output
+    assert output.count("Evaluation results for bbox") == 2  # plain and augmented
     assert not (tmp_path / "output" / "metrics.json").exists()
 
 

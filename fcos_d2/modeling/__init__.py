@@ -5,13 +5,17 @@ from .fcos import FCOS
 from .head import FCOSHead
 from .losses import FCOSLoss
 from .post_processing import FCOSPostProcessor
+from .proposal_generator import FCOS as FCOSProposalGenerator
 from .target_assignment import LocationAssigner, Positives
+from .test_time_augmentation import FCOSWithTTA
 
 __all__ = [
     "FCOS",
     "FCOSHead",
     "FCOSLoss",
     "FCOSPostProcessor",
+    "FCOSProposalGenerator",
+    "FCOSWithTTA",
     "LocationAssigner",
     "Positives",
     "build_fcos_resnet_fpn_backbone",

@@ -12,8 +12,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
 from .head import FCOSHead
-from .losses import FCOSLoss, Targets
-from .points import boxes_to_ltrb, cell_locations
+from .losses import FCOSLoss, make_targets
 from .post_processing import FCOSPostProcessor
 from .target_assignment import LocationAssigner
 
@@ -115,14 +114,15 @@ class FCOS(DenseDetector):
         features = self.backbone(images.tensor)
         features = [features[f] for f in self.head_in_features]
         predictions = self.head(features)
-        targets = self._targets(instances, [f.shape[-2:] for f in features])
+        level_shapes = [f.shape[-2:] for f in features]
+        targets = make_targets(self.assigner, level_shapes, self.strides, instances)
         if has_event_storage():
             storage = get_event_storage()
             storage.put_scalar("fcos/positives_per_image", len(targets.classes) / len(instances))
             if self.vis_period > 0 and storage.iter % self.vis_period == 0:
                 results = self.forward_inference(images, features, predictions)
                 self.visualize_training(batched_inputs, results)
-        return self.loss(*predictions, targets)
+        return self.loss(*predictions, targets.to(self.device))
 
     @torch.no_grad()
     def forward_inference(
@@ -140,20 +140,6 @@ class FCOS(DenseDetector):
                 name = x.get("file_name", f"number {i} of the batch")
                 raise ValueError(f"The image {name} has NaN or infinite pixels")
         return super().preprocess_image(batched_inputs)
-
-    def _targets(
-        self, instances: list[Instances], level_shapes: Sequence[tuple[int, int]]
-    ) -> Targets:
-        boxes = [x.gt_boxes.tensor for x in instances]
-        positives = self.assigner(level_shapes, self.strides, boxes)
-        widths = torch.tensor([width for _, width in level_shapes], device=boxes[0].device)
-        width = widths[positives.level]
-        stride = torch.tensor(self.strides, device=boxes[0].device)[positives.level]
-        x, y = positives.cell % width, positives.cell // width
-        locations = cell_locations(x, y, stride, self.assigner.location_offset)
-        ltrb = boxes_to_ltrb(locations, torch.cat(boxes)[positives.gt])
-        classes = torch.cat([x.gt_classes for x in instances])[positives.gt]
-        return Targets(positives, classes, ltrb).to(self.device)
 
     def _check_classes(self, instances: list[Instances]) -> None:
         for i, x in enumerate(instances):

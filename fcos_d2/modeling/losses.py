@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from detectron2.config import configurable
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
 
 from .focal_loss import sparse_sigmoid_focal_loss
 from .head import check_choice
-from .points import centerness
-from .target_assignment import Positives
+from .points import boxes_to_ltrb, cell_locations, centerness
+from .target_assignment import LocationAssigner, Positives
 
 _EMA_MOMENTUM = 0.9
 _EMA_START = 100.0
@@ -44,6 +45,33 @@ class Targets:
     def to(self, device: torch.device) -> "Targets":
         classes, ltrb = (x.to(device, non_blocking=True) for x in (self.classes, self.ltrb))
         return Targets(self.positives.to(device), classes, ltrb)
+
+
+def make_targets(
+    assigner: LocationAssigner,
+    level_shapes: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+    instances: Sequence[Instances],
+) -> Targets:
+    """Assign the boxes of a batch, and look up what each positive learns.
+
+    Args:
+        assigner: decides which locations are positive.
+        level_shapes: (height, width) in cells of each level.
+        strides: pixels per cell of each level.
+        instances: for each image, with ``gt_boxes`` and ``gt_classes``; the targets are made on
+            their device.
+    """
+    boxes = [x.gt_boxes.tensor for x in instances]
+    positives = assigner(level_shapes, strides, boxes)
+    device = positives.cell.device
+    width = torch.tensor([width for _, width in level_shapes], device=device)[positives.level]
+    stride = torch.tensor(strides, device=device)[positives.level]
+    x, y = positives.cell % width, positives.cell // width
+    locations = cell_locations(x, y, stride, assigner.location_offset)
+    ltrb = boxes_to_ltrb(locations, torch.cat(boxes)[positives.gt])
+    classes = torch.cat([x.gt_classes for x in instances])[positives.gt]
+    return Targets(positives, classes, ltrb)
 
 
 class FCOSLoss(nn.Module):

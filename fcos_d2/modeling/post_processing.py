@@ -81,12 +81,24 @@ class FCOSPostProcessor:
             for each image its detections, best first: ``pred_boxes`` inside the image and not
             empty, ``scores`` float32, ``pred_classes``.
         """
+        found = self.candidates(class_logits, ltrb, quality_logits, strides, image_sizes)
+        return [self.suppress(x) for x in found]
+
+    def candidates(
+        self,
+        class_logits: Sequence[Tensor],
+        ltrb: Sequence[Tensor],
+        quality_logits: Sequence[Tensor] | None,
+        strides: Sequence[int],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[Instances]:
+        """What goes into NMS: all steps but the last. Arguments and fields as of the call."""
         num_levels = len(class_logits)
         image, level, classes, scores, boxes = (
             torch.cat(parts)
             for parts in zip(
                 *(
-                    self._candidates(
+                    self._candidates_of_level(
                         i,
                         class_logits[i],
                         ltrb[i],
@@ -103,18 +115,10 @@ class FCOSPostProcessor:
         )
         image, classes, scores, boxes = image[keep], classes[keep], scores[keep], boxes[keep]
         per_image = torch.bincount(image, minlength=len(image_sizes)).tolist()
-        return [
-            self._detect(*parts, image_size)
-            for *parts, image_size in zip(
-                boxes.split(per_image),
-                scores.split(per_image),
-                classes.split(per_image),
-                image_sizes,
-                strict=True,
-            )
-        ]
+        parts = (t.split(per_image) for t in (boxes, scores, classes))
+        return [_inside_image(*x) for x in zip(*parts, image_sizes, strict=True)]
 
-    def _candidates(
+    def _candidates_of_level(
         self, level: int, class_logits: Tensor, ltrb: Tensor, quality_logits: Tensor | None, stride
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Image, level, class, score (C,) and box (C, 4) of the candidates of a level."""
@@ -150,24 +154,29 @@ class FCOSPostProcessor:
             return -math.inf if thresh <= 0 else math.inf
         return math.log(thresh / (1 - thresh))
 
-    def _detect(
-        self, boxes: Tensor, scores: Tensor, classes: Tensor, image_size: tuple[int, int]
-    ) -> Instances:
-        """Clip the candidates of one image and keep the best that do not overlap."""
-        height, width = image_size
-        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
-        # NaN fails both comparisons, so a box of NaN counts as empty.
-        valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & ~scores.isnan()
-        boxes, scores, classes = boxes[valid], scores[valid], classes[valid]
-        keep = batched_nms(boxes, scores, classes, self.nms_thresh)
+    def suppress(self, candidates: Instances) -> Instances:
+        """Class-wise NMS of the candidates of one image; keeps the best of what is left."""
+        boxes, scores = candidates.pred_boxes.tensor, candidates.scores
+        keep = batched_nms(boxes, scores, candidates.pred_classes, self.nms_thresh)
         if self.max_detections_per_image >= 0:
             keep = keep[: self.max_detections_per_image]
-        return Instances(
-            image_size,
-            pred_boxes=Boxes(boxes[keep]),
-            scores=scores[keep],
-            pred_classes=classes[keep],
-        )
+        return candidates[keep]
+
+
+def _inside_image(
+    boxes: Tensor, scores: Tensor, classes: Tensor, image_size: tuple[int, int]
+) -> Instances:
+    """Clip the candidates of one image, and leave out what is empty then, or NaN."""
+    height, width = image_size
+    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+    # NaN fails both comparisons, so a box of NaN counts as empty.
+    valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & ~scores.isnan()
+    return Instances(
+        image_size,
+        pred_boxes=Boxes(boxes[valid]),
+        scores=scores[valid],
+        pred_classes=classes[valid],
+    )
 
 
 def top_k_per_group(scores: Tensor, group: Tensor, num_groups: int, k: int) -> Tensor:

@@ -1,0 +1,149 @@
+"""FCOS in place of the region proposal network (1904.01355, section 5)."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
+from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from .head import FCOSHead
+from .losses import FCOSLoss, make_targets
+from .points import cell_locations, ltrb_to_boxes
+from .target_assignment import LocationAssigner
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class FCOS(nn.Module):
+    """The same head, assignment and losses; proposals are selected as the RPN's are.
+
+    ``MODEL.PROPOSAL_GENERATOR.NAME: "FCOS"`` in GeneralizedRCNN or ProposalNetwork. The objectness
+    of a proposal is the logit of its score; with several classes, of its best class.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        head: FCOSHead,
+        in_features: Sequence[str],
+        assigner: LocationAssigner,
+        loss: FCOSLoss,
+        num_classes: int = 1,
+        pre_nms_topk: tuple[int, int] = (2000, 1000),
+        post_nms_topk: tuple[int, int] = (1000, 1000),
+        nms_thresh: float = 0.7,
+        min_box_size: float = 0.0,
+        score_fusion: str = "sqrt",
+    ):
+        """
+        Args:
+            head, assigner, loss: the stages, as in the detector.
+            in_features: the maps that the head takes, finest first.
+            num_classes: 1 learns any object against background.
+            pre_nms_topk: in training and in testing, proposals of a level that go into NMS.
+            post_nms_topk: in training and in testing, proposals of an image that come out.
+            nms_thresh, min_box_size: as of the RPN; the size in pixels.
+            score_fusion: "sqrt" or "product", of class and quality.
+        """
+        super().__init__()
+        self.head = head
+        self.in_features = list(in_features)
+        self.assigner = assigner
+        self.loss = loss
+        self.num_classes = num_classes
+        self.pre_nms_topk = pre_nms_topk
+        self.post_nms_topk = post_nms_topk
+        self.nms_thresh = nms_thresh
+        self.min_box_size = min_box_size
+        self.score_fusion = score_fusion
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
+        fcos, rpn = cfg.MODEL.FCOS, cfg.MODEL.RPN
+        if fcos.QUALITY == "computed":
+            raise ValueError("MODEL.FCOS.QUALITY 'computed' is not offered for proposals")
+        shapes = [input_shape[f] for f in fcos.IN_FEATURES]
+        return {
+            "head": FCOSHead(cfg, shapes, num_classes=fcos.PROPOSAL_NUM_CLASSES),
+            "in_features": fcos.IN_FEATURES,
+            "assigner": LocationAssigner(
+                fcos.REGRESSION_RANGES, fcos.CENTER_SAMPLING_RADIUS, fcos.LOCATION_OFFSET
+            ),
+            "loss": FCOSLoss(cfg),
+            "num_classes": fcos.PROPOSAL_NUM_CLASSES,
+            "pre_nms_topk": (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
+            "post_nms_topk": (rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
+            "nms_thresh": rpn.NMS_THRESH,
+            "min_box_size": cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE,
+            "score_fusion": fcos.SCORE_FUSION,
+        }
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        gt_instances: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """
+        Args:
+            images: for their sizes.
+            features: maps of the backbone.
+            gt_instances: in training, with ``gt_boxes`` and ``gt_classes``.
+
+        Returns:
+            proposals: for each image ``proposal_boxes`` and ``objectness_logits``, best first.
+            losses: in training those of the detector, else empty.
+        """
+        maps = [features[f] for f in self.in_features]
+        predictions = self.head(maps)
+        losses = {}
+        if self.training:
+            losses = self._losses(predictions, [x.shape[-2:] for x in maps], gt_instances)
+        return self._proposals(*predictions, images.image_sizes), losses
+
+    def _losses(self, predictions, level_shapes, gt_instances: list[Instances]) -> dict:
+        on_cpu = [x.to("cpu") for x in gt_instances]
+        if self.num_classes == 1:
+            for x in on_cpu:
+                x.gt_classes = torch.zeros_like(x.gt_classes)
+        targets = make_targets(self.assigner, level_shapes, self.head.strides, on_cpu)
+        return self.loss(*predictions, targets.to(predictions[0][0].device))
+
+    @torch.no_grad()
+    def _proposals(
+        self,
+        class_logits: list[Tensor],
+        ltrb: list[Tensor],
+        quality_logits: list[Tensor] | None,
+        image_sizes: list[tuple[int, int]],
+    ) -> list[Instances]:
+        boxes, objectness = [], []
+        for level, (logits, distances) in enumerate(zip(class_logits, ltrb, strict=True)):
+            height, width = logits.shape[-2:]
+            cell = torch.arange(height * width, device=logits.device)
+            locations = cell_locations(
+                cell % width,
+                cell // width,
+                self.head.strides[level],
+                self.assigner.location_offset,
+            )
+            boxes.append(ltrb_to_boxes(locations, distances.flatten(2).transpose(1, 2)))
+            scores = logits.flatten(2).amax(dim=1).float().sigmoid()
+            if quality_logits is not None:
+                scores = scores * quality_logits[level].flatten(1).float().sigmoid()
+                scores = scores.sqrt() if self.score_fusion == "sqrt" else scores
+            objectness.append(torch.logit(scores, eps=1e-6))
+        return find_top_rpn_proposals(
+            boxes,
+            objectness,
+            image_sizes,
+            self.nms_thresh,
+            self.pre_nms_topk[0 if self.training else 1],
+            self.post_nms_topk[0 if self.training else 1],
+            self.min_box_size,
+            self.training,
+        )

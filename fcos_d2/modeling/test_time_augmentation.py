@@ -1,0 +1,95 @@
+"""Test-time augmentation: the candidates of scaled and flipped copies, merged before one NMS."""
+
+from collections.abc import Callable
+from itertools import groupby
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import read_image
+from detectron2.modeling import DatasetMapperTTA
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .fcos import FCOS
+
+
+class FCOSWithTTA(nn.Module):
+    """An FCOS that looks at several versions of each image. Called like the model itself.
+
+    ``TEST.AUG`` says which versions. An augmentation that changes nothing gives exactly the
+    result of the model alone.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: nn.Module,
+        tta_mapper: Callable[[dict], list[dict]] | None = None,
+    ):
+        """
+        Args:
+            cfg: for ``TEST.AUG`` where no mapper is given.
+            model: an FCOS, also inside DistributedDataParallel.
+            tta_mapper: makes the versions of an image, as Detectron2's DatasetMapperTTA.
+
+        Raises:
+            TypeError: if the model is not an FCOS.
+        """
+        super().__init__()
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        if not isinstance(model, FCOS):
+            raise TypeError(
+                f"FCOSWithTTA augments FCOS models, not {type(model).__name__}. For R-CNN there is "
+                "detectron2.modeling.GeneralizedRCNNWithTTA"
+            )
+        self.model = model
+        self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper
+
+    @torch.no_grad()
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        """As the model's: ``instances`` of each image, at its "height" and "width"."""
+        return [{"instances": self._detect(x)} for x in batched_inputs]
+
+    def _detect(self, image_input: dict) -> Instances:
+        image = self._image(image_input)
+        height, width = image.shape[-2:]
+        # Told the size of the image as it is, the mapper's transforms start from there: boxes
+        # come back to where the model alone would have them.
+        versions = self.tta_mapper({"image": image, "height": height, "width": width})
+        found = []
+        # Only versions of one size, as an image and its mirror image, run at once: padding to a
+        # common size would change the result.
+        for _, same_size in groupby(versions, key=lambda version: version["image"].shape):
+            batch = list(same_size)
+            for version, candidates in zip(batch, self._candidates(batch), strict=True):
+                boxes = candidates.pred_boxes.tensor
+                back = version["transforms"].inverse().apply_box(boxes.cpu().numpy())
+                boxes = Boxes(torch.as_tensor(back, dtype=boxes.dtype, device=boxes.device))
+                boxes.clip((height, width))
+                found.append(
+                    Instances(
+                        (height, width),
+                        pred_boxes=boxes,
+                        scores=candidates.scores,
+                        pred_classes=candidates.pred_classes,
+                    )
+                )
+        merged = self.model.post_processor.suppress(Instances.cat(found))
+        return detector_postprocess(
+            merged, image_input.get("height", height), image_input.get("width", width)
+        )
+
+    def _candidates(self, batch: list[dict]) -> list[Instances]:
+        model = self.model
+        images = model.preprocess_image(batch)
+        features = model.backbone(images.tensor)
+        predictions = model.head([features[f] for f in model.head_in_features])
+        return model.post_processor.candidates(*predictions, model.strides, images.image_sizes)
+
+    def _image(self, image_input: dict) -> Tensor:
+        if "image" in image_input:
+            return image_input["image"].cpu()
+        image = read_image(image_input["file_name"], self.model.input_format)
+        return torch.from_numpy(image.copy()).permute(2, 0, 1)

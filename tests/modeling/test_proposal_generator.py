@@ -1,0 +1,101 @@
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from helpers import STRIDES, level_locations, make_input
+
+from fcos_d2 import model_zoo
+from fcos_d2.modeling.points import ltrb_to_boxes
+
+YAML = "quick_schedules/faster_rcnn_fcos_R_18_FPN_shapes.yaml"
+
+
+def build(**fcos_keys):
+    cfg = model_zoo.get_config(YAML)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    for key, value in fcos_keys.items():
+        cfg.MODEL.FCOS[key] = value
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    head = model.proposal_generator.head
+    torch.nn.init.normal_(head.cls_logits.weight, std=0.3)
+    torch.nn.init.normal_(head.bbox_pred.weight, std=0.3)
+    return model
+
+
+def proposals_of(model, batch):
+    images = model.preprocess_image(batch)
+    features = model.backbone(images.tensor)
+    instances = [x["instances"] for x in batch] if model.training else None
+    return features, model.proposal_generator(images, features, instances)
+
+
+@pytest.mark.parametrize("fusion", ["sqrt", "product"])
+def test_proposals_are_the_best_boxes_of_all_locations(fusion):
+    model = build(SCORE_FUSION=fusion).eval()
+    generator = model.proposal_generator
+    generator.nms_thresh, generator.post_nms_topk = 1.0, (2000, 2000)  # nothing suppressed
+    batch = [make_input(size=(64, 96)), make_input(size=(64, 96), seed=1)]
+    with torch.no_grad():
+        features, (proposals, losses) = proposals_of(model, batch)
+        logits, ltrb, quality = generator.head([features[f] for f in generator.in_features])
+    assert losses == {}
+    for image in range(2):
+        boxes, scores = [], []
+        for level, stride in enumerate(STRIDES):
+            locations = level_locations(*logits[level].shape[2:], stride)
+            distances = ltrb[level][image].flatten(1).T
+            boxes.append(ltrb_to_boxes(locations, distances))
+            fused = logits[level][image, 0].sigmoid() * quality[level][image, 0].sigmoid()
+            scores.append((fused.sqrt() if fusion == "sqrt" else fused).flatten())
+        boxes, scores = torch.cat(boxes), torch.cat(scores)
+        boxes[:, 0::2], boxes[:, 1::2] = boxes[:, 0::2].clamp(0, 96), boxes[:, 1::2].clamp(0, 64)
+        sized = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        expected = scores[sized].sort(descending=True).values
+        found = proposals[image].objectness_logits
+        assert len(found) > 50
+        torch.testing.assert_close(found.sigmoid(), expected[: len(found)], rtol=1e-4, atol=1e-5)
+        best = boxes[sized][scores[sized].argmax()]
+        torch.testing.assert_close(proposals[image].proposal_boxes.tensor[0], best)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_class_agnostic_unless_told_otherwise(classes):
+    model = build(PROPOSAL_NUM_CLASSES=classes).train()
+    assert model.proposal_generator.head.cls_logits.out_channels == classes
+    boxes = ((10.0, 8.0, 50.0, 40.0),)
+    losses = [proposals_of(model, [make_input(boxes, (c,))])[1][1]["loss_fcos_cls"] for c in (0, 2)]
+    # With one class it does not matter which class the object has.
+    assert (losses[0] == losses[1]) == (classes == 1)
+
+
+@pytest.mark.parametrize("objects", [True, False])
+def test_trained_jointly(objects):
+    model = build().train()
+    model.zero_grad()
+    with EventStorage(0):
+        losses = model([make_input() if objects else make_input((), ())])
+    assert set(losses) == {
+        "loss_cls", "loss_box_reg", "loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr",
+    }  # fmt: skip
+    assert all(v.isfinite() for v in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_ground_truth_of_the_caller_is_left_as_it_is():
+    model = build().train()
+    batch = [make_input(classes=(2,))]
+    proposals_of(model, batch)
+    assert batch[0]["instances"].gt_classes.tolist() == [2]
+
+
+def test_detections():
+    found = build().eval()([make_input()])[0]["instances"]
+    assert found.has("pred_boxes") and found.has("scores")
+
+
+def test_computed_quality_is_refused():
+    with pytest.raises(ValueError, match="not offered for proposals"):
+        build(QUALITY="computed", BOX_LOSS_WEIGHTING="none")
