@@ -49,8 +49,12 @@ def test_the_same_version_twice_changes_nothing(model):
     batch = [make_input()]
     once = augmented(model, [64], False, batch)[0]["instances"]
     twice = augmented(model, [64, 64], False, batch)[0]["instances"]
-    # Each box finds itself again with IoU 1, and NMS takes one of the two.
-    assert same(once, twice)
+    # Each box finds itself again with IoU 1, and NMS takes one of the two. (Not exactly: two
+    # images at once go through other kernels than one.)
+    torch.testing.assert_close(once.scores, twice.scores)
+    torch.testing.assert_close(
+        once.pred_boxes.tensor, twice.pred_boxes.tensor, rtol=1e-4, atol=1e-3
+    )
 
 
 def test_a_flipped_image_gives_flipped_detections(model):
