@@ -8,6 +8,7 @@ from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils.events import EventStorage
 from helpers import tiny_cfg
 
+from fcos_d2 import model_zoo
 from fcos_d2.data import register_custom_datasets
 from fcos_d2.engine import BestCheckpointer, Trainer, evaluate
 
@@ -118,6 +119,14 @@ def test_evaluates_by_the_type_of_the_data_set(cfg, tmp_path):
     MetadataCatalog.remove("voc_like")
     with pytest.raises(NotImplementedError, match="'nothing' has evaluator_type None"):
         Trainer.build_evaluator(cfg, "nothing")
+
+
+def test_proposals_are_evaluated_by_their_recall(cfg):
+    cfg.merge_from_file(model_zoo.get_config_file("quick_schedules/fcos_rpn_R_18_FPN_shapes.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    results = Trainer.test(cfg, Trainer.build_model(cfg))["box_proposals"]
+    assert {"AR@100", "AR@1000"} <= results.keys()
+    assert 0 <= results["AR@100"] <= results["AR@1000"] < 50  # at random
 
 
 def test_wrong_number_of_classes_is_an_error_before_training(cfg):

@@ -25,6 +25,8 @@ _KEYS = {
     "coco": ({"FORMAT", "JSON", "IMAGES"}, set()),
     "voc": ({"FORMAT", "ROOT", "SPLIT", "CLASSES"}, {"EVALUATOR"}),
 }
+# Where each meta architecture has its number of classes; ProposalNetwork has none.
+_CLASSIFIERS = {"FCOS": "FCOS", "RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
 _registered: dict[str, dict] = {}
 
 
@@ -58,21 +60,23 @@ def register_custom_datasets(cfg: CfgNode) -> None:
 
 
 def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
-    """Compare ``MODEL.FCOS.NUM_CLASSES`` with the classes of a registered data set.
+    """Compare the model's number of classes with those of a registered data set.
 
-    For a COCO JSON the classes are known only once the data set has been loaded.
+    The key is ``NUM_CLASSES`` of ``MODEL.FCOS``, or of the other architectures that the configs
+    use. For a COCO JSON the classes are known only once the data set has been loaded.
 
     Raises:
         ValueError: if they differ, naming both numbers and the classes.
     """
     classes = MetadataCatalog.get(dataset_name).get("thing_classes", None)
-    if cfg.MODEL.META_ARCHITECTURE != "FCOS" or classes is None:
+    section = _CLASSIFIERS.get(cfg.MODEL.META_ARCHITECTURE)
+    if section is None or classes is None:
         return
-    if len(classes) != cfg.MODEL.FCOS.NUM_CLASSES:
+    key, num_classes = f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES
+    if len(classes) != num_classes:
         raise ValueError(
-            f"MODEL.FCOS.NUM_CLASSES is {cfg.MODEL.FCOS.NUM_CLASSES}, but the data set "
-            f"{dataset_name!r} has {len(classes)} classes: {list(classes)}. "
-            f"Set MODEL.FCOS.NUM_CLASSES {len(classes)}"
+            f"{key} is {num_classes}, but the data set {dataset_name!r} has {len(classes)} "
+            f"classes: {list(classes)}. Set {key} {len(classes)}"
         )
 
 

@@ -15,8 +15,8 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
-from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
 
+from .box_losses import box_losses, iou_of_ltrb
 from .focal_loss import sparse_sigmoid_focal_loss
 from .head import check_choice
 from .points import boxes_to_ltrb, cell_locations, centerness
@@ -223,43 +223,3 @@ def gather(maps: Sequence[Tensor], positives: Positives) -> Tensor:
     """(P, C) entries of the (N, C, Hi, Wi) maps at the positives."""
     parts = (t.split(positives.per_level) for t in (positives.image, positives.cell))
     return torch.cat([x.flatten(2)[i, :, cell] for x, i, cell in zip(maps, *parts, strict=True)])
-
-
-def iou_of_ltrb(predicted: Tensor, target: Tensor) -> Tensor:
-    """(P,) intersection over union of pairs of boxes, both seen from the same location.
-
-    Args:
-        predicted, target: (P, 4) distances, all > 0: the location is in both boxes.
-    """
-    intersection, union = _intersection_and_union(predicted, target)
-    return intersection / union
-
-
-def box_losses(predicted: Tensor, target: Tensor, box_loss_type: str) -> Tensor:
-    """(P,) box loss of pairs of boxes, both seen from the same location.
-
-    Args:
-        predicted, target: (P, 4) distances, all > 0: the location is in both boxes.
-        box_loss_type: "iou" -ln IoU (arXiv 1608.01471), "linear_iou" 1 - IoU, "giou" (arXiv
-            1902.09630), "diou" and "ciou" (arXiv 1911.08287).
-    """
-    if box_loss_type in ("diou", "ciou"):
-        loss = distance_box_iou_loss if box_loss_type == "diou" else complete_box_iou_loss
-        return loss(*(torch.cat([-x[:, :2], x[:, 2:]], dim=1) for x in (predicted, target)))
-    intersection, union = _intersection_and_union(predicted, target)
-    iou = intersection / union
-    if box_loss_type == "iou":
-        return -iou.log()
-    if box_loss_type == "linear_iou":
-        return 1 - iou
-    enclosing = _area(torch.maximum(predicted, target))
-    return 1 - iou + (enclosing - union) / enclosing
-
-
-def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    intersection = _area(torch.minimum(a, b))
-    return intersection, _area(a) + _area(b) - intersection
-
-
-def _area(ltrb: Tensor) -> Tensor:
-    return (ltrb[:, 0] + ltrb[:, 2]) * (ltrb[:, 1] + ltrb[:, 3])

@@ -94,22 +94,10 @@ class FCOSPostProcessor:
     ) -> list[Instances]:
         """What goes into NMS: all steps but the last. Arguments and fields as of the call."""
         num_levels = len(class_logits)
-        image, level, classes, scores, boxes = (
-            torch.cat(parts)
-            for parts in zip(
-                *(
-                    self._candidates_of_level(
-                        i,
-                        class_logits[i],
-                        ltrb[i],
-                        None if quality_logits is None else quality_logits[i],
-                        strides[i],
-                    )
-                    for i in range(num_levels)
-                ),
-                strict=True,
-            )
-        )
+        quality = [None] * num_levels if quality_logits is None else quality_logits
+        maps = zip(range(num_levels), class_logits, ltrb, quality, strides, strict=True)
+        per_level = [self._candidates_of_level(*x) for x in maps]
+        image, level, classes, scores, boxes = map(torch.cat, zip(*per_level, strict=True))
         keep = top_k_per_group(
             scores, image * num_levels + level, len(image_sizes) * num_levels, self.topk_candidates
         )

@@ -108,6 +108,11 @@ def test_coco(register, datasets_folder):
         check_num_classes(cfg, "cats")
     cfg.MODEL.FCOS.NUM_CLASSES = 1
     check_num_classes(cfg, "cats")
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    check_num_classes(cfg, "cats")
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    with pytest.raises(ValueError, match=r"MODEL\.ROI_HEADS\.NUM_CLASSES is 80, but"):
+        check_num_classes(cfg, "cats")
 
 
 def test_registering_again(register, datasets_folder):

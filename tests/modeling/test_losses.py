@@ -12,7 +12,8 @@ from helpers import RANGES, STRIDES, level_locations, level_shapes
 from torch.autograd import gradcheck
 
 from fcos_d2.modeling import FCOSLoss, LocationAssigner
-from fcos_d2.modeling.losses import Targets, box_losses, gather, iou_of_ltrb
+from fcos_d2.modeling.box_losses import box_losses, iou_of_ltrb
+from fcos_d2.modeling.losses import Targets, gather
 from fcos_d2.modeling.points import boxes_to_ltrb, centerness
 
 NUM_CLASSES = 3
