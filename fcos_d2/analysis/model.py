@@ -1,0 +1,184 @@
+"""Parameters, multiply-adds and outputs of FCOS beside RetinaNet.
+
+What is said of FCOS: "9x fewer network output variables" than a detector with 9 anchors per
+location (1904.01355, section 3.1), and about 10 % fewer FLOPs than RetinaNet.
+
+Only the convolutional part is counted, backbone and head: no preprocessing, decoding or NMS.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import get_shape
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from ..modeling.deform_conv import use_portable_deform_convs
+from .assignment import padded_size
+
+_RESNET_FPNS = ("build_fcos_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
+
+
+@dataclass(frozen=True)
+class ModelStatistics:
+    """What a dense detector costs for one image.
+
+    Attributes:
+        parameters: all of them, frozen ones too; running statistics are no parameters.
+        multiply_adds: of one image as fvcore counts: a multiply-add of a convolution is one.
+            Normalisation and upsampling are in it, with a few per element.
+        outputs: numbers that the head returns for one image.
+        not_counted: how often each operator occurs that is not in ``multiply_adds``: those
+            that work element by element.
+        input_size: (height, width) in pixels, padded.
+    """
+
+    parameters: int
+    multiply_adds: int
+    outputs: int
+    not_counted: dict[str, int]
+    input_size: tuple[int, int]
+
+
+def analyze_model(cfg: CfgNode, height: int, width: int) -> ModelStatistics:
+    """Count for one image of (height, width) pixels, padded as the detector does, on CPU.
+
+    Args:
+        cfg: of a dense detector: FCOS or Detectron2's RetinaNet. Weights are not loaded.
+
+    Raises:
+        ValueError: for another meta architecture, or a size that is not positive.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"The size must be positive, got {height} x {width}")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    if not isinstance(model, DenseDetector):
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is not a dense detector"
+        )
+    use_portable_deform_convs(model)  # Detectron2's own do not run on CPU
+    size = padded_size(model.backbone, height, width)
+    network = _Network(model)
+    image = torch.zeros(1, 3, *size)
+    flops = FlopCountAnalysis(network, image)
+    flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    flops.set_op_handle("torchvision::deform_conv2d", _deform_conv_flops)
+    with torch.no_grad():  # with gradients a frozen BatchNorm becomes a handful of operators
+        multiply_adds = int(flops.total())
+    return ModelStatistics(
+        parameters=sum(p.numel() for p in model.parameters()),
+        multiply_adds=multiply_adds,
+        outputs=network.outputs,
+        not_counted=dict(flops.unsupported_ops()),
+        input_size=size,
+    )
+
+
+def retinanet_cfg(cfg: CfgNode) -> CfgNode:
+    """Detectron2's RetinaNet with the ResNet-FPN and the number of classes of an FCOS config.
+
+    Everything else is as in Detectron2's ``retinanet_R_50_FPN_1x.yaml``: P3 to P7 with P6 and P7
+    from res5, 9 anchors per location, towers of four convolutions without normalisation.
+
+    Raises:
+        ValueError: if the backbone is none of the ResNet-FPN builders.
+    """
+    if cfg.MODEL.BACKBONE.NAME not in _RESNET_FPNS:
+        raise ValueError(
+            f"RetinaNet is compared on a ResNet-FPN, MODEL.BACKBONE.NAME in {list(_RESNET_FPNS)}; "
+            f"got {cfg.MODEL.BACKBONE.NAME!r}"
+        )
+    retinanet = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    for node, levels in (("RESNETS", "OUT_FEATURES"), ("FPN", "IN_FEATURES")):
+        kept = retinanet.MODEL[node][levels]  # FCOS may run on other levels
+        retinanet.MODEL[node] = cfg.MODEL[node].clone()
+        retinanet.MODEL[node][levels] = kept
+    retinanet.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.FCOS.NUM_CLASSES
+    retinanet.MODEL.PIXEL_MEAN = cfg.MODEL.PIXEL_MEAN
+    retinanet.MODEL.PIXEL_STD = cfg.MODEL.PIXEL_STD
+    return retinanet
+
+
+def compare_with_retinanet(
+    cfg: CfgNode, height: int, width: int
+) -> tuple[ModelStatistics, ModelStatistics]:
+    """Count for the FCOS of a config and for the RetinaNet of :func:`retinanet_cfg`.
+
+    Raises:
+        ValueError: if the config is not of FCOS, and as :func:`retinanet_cfg`.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE must be 'FCOS', got {cfg.MODEL.META_ARCHITECTURE!r}"
+        )
+    other = retinanet_cfg(cfg)  # before the work: it may refuse
+    return analyze_model(cfg, height, width), analyze_model(other, height, width)
+
+
+def comparison_table(fcos: ModelStatistics, retinanet: ModelStatistics) -> str:
+    """The numbers side by side for a terminal, with what was not counted below."""
+    rows = [
+        (name, f"{mine / unit:.2f}", f"{other / unit:.2f}", f"{mine / other:.3f}",
+         f"{other / mine:.2f}")
+        for name, mine, other, unit in (
+            ("parameters (millions)", fcos.parameters, retinanet.parameters, 1e6),
+            ("multiply-adds (billions)", fcos.multiply_adds, retinanet.multiply_adds, 1e9),
+            ("outputs per image (millions)", fcos.outputs, retinanet.outputs, 1e6),
+        )
+    ]  # fmt: skip
+    names = ("", "FCOS", "RetinaNet", "FCOS / RetinaNet", "RetinaNet / FCOS")
+    height, width = fcos.input_size
+    lines = [
+        f"One image of {height} x {width} pixels (height x width), backbone and head",
+        tabulate(rows, names, colalign=("left", *["right"] * 4), disable_numparse=True),
+    ]
+    for name, statistics in (("FCOS", fcos), ("RetinaNet", retinanet)):
+        operators = ", ".join(f"{op} {n}x" for op, n in sorted(statistics.not_counted.items()))
+        lines.append(f"Not counted in {name}: {operators or 'nothing'}")
+    return "\n".join(lines)
+
+
+class _Network(nn.Module):
+    """Backbone and head of a dense detector: an image (1, 3, H, W) in, all maps out."""
+
+    def __init__(self, model: DenseDetector):
+        super().__init__()
+        self.backbone = model.backbone
+        self.head = model.head
+        self.head_in_features = model.head_in_features
+        self.outputs = 0  # numbers in the maps of the last call
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        features = self.backbone(image)
+        maps = tuple(_tensors(self.head([features[f] for f in self.head_in_features])))
+        self.outputs = sum(prod(int(n) for n in x.shape) for x in maps)
+        return maps
+
+
+def _tensors(nested) -> Iterator[Tensor]:
+    """The tensors in nested lists and tuples; None, a branch that is not there, has none."""
+    if isinstance(nested, Tensor):
+        yield nested
+    elif nested is not None:
+        for element in nested:
+            yield from _tensors(element)
+
+
+def _deform_conv_flops(inputs: list, outputs: list) -> Counter:
+    """Those of the convolution; where it samples is interpolated besides, which is not counted."""
+    out_channels, *kernel = get_shape(inputs[1])  # (out, in / groups, height, width)
+    batch, channels, *size = get_shape(outputs[0])
+    if channels != out_channels:
+        raise ValueError(f"{channels} output channels for {out_channels} filters")
+    return Counter({"deform_conv": batch * prod(size) * out_channels * prod(kernel)})

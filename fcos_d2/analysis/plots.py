@@ -1,0 +1,106 @@
+"""Plots of :class:`AssignmentStatistics` as PNG files."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .statistics import AssignmentStatistics
+
+_BLUE, _ORANGE = "#3b75af", "#ef8636"
+
+
+def save_plots(statistics: AssignmentStatistics, folder: str | Path) -> list[Path]:
+    """Write ``recall_by_size.png``, ``positives_per_level.png`` and ``ambiguity.png``.
+
+    Args:
+        folder: made where it does not exist; files of these names are overwritten.
+
+    Returns:
+        the paths of the files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = {"recall_by_size": _recall, "positives_per_level": _positives, "ambiguity": _ambiguity}
+    files = []
+    for name, draw in plots.items():
+        # Without pyplot: no display is looked for, and no global state is changed.
+        figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes, statistics)
+        # Bars of one or two levels as wide as those of several.
+        bars = len(axes.get_xticks())
+        middle, half = (bars - 1) / 2, max(bars, 4) / 2
+        axes.set_xlim(middle - half, middle + half)
+        files.append(folder / f"{name}.png")
+        figure.savefig(files[-1])
+    return files
+
+
+def _recall(axes: Axes, statistics: AssignmentStatistics) -> None:
+    areas = ("area < 32² px", "32² ≤ area < 96² px", "area ≥ 96² px")
+    names = [
+        f"{size.name}\n{area}\n{size.boxes:,} boxes"
+        for size, area in zip(statistics.sizes, areas, strict=True)
+    ]
+    names.append(f"all\n\n{statistics.boxes:,} boxes")
+    shares = [size.recall for size in statistics.sizes] + [statistics.best_possible_recall]
+    bars = axes.bar(names, [_percent(s) for s in shares], color=[_BLUE] * 3 + [_ORANGE], width=0.6)
+    axes.bar_label(
+        bars, ["no boxes" if s is None else f"{100 * s:.2f} %" for s in shares], padding=2
+    )
+    axes.set_title("Best possible recall by box size", pad=16)
+    axes.set_xlabel("box size (box area in the original image)")
+    axes.set_ylabel("boxes that own a location (%)")
+    axes.set_ylim(0, 100)
+
+
+def _positives(axes: Axes, statistics: AssignmentStatistics) -> None:
+    counts = [level.positives for level in statistics.levels]
+    total = max(statistics.positives, 1)
+    bars = axes.bar(_level_names(statistics), counts, color=_BLUE, width=0.6)
+    axes.bar_label(bars, [f"{n:,}\n{100 * n / total:.1f} %" for n in counts], padding=2)
+    axes.set_title(f"Positive locations per level ({statistics.images:,} images)")
+    axes.set_xlabel("level")
+    axes.set_ylabel("positive locations")
+    axes.set_ylim(0, 1.2 * max(1, *counts))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def _ambiguity(axes: Axes, statistics: AssignmentStatistics) -> None:
+    names = [*_level_names(statistics), "all"]
+    levels = statistics.levels
+    positives = [level.positives for level in levels] + [statistics.positives]
+    ambiguous = [level.ambiguous for level in levels]
+    between = [level.ambiguous_classes for level in levels]
+    shares = [
+        [100 * n / max(p, 1) for n, p in zip([*counts, sum(counts)], positives, strict=True)]
+        for counts in (ambiguous, between)
+    ]
+    within = [a - b for a, b in zip(*shares, strict=True)]
+    axes.bar(names, shares[1], color=_ORANGE, width=0.6, label="between different classes")
+    bars = axes.bar(
+        names, within, bottom=shares[1], color=_BLUE, width=0.6, label="within one class"
+    )
+    axes.bar_label(
+        bars,
+        [f"{s:.2f} %" if p else "no positives" for s, p in zip(shares[0], positives, strict=True)],
+        padding=2,
+    )
+    axes.set_title("Ambiguous positive locations")
+    axes.set_xlabel("level")
+    axes.set_ylabel("share of the positive locations (%)")
+    # Room above the bars for the legend.
+    axes.set_ylim(0, 1.35 * max(1, *shares[0]))
+    axes.legend(loc="upper right", frameon=False, ncols=2)
+
+
+def _level_names(statistics: AssignmentStatistics) -> list[str]:
+    return [f"{level.name}\nstride {level.stride}" for level in statistics.levels]
+
+
+def _percent(share: float | None) -> float:
+    return 0.0 if share is None else 100 * share

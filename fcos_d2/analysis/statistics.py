@@ -1,0 +1,140 @@
+"""The numbers of :func:`analyze_assignment`. Their definitions are in its module."""
+
+from dataclasses import asdict, dataclass
+
+from tabulate import tabulate
+
+
+@dataclass(frozen=True)
+class LevelStatistics:
+    """Positive locations on one level, and how many of them are ambiguous."""
+
+    name: str
+    stride: int
+    positives: int
+    ambiguous: int
+    ambiguous_classes: int
+
+
+@dataclass(frozen=True)
+class SizeStatistics:
+    """Boxes of one COCO size, those that own a location, and the locations they own."""
+
+    name: str
+    boxes: int
+    recalled: int
+    positives: int
+
+    @property
+    def recall(self) -> float | None:
+        """Share of the boxes that own a location; None without boxes."""
+        return _share(self.recalled, self.boxes)
+
+
+@dataclass(frozen=True)
+class AssignmentStatistics:
+    """What a config makes of the boxes of a data set.
+
+    Attributes:
+        images: how many, those without boxes too.
+        crowd_left_out: boxes left out for being crowds.
+        no_area_left_out: boxes left out for having no area at the test resize, within the image.
+        levels: finest first.
+        sizes: small, medium, large.
+        settings: the values of the config that the numbers depend on.
+    """
+
+    images: int
+    crowd_left_out: int
+    no_area_left_out: int
+    levels: tuple[LevelStatistics, ...]
+    sizes: tuple[SizeStatistics, ...]
+    settings: dict
+
+    @property
+    def boxes(self) -> int:
+        return sum(size.boxes for size in self.sizes)
+
+    @property
+    def recalled(self) -> int:
+        return sum(size.recalled for size in self.sizes)
+
+    @property
+    def positives(self) -> int:
+        return sum(level.positives for level in self.levels)
+
+    @property
+    def best_possible_recall(self) -> float | None:
+        """Share of the boxes that own a location; None without boxes."""
+        return _share(self.recalled, self.boxes)
+
+    @property
+    def ambiguous(self) -> float | None:
+        """Share of the positives that were eligible for several boxes; None without positives."""
+        return _share(sum(level.ambiguous for level in self.levels), self.positives)
+
+    @property
+    def ambiguous_classes(self) -> float | None:
+        """Share of the positives that were eligible for boxes of different classes."""
+        return _share(sum(level.ambiguous_classes for level in self.levels), self.positives)
+
+    def to_dict(self) -> dict:
+        """All numbers, ready for JSON; shares are in [0, 1], null where there is nothing."""
+        return {
+            "images": self.images,
+            "boxes": self.boxes,
+            "recalled": self.recalled,
+            "positives": self.positives,
+            "best_possible_recall": self.best_possible_recall,
+            "ambiguous": self.ambiguous,
+            "ambiguous_classes": self.ambiguous_classes,
+            "left_out": {"crowd": self.crowd_left_out, "no_area": self.no_area_left_out},
+            "levels": [asdict(level) for level in self.levels],
+            "sizes": [asdict(size) | {"recall": size.recall} for size in self.sizes],
+            "settings": self.settings,
+        }
+
+    def table(self) -> str:
+        """The numbers for a terminal."""
+        total = [
+            ("images", self.images),
+            ("boxes", self.boxes),
+            ("left out: crowd", self.crowd_left_out),
+            ("left out: no area", self.no_area_left_out),
+            ("positive locations", self.positives),
+            ("best possible recall", _percent(self.best_possible_recall)),
+            ("ambiguous positives", _percent(self.ambiguous)),
+            ("ambiguous between classes", _percent(self.ambiguous_classes)),
+        ]
+        by_level = [
+            (
+                f"{level.name} (stride {level.stride})",
+                level.positives,
+                _percent(_share(level.positives, self.positives)),
+                _percent(_share(level.ambiguous, level.positives)),
+                _percent(_share(level.ambiguous_classes, level.positives)),
+            )
+            for level in self.levels
+        ]
+        by_size = [
+            (size.name, size.boxes, size.recalled, _percent(size.recall), size.positives)
+            for size in self.sizes
+        ]
+        level_names = ("level", "positives", "share", "ambiguous", "between classes")
+        size_names = ("box size", "boxes", "recalled", "recall", "positives")
+        right = ("left", *["right"] * 4)
+        return "\n\n".join(
+            (
+                tabulate(total, colalign=right[:2]),
+                tabulate(by_level, level_names, colalign=right),
+                tabulate(by_size, size_names, colalign=right),
+            )
+        )
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"

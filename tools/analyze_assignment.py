@@ -1,0 +1,68 @@
+#!/usr/bin/env python
+"""Best possible recall and ambiguous samples of a config on a data set (1904.01355, section 4.1).
+
+    python tools/analyze_assignment.py --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml \\
+        --coco-json instances_val2017.json --plot plots --json statistics.json \\
+        MODEL.FCOS.CENTER_SAMPLING_RADIUS 0.0
+
+Needs sizes and boxes only, no images and no weights. What is counted, and what the paper found, is
+in fcos_d2/analysis/assignment.py.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from fcos_d2 import get_cfg
+from fcos_d2.analysis import analyze_assignment, load_coco_json, load_dataset
+from fcos_d2.analysis.plots import save_plots
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--dataset", metavar="NAME", help="registered with Detectron2 or in DATASETS.CUSTOM"
+    )
+    source.add_argument("--coco-json", metavar="FILE", help="an annotation file in COCO's format")
+    parser.add_argument(
+        "--include-crowd", action="store_true", help="keep the boxes that are marked iscrowd"
+    )
+    parser.add_argument("--plot", metavar="DIR", type=Path, help="write plots as PNG files")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all numbers")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = get_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    try:
+        if args.dataset is not None:
+            records = load_dataset(cfg, args.dataset)
+        else:
+            records = load_coco_json(args.coco_json)
+        statistics = analyze_assignment(
+            cfg, records, include_crowd=args.include_crowd, progress=True
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(statistics.table())
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(statistics.to_dict(), indent=2) + "\n")
+    if args.plot is not None:
+        for file in save_plots(statistics, args.plot):
+            print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""Turn a checkpoint of another FCOS implementation into one for this project.
+
+    python tools/convert_checkpoint.py FCOS_R_50_1x.pth fcos.pth --source adelaidet \\
+        --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml
+    python train_net.py --config-file fcos.yaml --eval-only
+
+The config says what the checkpoint cannot: backbone, classes, numbers of convolutions. Keys and
+values at the end override it and the settings of the source. See docs/coming_from.md.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+
+from fcos_d2 import get_cfg
+from fcos_d2.checkpoint import SOURCES, convert, read_checkpoint
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_intermixed_args(argv)  # keys and values stand behind the options
+    dst = Path(args.dst)
+    if dst.suffix != ".pth" or dst.resolve() == Path(args.src).resolve():
+        raise SystemExit(f"DST must be a .pth file other than SRC, got {dst}")
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    yaml = dst.with_suffix(".yaml")
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+        checkpoint = read_checkpoint(args.src, args.trust_pickle)
+        state_dict, cfg = convert(checkpoint, args.source, cfg, args.opts)
+    except (ValueError, FileNotFoundError) as e:
+        raise SystemExit(f"Not converted. {e}") from e
+
+    cfg.MODEL.WEIGHTS = ""
+    data = {"model": state_dict, "config": _text(cfg)}
+    _write(dst, lambda partial: torch.save(data, partial))
+    cfg.MODEL.WEIGHTS = str(dst.resolve())
+    _write(yaml, lambda partial: partial.write_text(_text(cfg)))
+    print(f"Wrote {dst} and {yaml}.")
+    _print_not_in_file(args.source, cfg)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("src", help="checkpoint of the other implementation: .pth, or .pkl")
+    parser.add_argument("dst", help="checkpoint to write; its config goes beside it, as .yaml")
+    parser.add_argument("--source", required=True, choices=list(SOURCES), help="where it is from")
+    parser.add_argument("--config-file", required=True, help="a config with the same architecture")
+    parser.add_argument(
+        "--trust-pickle", action="store_true", help="read files that can run code; see the docs"
+    )
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
+    return parser
+
+
+def _text(cfg: CfgNode) -> str:
+    """The config without the device, which is that of the machine that reads it."""
+    cfg = cfg.clone()
+    del cfg.MODEL["DEVICE"]
+    return cfg.dump()
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    """Put a file in its place only when it is complete."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save(partial)
+        with open(partial, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _print_not_in_file(source: str, cfg: CfgNode) -> None:
+    keys = SOURCES[source].not_in_file
+    if keys:
+        print("A checkpoint of this source does not show these; check that they are its model's:")
+    for key in keys:
+        value = cfg
+        for part in key.split("."):
+            value = value[part]
+        print(f"  {key}: {value}")
+
+
+if __name__ == "__main__":
+    main()
