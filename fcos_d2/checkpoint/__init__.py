@@ -1,4 +1,13 @@
 from .atomic import AtomicCheckpointer
+from .convert import convert
+from .sources import SOURCES
+from .sources.files import read_checkpoint
 from .torchvision_backbone import convert_torchvision_resnet
 
-__all__ = ["AtomicCheckpointer", "convert_torchvision_resnet"]
+__all__ = [
+    "SOURCES",
+    "AtomicCheckpointer",
+    "convert",
+    "convert_torchvision_resnet",
+    "read_checkpoint",
+]

@@ -1,0 +1,39 @@
+"""Detectron2's own FCOS, detectron2/modeling/meta_arch/fcos.py."""
+
+from .source import BATCH_COUNTER, DETECTRON2_BACKBONE, Rules, Source
+
+_RULES: Rules = [
+    *DETECTRON2_BACKBONE,
+    (r"head\.cls_subnet\.(.+)", r"head.cls_tower.\1"),
+    (r"head\.bbox_subnet\.(.+)", r"head.bbox_tower.\1"),
+    (r"head\.cls_score\.(.+)", r"head.cls_logits.\1"),
+    (r"(head\.(?:bbox_pred|ctrness)\..+)", r"\1"),
+]
+
+DETECTRON2 = Source(
+    signature=r"head\.cls_subnet\..+",
+    rules=lambda names: _RULES,
+    cfg={
+        # The model of its configs. Their data loader gives BGR.
+        "INPUT.FORMAT": "BGR",
+        "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
+        "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+        "MODEL.RESNETS.STRIDE_IN_1X1": True,
+        "MODEL.FCOS.LOCATION_OFFSET": 0.5,
+        "MODEL.FCOS.BOX_ACTIVATION": "relu",
+        "MODEL.FCOS.QUALITY": "centerness",
+        "MODEL.FCOS.QUALITY_ON": "box",
+        "MODEL.FCOS.SCORE_FUSION": "sqrt",
+        "MODEL.FCOS.SCORE_THRESH_ON": "score",
+        "MODEL.FCOS.SCORE_THRESH_TEST": 0.2,
+        "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,
+        "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
+        "TEST.DETECTIONS_PER_IMAGE": 100,
+    },
+    ignored=(
+        BATCH_COUNTER,
+        # A box per level whose middle is the location; LOCATION_OFFSET says the same. Versions
+        # before 0.6 kept it in checkpoints.
+        r"anchor_generator\.cell_anchors\.\d+",
+    ),
+)

@@ -1,0 +1,85 @@
+"""Reads the checkpoint files of other implementations without running code from them."""
+
+import codecs
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+# What a pickle of plain arrays is made of, under the names of NumPy 1 and 2.
+_ARRAY_PARTS: dict[str, Callable] = {
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "numpy.core.multiarray._reconstruct": _multiarray._reconstruct,
+    "numpy._core.multiarray._reconstruct": _multiarray._reconstruct,
+    "numpy.core.multiarray.scalar": _multiarray.scalar,
+    "numpy._core.multiarray.scalar": _multiarray.scalar,
+    "collections.OrderedDict": OrderedDict,
+    # How Python 2 and protocol 2 write the bytes of an array.
+    "_codecs.encode": codecs.encode,
+}
+_DTYPES = [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64")]
+
+
+def read_checkpoint(path: str, trust_pickle: bool = False) -> dict[str, Any]:
+    """The content of a ``.pth`` file of PyTorch or a ``.pkl`` file of Detectron2, on CPU.
+
+    Args:
+        trust_pickle: also build other objects than tensors, arrays, numbers, text, lists and
+            dictionaries. Such a file can run any code: only for files whose makers you trust.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds other objects and ``trust_pickle`` is not set, is damaged, or
+            holds no dictionary.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}")
+    try:
+        read = _read_pkl if path.endswith(".pkl") else _read_pth
+        content = read(path, trust_pickle)
+    except pickle.UnpicklingError as e:
+        if trust_pickle:
+            raise ValueError(f"{path} cannot be read: {e}") from e
+        raise ValueError(
+            f"{path} is damaged, or holds pickled objects beside tensors, which can run any code "
+            "when they are read. If you trust its makers, pass --trust-pickle (trust_pickle=True). "
+            f"What stopped it: {_object_in(str(e))}"
+        ) from e
+    except (EOFError, RuntimeError) as e:
+        raise ValueError(f"{path} is damaged or no checkpoint: {e}") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def _object_in(message: str) -> str:
+    """The object that PyTorch's long message is about, or the message's first line."""
+    found = re.search(r"GLOBAL (\S+)", message)
+    return f"a {found[1]}" if found else message.splitlines()[0]
+
+
+def _read_pth(path: str, trust_pickle: bool) -> Any:
+    allowed = [(part, name) for name, part in _ARRAY_PARTS.items()]
+    with torch.serialization.safe_globals([*allowed, *_DTYPES]):
+        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+
+
+def _read_pkl(path: str, trust_pickle: bool) -> Any:
+    unpickler = pickle.Unpickler if trust_pickle else _ArrayUnpickler
+    with open(path, "rb") as f:
+        return unpickler(f, encoding="latin1").load()
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Callable:
+        try:
+            return _ARRAY_PARTS[f"{module}.{name}"]
+        except KeyError:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}") from None

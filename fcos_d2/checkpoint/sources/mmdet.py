@@ -1,0 +1,83 @@
+"""mmdetection's FCOS, versions 1 to 3."""
+
+import re
+from collections.abc import Collection
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from .source import BATCH_COUNTER, Rules, Source
+
+_RULES: Rules = [
+    (r"neck\.lateral_convs\.0\.conv\.(weight|bias)", r"backbone.fpn_lateral3.\1"),
+    (r"neck\.lateral_convs\.1\.conv\.(weight|bias)", r"backbone.fpn_lateral4.\1"),
+    (r"neck\.lateral_convs\.2\.conv\.(weight|bias)", r"backbone.fpn_lateral5.\1"),
+    (r"neck\.fpn_convs\.0\.conv\.(weight|bias)", r"backbone.fpn_output3.\1"),
+    (r"neck\.fpn_convs\.1\.conv\.(weight|bias)", r"backbone.fpn_output4.\1"),
+    (r"neck\.fpn_convs\.2\.conv\.(weight|bias)", r"backbone.fpn_output5.\1"),
+    (r"neck\.fpn_convs\.3\.conv\.(weight|bias)", r"backbone.top_block.p6.\1"),
+    (r"neck\.fpn_convs\.4\.conv\.(weight|bias)", r"backbone.top_block.p7.\1"),
+    # fcos_cls and so on before version 2.1.
+    (r"bbox_head\.(?:conv|fcos)_cls\.(.+)", r"head.cls_logits.\1"),
+    (r"bbox_head\.(?:conv|fcos)_reg\.(.+)", r"head.bbox_pred.\1"),
+    (r"bbox_head\.(?:conv|fcos)_centerness\.(.+)", r"head.ctrness.\1"),
+    (r"bbox_head\.(scales\.\d+\.scale)", r"head.\1"),
+    (r"data_preprocessor\.(mean|std)", r"pixel_\1"),
+]
+
+
+def _rules(names: Collection[str]) -> Rules:
+    """With those of the towers, whose layers are numbered without norms and activations."""
+    convs = [re.match(r"bbox_head\.(?:cls|reg)_convs\.(\d+)\.", name) for name in names]
+    depth = 1 + max((int(match[1]) for match in convs if match), default=-1)
+    has_norm = any(re.match(r"bbox_head\.(cls|reg)_convs\.\d+\.(gn|bn)\.", name) for name in names)
+    step = 3 if has_norm else 2
+    rules = list(_RULES)
+    for i in range(depth):
+        for theirs, ours in (("cls_convs", "cls_tower"), ("reg_convs", "bbox_tower")):
+            layer, conv = rf"bbox_head\.{theirs}\.{i}\.", f"head.{ours}.{i * step}"
+            deformable = any(re.match(layer + r"conv[._](conv_)?offset\.", n) for n in names)
+            rules += [
+                (layer + r"conv[._](?:conv_)?offset\.(weight|bias)", conv + r".offset.\1"),
+                (layer + r"conv\.(weight|bias)", conv + (r".conv.\1" if deformable else r".\1")),
+                (layer + r"(?:gn|bn)\.(.+)", rf"head.{ours}.{i * step + 1}.\1"),
+            ]
+    return rules
+
+
+def _adapt(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
+    """With its conv_bias "auto", convolutions before a norm have no bias: ours is 0."""
+    convs = r"(head\.(?:cls|bbox)_tower\.\d+\.(?:conv\.)?)weight"
+    weights = [re.fullmatch(convs, name) for name, x in tensors.items() if x.dim() == 4]
+    biases = {match[1] + "bias": tensors[match[0]] for match in weights if match}
+    if not biases.keys() & tensors.keys():
+        tensors.update((name, torch.zeros(len(weight))) for name, weight in biases.items())
+
+
+MMDET = Source(
+    signature=r"bbox_head\.((conv|fcos)_(cls|centerness)|cls_convs)\..+",
+    rules=_rules,
+    cfg={
+        "MODEL.FCOS.LOCATION_OFFSET": 0.5,
+        "MODEL.FCOS.QUALITY": "centerness",
+        "MODEL.FCOS.SCORE_FUSION": "product",
+        "MODEL.FCOS.SCORE_THRESH_ON": "class",
+        "MODEL.FCOS.SCORE_THRESH_TEST": 0.05,
+        "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,
+        "TEST.DETECTIONS_PER_IMAGE": 100,
+    },
+    # norm_on_bbox, centerness_on_reg, nms, the data preprocessor and the backbone's style.
+    not_in_file=(
+        "MODEL.FCOS.BOX_ACTIVATION",
+        "MODEL.FCOS.QUALITY_ON",
+        "MODEL.FCOS.NMS_THRESH_TEST",
+        "INPUT.FORMAT",
+        "MODEL.PIXEL_MEAN",
+        "MODEL.PIXEL_STD",
+        "MODEL.RESNETS.STRIDE_IN_1X1",
+    ),
+    ignored=(BATCH_COUNTER,),
+    resnet=r"backbone\.",
+    adapt=_adapt,
+)

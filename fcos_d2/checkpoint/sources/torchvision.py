@@ -1,0 +1,66 @@
+"""torchvision.models.detection: fcos_resnet50_fpn and FCOS on other ResNets."""
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from torch import Tensor
+
+from .source import BATCH_COUNTER, Rules, Source
+
+# Versions before 0.13 lack the second number.
+_CONV = r"(?:\.0)?\.(weight|bias)"
+_RULES: Rules = [
+    (r"backbone\.fpn\.inner_blocks\.0" + _CONV, r"backbone.fpn_lateral3.\1"),
+    (r"backbone\.fpn\.inner_blocks\.1" + _CONV, r"backbone.fpn_lateral4.\1"),
+    (r"backbone\.fpn\.inner_blocks\.2" + _CONV, r"backbone.fpn_lateral5.\1"),
+    (r"backbone\.fpn\.layer_blocks\.0" + _CONV, r"backbone.fpn_output3.\1"),
+    (r"backbone\.fpn\.layer_blocks\.1" + _CONV, r"backbone.fpn_output4.\1"),
+    (r"backbone\.fpn\.layer_blocks\.2" + _CONV, r"backbone.fpn_output5.\1"),
+    (r"backbone\.fpn\.extra_blocks\.(p[67]\..+)", r"backbone.top_block.\1"),
+    (r"head\.classification_head\.conv\.(.+)", r"head.cls_tower.\1"),
+    (r"head\.classification_head\.cls_logits\.(.+)", r"head.cls_logits.\1"),
+    (r"head\.regression_head\.conv\.(.+)", r"head.bbox_tower.\1"),
+    (r"head\.regression_head\.bbox_reg\.(.+)", r"head.bbox_pred.\1"),
+    (r"head\.regression_head\.bbox_ctrness\.(.+)", r"head.ctrness.\1"),
+]
+
+# Its classes are the category numbers of COCO's files, 0 to 90, of which 80 are in use.
+_COCO_NUMBERS = 91
+
+
+def _adapt(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
+    """Give the class channels our order: 80 of COCO's numbers, or all but the background."""
+    num_classes = cfg.MODEL.FCOS.NUM_CLASSES
+    for name in ("head.cls_logits.weight", "head.cls_logits.bias"):
+        channels = tensors[name].shape[:1] if name in tensors else ()
+        if num_classes == 80 and channels == (_COCO_NUMBERS,):
+            metadata = MetadataCatalog.get("coco_2017_val")
+            to_class = metadata.thing_dataset_id_to_contiguous_id
+            tensors[name] = tensors[name][sorted(to_class, key=to_class.get)]
+        elif channels == (num_classes + 1,):
+            tensors[name] = tensors[name][1:]
+
+
+TORCHVISION = Source(
+    signature=r"head\.(classification|regression)_head\..+",
+    rules=lambda names: _RULES,
+    cfg={
+        "INPUT.FORMAT": "RGB",
+        # Its 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 of images in [0, 1].
+        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+        "MODEL.FCOS.LOCATION_OFFSET": 0.0,
+        "MODEL.FCOS.BOX_ACTIVATION": "relu",
+        "MODEL.FCOS.QUALITY": "centerness",
+        "MODEL.FCOS.QUALITY_ON": "box",
+        "MODEL.FCOS.SCORE_FUSION": "sqrt",
+        "MODEL.FCOS.SCORE_THRESH_ON": "score",
+        "MODEL.FCOS.SCORE_THRESH_TEST": 0.2,
+        "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,
+        "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
+        "TEST.DETECTIONS_PER_IMAGE": 100,
+    },
+    ignored=(BATCH_COUNTER,),
+    resnet=r"backbone\.body\.",
+    adapt=_adapt,
+)
