@@ -25,8 +25,9 @@ PIP = $(BIN)/python -m pip
 INSTALL = $(PIP) install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # A folder or file by its full path: to pip, a bare name would be a package of the registry.
 DETECTRON2_SOURCE = $(if $(wildcard $(DETECTRON2)),$(abspath $(DETECTRON2)),$(DETECTRON2))
-# Another source, PyTorch or pin means another Detectron2: its stamp is named after them.
-DETECTRON2_KEY := $(shell echo '$(DETECTRON2) $(TORCH) $(TORCH_INDEX)' | cat - $(CONSTRAINTS) | cksum | cut -d' ' -f1)
+# Another Python, PyTorch, source or pin means another Detectron2: its stamp is named after them.
+DETECTRON2_KEY := $(shell { $(PYTHON) --version; echo '$(DETECTRON2) $(TORCH) $(TORCH_INDEX)'; \
+  cat /dev/null $(CONSTRAINTS); } 2>&1 | cksum | cut -d' ' -f1)
 DETECTRON2_STAMP = $(VENV)/.detectron2-$(DETECTRON2_KEY)
 STAMP = $(VENV)/.setup-complete
 
@@ -37,8 +38,10 @@ setup: $(STAMP)
 $(DETECTRON2_STAMP):
 	@PYTHON='$(PYTHON)' UPSTREAM='$(UPSTREAM)' DETECTRON2='$(DETECTRON2_SOURCE)' \
 	  sh tools/check_prerequisites.sh
-	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) --version >/dev/null 2>&1 && test "`$(BIN)/python --version`" = "`$(PYTHON) --version`" || \
+	  $(PYTHON) -m venv --clear $(VENV)
 	$(INSTALL) 'setuptools<81' wheel
+	$(if $(TORCH_INDEX),@$(PIP) uninstall --quiet --yes torch torchvision  # pip would keep them)
 	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@$(PIP) uninstall --quiet --yes detectron2  # pip would keep another build of the same version
 	$(INSTALL) --no-build-isolation '$(DETECTRON2_SOURCE)' || { \

@@ -19,6 +19,7 @@ from detectron2.engine import (
 )
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -27,16 +28,26 @@ from .config import get_cfg
 from .data import check_num_classes, register_custom_datasets
 from .modeling import FCOSWithTTA
 
+_AUGMENTED = {"FCOS": FCOSWithTTA, "GeneralizedRCNN": GeneralizedRCNNWithTTA}
+
 
 def setup(args) -> CfgNode:
     """Build the config of a run, register its data sets, and set up logging.
 
     Args:
         args: from :func:`detectron2.engine.default_argument_parser`.
+
+    Raises:
+        ValueError: for test-time augmentation of a model that it is not offered for.
     """
     cfg = get_cfg()
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE not in _AUGMENTED:
+        raise ValueError(
+            f"TEST.AUG is offered for MODEL.META_ARCHITECTURE {list(_AUGMENTED)}, not "
+            f"{cfg.MODEL.META_ARCHITECTURE!r}: set TEST.AUG.ENABLED False"
+        )
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fcos_d2")
@@ -91,9 +102,10 @@ class Trainer(DefaultTrainer):
     def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> dict:
         """Evaluate with test-time augmentation; the results have "_TTA" behind their names."""
         logging.getLogger(__name__).info("Evaluating with test-time augmentation ...")
+        wrapper = _AUGMENTED[cfg.MODEL.META_ARCHITECTURE]
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
-        results = cls.test(cfg, FCOSWithTTA(cfg, model), evaluators)
+        results = cls.test(cfg, wrapper(cfg, model), evaluators)
         return {f"{name}_TTA": value for name, value in results.items()}
 
     @classmethod

@@ -1,4 +1,6 @@
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from helpers import tiny_cfg
 
 from fcos_d2 import model_zoo
 from fcos_d2.data import register_custom_datasets
-from fcos_d2.engine import BestCheckpointer, Trainer, evaluate
+from fcos_d2.engine import BestCheckpointer, Trainer, evaluate, setup
 
 
 @pytest.fixture
@@ -145,6 +147,47 @@ def test_diverged_training_stops_with_a_clear_error(cfg):
         trainer.iter = 0
         trainer.before_train()
         trainer.run_step()
+
+
+def test_augmentation_is_evaluated_at_the_end_of_training(cfg, monkeypatch):
+    models = []
+
+    def record(cls, cfg, model, evaluators=None):
+        models.append(type(model).__name__)
+        return {"bbox": {"AP": 1.0}}
+
+    monkeypatch.setattr(Trainer, "test", classmethod(record))
+    cfg.TEST.AUG.ENABLED = True
+    cfg.TEST.EVAL_PERIOD = 2
+    cfg.SOLVER.MAX_ITER = 4
+    Trainer(cfg).train()
+    assert models == ["FCOS", "FCOS", "FCOSWithTTA"]
+    metrics = Path(cfg.OUTPUT_DIR, "metrics.json").read_text()
+    assert '"bbox_TTA/AP": 1.0' in metrics
+
+
+def test_augmentation_of_other_models_is_refused_at_once():
+    args = SimpleNamespace(
+        config_file=model_zoo.get_config_file("Ablations/retinanet_R_50_FPN_1x.yaml"),
+        opts=["TEST.AUG.ENABLED", "True"],
+    )
+    with pytest.raises(ValueError, match=r"TEST.AUG is offered for .* not 'RetinaNet'"):
+        setup(args)
+
+
+def test_gradients_are_clipped_where_the_ablation_says_so():
+    cfg = model_zoo.get_config("Ablations/iccv_no_gn_R_50_FPN_1x.yaml")
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    optimizer = Trainer.build_optimizer(cfg, layers)
+    before = [p.detach().clone() for p in layers.parameters()]
+    for p in layers.parameters():
+        p.grad = torch.full_like(p, 1e6)
+    optimizer.step()
+    # Each gradient is cut to norm 1, so that no parameter moves by more than the rate (and by what
+    # weight decay adds, 1e-4 of a parameter below 1).
+    for old, new in zip(before, layers.parameters(), strict=True):
+        moved = (new - old).norm().item()
+        assert moved == pytest.approx(cfg.SOLVER.BASE_LR, rel=1e-3)
 
 
 def test_evaluate_the_last_checkpoint(cfg, monkeypatch):

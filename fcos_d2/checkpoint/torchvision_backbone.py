@@ -2,12 +2,15 @@
 
 ``torchvision://ResNet18_Weights.IMAGENET1K_V1`` downloads the weights through torchvision, gives
 the parameters Detectron2's names, and keeps the result in Detectron2's cache folder.
+``torchvision:///path/to/resnet18.pth`` does the same with a state dict on disk, torchvision's or
+timm's, whose ResNets have the same names.
 """
 
 import os
 import pickle
 import re
 
+import torch
 import torchvision
 from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
@@ -43,17 +46,24 @@ def convert_torchvision_resnet(state_dict: dict[str, Tensor]) -> dict[str, Tenso
 
 
 class TorchvisionHandler(PathHandler):
-    """Resolves ``torchvision://<WeightsEnum>.<member>`` to a file in Detectron2's format."""
+    """Resolves ``torchvision://`` names and paths to a file in Detectron2's format."""
 
     def _get_supported_prefixes(self) -> list[str]:
-        return [_PREFIX]
+        # Detectron2's checkpointer makes one slash of the three before a path.
+        return [_PREFIX, "torchvision:/"]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
-        name = path[len(_PREFIX) :]
-        file = os.path.join(get_cache_dir(), "fcos_d2", "torchvision", name + ".pkl")
-        if force or not os.path.isfile(file):
-            weights = torchvision.models.get_weight(name)
-            state_dict = convert_torchvision_resnet(weights.get_state_dict(check_hash=True))
+        name = path.removeprefix(_PREFIX).removeprefix("torchvision:")
+        on_disk = os.path.isabs(name)
+        # What a file holds may change; a name stands for the same weights for ever.
+        cached = f"file-{os.path.basename(name)}" if on_disk else name
+        file = os.path.join(get_cache_dir(), "fcos_d2", "torchvision", cached + ".pkl")
+        if force or on_disk or not os.path.isfile(file):
+            if on_disk:
+                source = torch.load(name, map_location="cpu", weights_only=True)
+            else:
+                source = torchvision.models.get_weight(name).get_state_dict(check_hash=True)
+            state_dict = convert_torchvision_resnet(source)
             model = {k: v.numpy() for k, v in state_dict.items()}
             data = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
             os.makedirs(os.path.dirname(file), exist_ok=True)

@@ -11,8 +11,8 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
-from .head import FCOSHead
-from .losses import FCOSLoss, make_targets
+from .head import FCOSHead, select_levels
+from .losses import FCOSLoss, check_classes, make_targets
 from .post_processing import FCOSPostProcessor
 from .target_assignment import LocationAssigner
 
@@ -54,11 +54,7 @@ class FCOS(DenseDetector):
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
         )
-        if len(assigner.regression_ranges) != len(head_in_features):
-            raise ValueError(
-                f"{len(assigner.regression_ranges)} REGRESSION_RANGES for the "
-                f"{len(head_in_features)} levels {list(head_in_features)}: they must be as many"
-            )
+        assigner.check_levels(head_in_features)
         self.assigner = assigner
         self.loss = loss
         self.post_processor = post_processor
@@ -73,14 +69,9 @@ class FCOS(DenseDetector):
         backbone = build_backbone(cfg)
         fcos = cfg.MODEL.FCOS
         shapes: dict[str, ShapeSpec] = backbone.output_shape()
-        missing = [f for f in fcos.IN_FEATURES if f not in shapes]
-        if missing:
-            raise ValueError(
-                f"MODEL.FCOS.IN_FEATURES names {missing}, but the backbone makes {list(shapes)}"
-            )
         return {
             "backbone": backbone,
-            "head": FCOSHead(cfg, [shapes[f] for f in fcos.IN_FEATURES]),
+            "head": FCOSHead(cfg, select_levels(shapes, fcos.IN_FEATURES)),
             "head_in_features": fcos.IN_FEATURES,
             "assigner": LocationAssigner(
                 fcos.REGRESSION_RANGES, fcos.CENTER_SAMPLING_RADIUS, fcos.LOCATION_OFFSET
@@ -109,7 +100,7 @@ class FCOS(DenseDetector):
         if any("instances" not in x for x in batched_inputs):
             raise ValueError("Instance annotations are missing in training: no key 'instances'")
         instances = [x["instances"] for x in batched_inputs]
-        self._check_classes(instances)
+        check_classes(instances, self.num_classes)
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         features = [features[f] for f in self.head_in_features]
@@ -140,15 +131,3 @@ class FCOS(DenseDetector):
                 name = x.get("file_name", f"number {i} of the batch")
                 raise ValueError(f"The image {name} has NaN or infinite pixels")
         return super().preprocess_image(batched_inputs)
-
-    def _check_classes(self, instances: list[Instances]) -> None:
-        for i, x in enumerate(instances):
-            classes = x.gt_classes
-            if len(classes) == 0 or classes.is_cuda:
-                continue
-            lowest, highest = int(classes.min()), int(classes.max())
-            if lowest < 0 or highest >= self.num_classes:
-                raise ValueError(
-                    f"Image number {i} of the batch has classes from {lowest} to {highest}, but "
-                    f"MODEL.FCOS.NUM_CLASSES is {self.num_classes}: classes are numbered from 0"
-                )

@@ -17,7 +17,7 @@ from .target_assignment import Positives
 
 # Elements that are processed at once. On CPU the temporaries then stay in the cache; on GPU it
 # only bounds their size, in few kernel launches.
-_CHUNK_CPU, _CHUNK_GPU = 2**16, 2**22
+_CHUNK_CPU, _CHUNK_GPU = 2**17, 2**22
 
 
 def sparse_sigmoid_focal_loss(

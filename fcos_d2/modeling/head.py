@@ -166,6 +166,20 @@ class FCOSHead(nn.Module):
         return x.relu() * self.strides[level]
 
 
+def select_levels(shapes: dict[str, ShapeSpec], in_features: Sequence[str]) -> list[ShapeSpec]:
+    """The shapes of the maps that a head takes.
+
+    Raises:
+        ValueError: for a map that the backbone does not make.
+    """
+    missing = [f for f in in_features if f not in shapes]
+    if missing:
+        raise ValueError(
+            f"MODEL.FCOS.IN_FEATURES names {missing}, but the backbone makes {list(shapes)}"
+        )
+    return [shapes[f] for f in in_features]
+
+
 def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
     nn.init.normal_(conv.weight, std=0.01)

@@ -47,6 +47,20 @@ class Targets:
         return Targets(self.positives.to(device), classes, ltrb)
 
 
+def check_classes(instances: Sequence[Instances], num_classes: int) -> None:
+    """Raise a ValueError for class numbers on CPU outside [0, num_classes)."""
+    for i, x in enumerate(instances):
+        classes = x.gt_classes
+        if len(classes) == 0 or classes.is_cuda:
+            continue
+        lowest, highest = int(classes.min()), int(classes.max())
+        if lowest < 0 or highest >= num_classes:
+            raise ValueError(
+                f"Image number {i} of the batch has classes from {lowest} to {highest}, but the "
+                f"model has {num_classes}: classes are numbered from 0"
+            )
+
+
 def make_targets(
     assigner: LocationAssigner,
     level_shapes: Sequence[tuple[int, int]],

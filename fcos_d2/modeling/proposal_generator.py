@@ -9,9 +9,10 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
-from .head import FCOSHead
-from .losses import FCOSLoss, make_targets
+from .head import FCOSHead, select_levels
+from .losses import FCOSLoss, check_classes, make_targets
 from .points import cell_locations, ltrb_to_boxes
 from .target_assignment import LocationAssigner
 
@@ -21,7 +22,7 @@ class FCOS(nn.Module):
     """The same head, assignment and losses; proposals are selected as the RPN's are.
 
     ``MODEL.PROPOSAL_GENERATOR.NAME: "FCOS"`` in GeneralizedRCNN or ProposalNetwork. The objectness
-    of a proposal is the logit of its score; with several classes, of its best class.
+    of a proposal is the logarithm of its score; with several classes, of its best class.
     """
 
     @configurable
@@ -50,6 +51,7 @@ class FCOS(nn.Module):
             score_fusion: "sqrt" or "product", of class and quality.
         """
         super().__init__()
+        assigner.check_levels(in_features)
         self.head = head
         self.in_features = list(in_features)
         self.assigner = assigner
@@ -66,7 +68,7 @@ class FCOS(nn.Module):
         fcos, rpn = cfg.MODEL.FCOS, cfg.MODEL.RPN
         if fcos.QUALITY == "computed":
             raise ValueError("MODEL.FCOS.QUALITY 'computed' is not offered for proposals")
-        shapes = [input_shape[f] for f in fcos.IN_FEATURES]
+        shapes = select_levels(input_shape, fcos.IN_FEATURES)
         return {
             "head": FCOSHead(cfg, shapes, num_classes=fcos.PROPOSAL_NUM_CLASSES),
             "in_features": fcos.IN_FEATURES,
@@ -106,12 +108,15 @@ class FCOS(nn.Module):
         return self._proposals(*predictions, images.image_sizes), losses
 
     def _losses(self, predictions, level_shapes, gt_instances: list[Instances]) -> dict:
-        on_cpu = [x.to("cpu") for x in gt_instances]
-        if self.num_classes == 1:
-            for x in on_cpu:
-                x.gt_classes = torch.zeros_like(x.gt_classes)
-        targets = make_targets(self.assigner, level_shapes, self.head.strides, on_cpu)
-        return self.loss(*predictions, targets.to(predictions[0][0].device))
+        truth = []
+        for x in gt_instances:
+            agnostic = self.num_classes == 1
+            classes = torch.zeros_like(x.gt_classes) if agnostic else x.gt_classes.cpu()
+            truth.append(Instances(x.image_size, gt_boxes=x.gt_boxes, gt_classes=classes))
+        check_classes(truth, self.num_classes)
+        truth = [x.to(predictions[0][0].device) for x in truth]
+        targets = make_targets(self.assigner, level_shapes, self.head.strides, truth)
+        return self.loss(*predictions, targets)
 
     @torch.no_grad()
     def _proposals(
@@ -132,11 +137,12 @@ class FCOS(nn.Module):
                 self.assigner.location_offset,
             )
             boxes.append(ltrb_to_boxes(locations, distances.flatten(2).transpose(1, 2)))
-            scores = logits.flatten(2).amax(dim=1).float().sigmoid()
+            # The logarithm of the score: in the order of the score, and exact at its small end.
+            log_score = logsigmoid(logits.flatten(2).amax(dim=1).float())
             if quality_logits is not None:
-                scores = scores * quality_logits[level].flatten(1).float().sigmoid()
-                scores = scores.sqrt() if self.score_fusion == "sqrt" else scores
-            objectness.append(torch.logit(scores, eps=1e-6))
+                log_score = log_score + logsigmoid(quality_logits[level].flatten(1).float())
+                log_score = log_score / 2 if self.score_fusion == "sqrt" else log_score
+            objectness.append(log_score)
         return find_top_rpn_proposals(
             boxes,
             objectness,

@@ -86,6 +86,14 @@ class LocationAssigner:
         self.radius = float(center_sampling_radius)
         self.location_offset = float(location_offset)
 
+    def check_levels(self, in_features: Sequence[str]) -> None:
+        """Raise a ValueError unless there are as many regression ranges as levels."""
+        if len(self.regression_ranges) != len(in_features):
+            raise ValueError(
+                f"{len(self.regression_ranges)} REGRESSION_RANGES for the {len(in_features)} "
+                f"levels {list(in_features)}: they must be as many"
+            )
+
     @torch.no_grad()
     def __call__(
         self,

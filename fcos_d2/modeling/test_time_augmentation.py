@@ -46,6 +46,8 @@ class FCOSWithTTA(nn.Module):
             )
         self.model = model
         self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper
+        # Evaluation puts a model back into the mode that it found; so this must be the model's.
+        self.train(model.training)
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:

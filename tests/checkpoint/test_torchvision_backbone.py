@@ -11,8 +11,8 @@ from fcos_d2 import model_zoo
 from fcos_d2.checkpoint import convert_torchvision_resnet
 
 
-@pytest.mark.parametrize("depth", [18, 34])
-def test_weights_by_name_give_torchvisions_features(depth, tmp_path, monkeypatch):
+@pytest.mark.parametrize("depth, on_disk", [(18, False), (34, False), (18, True)])
+def test_weights_give_torchvisions_features(depth, on_disk, tmp_path, monkeypatch):
     source = getattr(torchvision.models, f"resnet{depth}")().eval()
     for m in source.modules():
         if isinstance(m, torch.nn.BatchNorm2d):  # statistics as of a trained network
@@ -32,7 +32,9 @@ def test_weights_by_name_give_torchvisions_features(depth, tmp_path, monkeypatch
     cfg = model_zoo.get_config(f"COCO-Detection/fcos_R_{depth}_FPN_1x.yaml")
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    torch.save(source.state_dict(), tmp_path / "resnet.pth")  # timm has the same names
+    weights = f"torchvision://{tmp_path}/resnet.pth" if on_disk else cfg.MODEL.WEIGHTS
+    DetectionCheckpointer(model).load(weights)
 
     x = torch.randn(1, 3, 64, 64)
     expected = source.maxpool(source.relu(source.bn1(source.conv1(x))))
@@ -44,7 +46,7 @@ def test_weights_by_name_give_torchvisions_features(depth, tmp_path, monkeypatch
         ):
             expected = layer(expected)
             torch.testing.assert_close(features[stage], expected, rtol=1e-4, atol=1e-4)
-    assert asked == [f"ResNet{depth}_Weights.IMAGENET1K_V1"]
+    assert asked == ([] if on_disk else [f"ResNet{depth}_Weights.IMAGENET1K_V1"])
 
 
 def test_names_in_the_configs_are_known_to_torchvision():

@@ -55,7 +55,7 @@ def test_proposals_are_the_best_boxes_of_all_locations(fusion):
         expected = scores[sized].sort(descending=True).values
         found = proposals[image].objectness_logits
         assert len(found) > 50
-        torch.testing.assert_close(found.sigmoid(), expected[: len(found)], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.exp(), expected[: len(found)], rtol=1e-4, atol=1e-5)
         best = boxes[sized][scores[sized].argmax()]
         torch.testing.assert_close(proposals[image].proposal_boxes.tensor[0], best)
 
@@ -82,6 +82,16 @@ def test_trained_jointly(objects):
     assert all(v.isfinite() for v in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_wrong_class_numbers_and_levels_are_errors():
+    model = build(PROPOSAL_NUM_CLASSES=2).train()
+    with pytest.raises(ValueError, match="classes from 2 to 2, but the model has 2"):
+        proposals_of(model, [make_input(classes=(2,)), make_input()])
+    with pytest.raises(ValueError, match="2 REGRESSION_RANGES for the 5 levels"):
+        build(REGRESSION_RANGES=[[0, 64], [64, 128]])
+    with pytest.raises(ValueError, match=r"IN_FEATURES names \['p9'\]"):
+        build(IN_FEATURES=["p3", "p4", "p5", "p6", "p9"])
 
 
 def test_ground_truth_of_the_caller_is_left_as_it_is():

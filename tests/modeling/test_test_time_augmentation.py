@@ -109,6 +109,11 @@ def test_reads_the_file_where_there_is_no_image(model, tmp_path):
     assert same(from_file[0]["instances"], from_memory[0]["instances"])
 
 
+def test_has_the_mode_of_the_model(model):
+    assert not FCOSWithTTA(tiny_cfg(), model).training
+    assert not model.training
+
+
 def test_other_models_are_refused():
     cfg = model_zoo.get_config("quick_schedules/faster_rcnn_fcos_R_18_FPN_shapes.yaml")
     cfg.MODEL.DEVICE = "cpu"

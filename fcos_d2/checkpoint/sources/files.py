@@ -52,8 +52,11 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> dict[str, Any]:
             "when they are read. If you trust its makers, pass --trust-pickle (trust_pickle=True). "
             f"What stopped it: {_object_in(str(e))}"
         ) from e
-    except (EOFError, RuntimeError) as e:
-        raise ValueError(f"{path} is damaged or no checkpoint: {e}") from e
+    except ImportError as e:
+        raise ValueError(f"{path} holds objects of a package that is not installed: {e}") from e
+    except (EOFError, RuntimeError, LookupError, AttributeError, ValueError) as e:
+        what = f"{type(e).__name__}: {e}"
+        raise ValueError(f"{path} is damaged or no checkpoint ({what})") from e
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
