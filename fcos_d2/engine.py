@@ -38,8 +38,11 @@ def setup(args) -> CfgNode:
         args: from :func:`detectron2.engine.default_argument_parser`.
 
     Raises:
-        ValueError: for test-time augmentation of a model that it is not offered for.
+        ValueError: for no config file, or for test-time augmentation of a model that it is not
+            offered for.
     """
+    if not args.config_file:
+        raise ValueError("Name a config: --config-file configs/COCO-Detection/...yaml")
     cfg = get_cfg()
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
@@ -86,8 +89,10 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process() and len(self.cfg.DATASETS.TEST):
             # With several data sets their names stand before the metric; the first one decides.
             prefix = f"{self.cfg.DATASETS.TEST[0]}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
+            proposals_alone = self.cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
+            metric = "box_proposals/AR@1000" if proposals_alone else "bbox/AP"
             best = BestCheckpointer(
-                self.cfg.TEST.EVAL_PERIOD, self.checkpointer, f"{prefix}bbox/AP"
+                self.cfg.TEST.EVAL_PERIOD, self.checkpointer, f"{prefix}{metric}"
             )
             after_eval = [isinstance(h, hooks.EvalHook) for h in built].index(True) + 1
             built.insert(after_eval, best)

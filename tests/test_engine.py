@@ -166,6 +166,25 @@ def test_augmentation_is_evaluated_at_the_end_of_training(cfg, monkeypatch):
     assert '"bbox_TTA/AP": 1.0' in metrics
 
 
+def test_best_proposals_are_kept_by_their_recall(cfg, tmp_path, monkeypatch):
+    recalls = iter([50.0, 40.0])
+    monkeypatch.setattr(
+        Trainer, "test", classmethod(lambda *args: {"box_proposals": {"AR@1000": next(recalls)}})
+    )
+    cfg.merge_from_file(model_zoo.get_config_file("quick_schedules/fcos_rpn_R_18_FPN_shapes.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD = 2, 2, 1
+    cfg.OUTPUT_DIR = str(tmp_path)
+    Trainer(cfg).train()
+    best = torch.load(tmp_path / "model_best.pth")
+    assert (best["best_metric"], best["best_iter"]) == (50.0, 0)
+
+
+def test_missing_config_file_is_said():
+    with pytest.raises(ValueError, match="Name a config: --config-file"):
+        setup(SimpleNamespace(config_file="", opts=[]))
+
+
 def test_augmentation_of_other_models_is_refused_at_once():
     args = SimpleNamespace(
         config_file=model_zoo.get_config_file("Ablations/retinanet_R_50_FPN_1x.yaml"),
