@@ -1,5 +1,7 @@
 """Every config key of fcos_d2, with its reason and the source of its default."""
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as _get_detectron2_cfg
@@ -34,6 +36,14 @@ def get_cfg() -> CN:
     add_fcos_config(cfg)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def load_cfg(config_file: str, opts: Sequence = ()) -> CN:
+    """The config of a YAML file, changed by ``[key, value, ...]``; see :func:`get_cfg`."""
+    cfg = get_cfg()
+    cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(opts))
     return cfg
 
 

@@ -41,6 +41,8 @@ def draw_predictions(cfg, dataset_name: str, num_images: int = 10) -> np.ndarray
         (H, W, 3) uint8, BGR.
     """
     predict = DefaultPredictor(cfg)
+    # Colours by class rather than at random.
+    MetadataCatalog.get(dataset_name).thing_colors = [(255, 255, 255), (255, 220, 0), (0, 255, 255)]
     dicts = DatasetCatalog.get(dataset_name)
     empty = [d for d in dicts if not d["annotations"]][:1]
     shown = empty + [d for d in dicts if d["annotations"]][: num_images - len(empty)]
@@ -75,8 +77,6 @@ def draw_predictions(cfg, dataset_name: str, num_images: int = 10) -> np.ndarray
 
 def _titled(image: np.ndarray, instances: Instances, dataset_name: str, title: str) -> np.ndarray:
     metadata = MetadataCatalog.get(dataset_name)
-    # Colours by class rather than at random.
-    metadata.thing_colors = [(255, 255, 255), (255, 220, 0), (0, 255, 255)]
     drawing = Visualizer(
         image[:, :, ::-1], metadata, scale=2.0, instance_mode=ColorMode.SEGMENTATION
     )

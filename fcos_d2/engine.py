@@ -6,7 +6,6 @@ import os
 import weakref
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import (
@@ -24,7 +23,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from .checkpoint import AtomicCheckpointer
-from .config import get_cfg
+from .config import load_cfg
 from .data import check_num_classes, register_custom_datasets
 from .modeling import FCOSWithTTA
 
@@ -43,9 +42,7 @@ def setup(args) -> CfgNode:
     """
     if not args.config_file:
         raise ValueError("Name a config: --config-file configs/COCO-Detection/...yaml")
-    cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_cfg(args.config_file, args.opts)
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE not in _AUGMENTED:
         raise ValueError(
             f"TEST.AUG is offered for MODEL.META_ARCHITECTURE {list(_AUGMENTED)}, not "
@@ -192,8 +189,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
     With ``TEST.AUG.ENABLED`` also with test-time augmentation.
     """
     model = Trainer.build_model(cfg)
-    checkpointer = AtomicCheckpointer if resume else DetectionCheckpointer
-    checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    AtomicCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from .config import get_cfg
+from .config import load_cfg
 
 _PACKAGE = Path(__file__).parent
 
@@ -33,9 +33,7 @@ def get_config_file(config_path: str) -> str:
 
 def get_config(config_path: str) -> CfgNode:
     """The config of this name, with all keys. ``MODEL.WEIGHTS`` is an ImageNet backbone."""
-    cfg = get_cfg()
-    cfg.merge_from_file(get_config_file(config_path))
-    return cfg
+    return load_cfg(get_config_file(config_path))
 
 
 def get(config_path: str, weights: str | None = None, device: str | None = None) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 from detectron2.engine import DefaultPredictor
 
 from fcos_d2 import model_zoo
+from fcos_d2.config import load_cfg
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/quick_schedules/fcos_R_18_FPN_shapes.yaml"
@@ -86,8 +87,7 @@ def test_killed_run_resumes_and_its_weights_predict(train_net, tmp_path):
     # Two more steps of momentum 0.9 from the saved value.
     assert final["model"]["loss.ema_num_positives"] == pytest.approx(0.81e6, rel=1e-3)
 
-    cfg = model_zoo.get_cfg()
-    cfg.merge_from_file(str(folder / "config.yaml"))
+    cfg = load_cfg(str(folder / "config.yaml"))
     cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.001
     image = cv2.imread(str(next((tmp_path.parent).rglob("shapes/val/0001.png"))))

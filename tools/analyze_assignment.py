@@ -14,9 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-from fcos_d2 import get_cfg
 from fcos_d2.analysis import analyze_assignment, load_coco_json, load_dataset
 from fcos_d2.analysis.plots import save_plots
+from fcos_d2.config import load_cfg
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,9 +42,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_cfg(args.config_file, args.opts)
     try:
         if args.dataset is not None:
             records = load_dataset(cfg, args.dataset)

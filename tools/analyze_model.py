@@ -10,8 +10,8 @@ fcos_d2/analysis/model.py. Runs on CPU, without weights.
 import argparse
 import sys
 
-from fcos_d2 import get_cfg
 from fcos_d2.analysis import compare_with_retinanet, comparison_table
+from fcos_d2.config import load_cfg
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,9 +35,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_cfg(args.config_file, args.opts)
     try:
         fcos, retinanet = compare_with_retinanet(cfg, *args.size)
     except ValueError as error:

@@ -10,15 +10,14 @@ values at the end override it and the settings of the source. See docs/coming_fr
 """
 
 import argparse
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 
-from fcos_d2 import get_cfg
-from fcos_d2.checkpoint import SOURCES, convert, read_checkpoint
+from fcos_d2.checkpoint import SOURCES, convert, read_checkpoint, replacing
+from fcos_d2.config import load_cfg
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,10 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"DST must be a .pth file other than SRC, got {dst}")
     dst.parent.mkdir(parents=True, exist_ok=True)
     yaml = dst.with_suffix(".yaml")
-    cfg = get_cfg()
     try:
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list(args.opts)
+        cfg = load_cfg(args.config_file, args.opts)
         checkpoint = read_checkpoint(args.src, args.trust_pickle)
         state_dict, cfg = convert(checkpoint, args.source, cfg, args.opts)
     except (ValueError, FileNotFoundError) as e:
@@ -39,9 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     cfg.MODEL.WEIGHTS = ""
     data = {"model": state_dict, "config": _text(cfg)}
-    _write(dst, lambda partial: torch.save(data, partial))
+    with replacing(str(dst), own=True) as partial:
+        torch.save(data, partial)
     cfg.MODEL.WEIGHTS = str(dst.resolve())
-    _write(yaml, lambda partial: partial.write_text(_text(cfg)))
+    with replacing(str(yaml), own=True) as partial:
+        Path(partial).write_text(_text(cfg))
     print(f"Wrote {dst} and {yaml}.")
     _print_not_in_file(args.source, cfg)
 
@@ -66,18 +65,6 @@ def _text(cfg: CfgNode) -> str:
     cfg = cfg.clone()
     del cfg.MODEL["DEVICE"]
     return cfg.dump()
-
-
-def _write(path: Path, save: Callable[[Path], None]) -> None:
-    """Put a file in its place only when it is complete."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        save(partial)
-        with open(partial, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _print_not_in_file(source: str, cfg: CfgNode) -> None:

@@ -214,8 +214,8 @@ class _Counts:
         boxes = [image.boxes for image in images]
         classes = torch.cat([image.classes for image in images])  # (M,)
         sizes = torch.cat([image.sizes for image in images])  # (M,)
-        positives = self.assigner(shapes, self.strides, boxes)
         candidates = self.assigner.candidates(shapes, self.strides, boxes)
+        positives = self.assigner.resolve(candidates, shapes, boxes)
         place = self.assigner.place(positives, shapes, len(images))  # (P,)
         candidate_place = self.assigner.place(candidates, shapes, len(images))  # (C,)
 

@@ -1,4 +1,4 @@
-from .atomic import AtomicCheckpointer
+from .atomic import AtomicCheckpointer, replacing
 from .convert import convert
 from .sources import SOURCES
 from .sources.files import read_checkpoint
@@ -10,4 +10,5 @@ __all__ = [
     "convert",
     "convert_torchvision_resnet",
     "read_checkpoint",
+    "replacing",
 ]

@@ -10,6 +10,29 @@ from typing import IO, Any
 from detectron2.checkpoint import DetectionCheckpointer
 
 
+@contextmanager
+def replacing(path: str, own: bool = False) -> Iterator[str]:
+    """Put a file in its place only when it is complete, on disk.
+
+    Args:
+        path: where the file shall be.
+        own: let several processes write the same file at once. Without it, what a kill leaves
+            behind is overwritten by the next try.
+
+    Yields:
+        the name to write to in the meantime.
+    """
+    partial = f"{path}.{os.getpid()}.partial" if own else f"{path}.partial"
+    try:
+        yield partial
+        with open(partial, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+
+
 class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, safe against being killed while it writes.
 
@@ -85,9 +108,5 @@ class _AtomicWrites:
             with self._path_manager.open(path, mode) as f:
                 yield f
             return
-        partial = path + ".partial"
-        with self._path_manager.open(partial, mode) as f:
+        with replacing(path) as partial, self._path_manager.open(partial, mode) as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)

@@ -16,6 +16,8 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
 from torch import Tensor
 
+from .atomic import replacing
+
 _PREFIX = "torchvision://"
 
 
@@ -67,10 +69,8 @@ class TorchvisionHandler(PathHandler):
             model = {k: v.numpy() for k, v in state_dict.items()}
             data = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
             os.makedirs(os.path.dirname(file), exist_ok=True)
-            partial = f"{file}.{os.getpid()}"
-            with open(partial, "wb") as f:
+            with replacing(file, own=True) as partial, open(partial, "wb") as f:
                 pickle.dump(data, f)
-            os.replace(partial, file)
         return file
 
     def _open(self, path: str, mode: str = "r", **kwargs):

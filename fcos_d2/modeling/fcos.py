@@ -73,9 +73,7 @@ class FCOS(DenseDetector):
             "backbone": backbone,
             "head": FCOSHead(cfg, select_levels(shapes, fcos.IN_FEATURES)),
             "head_in_features": fcos.IN_FEATURES,
-            "assigner": LocationAssigner(
-                fcos.REGRESSION_RANGES, fcos.CENTER_SAMPLING_RADIUS, fcos.LOCATION_OFFSET
-            ),
+            "assigner": LocationAssigner(cfg),
             "loss": FCOSLoss(cfg),
             "post_processor": FCOSPostProcessor(cfg),
             "num_classes": fcos.NUM_CLASSES,
@@ -102,18 +100,22 @@ class FCOS(DenseDetector):
         instances = [x["instances"] for x in batched_inputs]
         check_classes(instances, self.num_classes)
         images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        features = [features[f] for f in self.head_in_features]
-        predictions = self.head(features)
-        level_shapes = [f.shape[-2:] for f in features]
+        predictions = self.predict(images)
+        level_shapes = [x.shape[-2:] for x in predictions[0]]
         targets = make_targets(self.assigner, level_shapes, self.strides, instances)
         if has_event_storage():
             storage = get_event_storage()
             storage.put_scalar("fcos/positives_per_image", len(targets.classes) / len(instances))
             if self.vis_period > 0 and storage.iter % self.vis_period == 0:
-                results = self.forward_inference(images, features, predictions)
+                with torch.no_grad():
+                    results = self.post_processor(*predictions, self.strides, images.image_sizes)
                 self.visualize_training(batched_inputs, results)
         return self.loss(*predictions, targets.to(self.device))
+
+    def predict(self, images: ImageList) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+        """What the head says of preprocessed images; see :meth:`FCOSHead.forward`."""
+        features = self.backbone(images.tensor)
+        return self.head([features[f] for f in self.head_in_features])
 
     @torch.no_grad()
     def forward_inference(

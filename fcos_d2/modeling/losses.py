@@ -207,12 +207,9 @@ class FCOSLoss(nn.Module):
         count = sums[0].clamp(min=1.0) / world_size
         sum_of_weights = sums[1].clamp(min=1e-6) / world_size
         if self.ema_num_positives is not None:
-            ema = _EMA_MOMENTUM * self.ema_num_positives + (1 - _EMA_MOMENTUM) * count
-            self.ema_num_positives.copy_(ema)
-            count = ema
-            if self.box_loss_weighting == "none":
-                sum_of_weights = ema
-        elif self.box_loss_weighting == "none":
+            count = _EMA_MOMENTUM * self.ema_num_positives + (1 - _EMA_MOMENTUM) * count
+            self.ema_num_positives.copy_(count)
+        if self.box_loss_weighting == "none":
             sum_of_weights = count
         return count, sum_of_weights
 

@@ -72,9 +72,7 @@ class FCOS(nn.Module):
         return {
             "head": FCOSHead(cfg, shapes, num_classes=fcos.PROPOSAL_NUM_CLASSES),
             "in_features": fcos.IN_FEATURES,
-            "assigner": LocationAssigner(
-                fcos.REGRESSION_RANGES, fcos.CENTER_SAMPLING_RADIUS, fcos.LOCATION_OFFSET
-            ),
+            "assigner": LocationAssigner(cfg),
             "loss": FCOSLoss(cfg),
             "num_classes": fcos.PROPOSAL_NUM_CLASSES,
             "pre_nms_topk": (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
@@ -100,14 +98,12 @@ class FCOS(nn.Module):
             proposals: for each image ``proposal_boxes`` and ``objectness_logits``, best first.
             losses: in training those of the detector, else empty.
         """
-        maps = [features[f] for f in self.in_features]
-        predictions = self.head(maps)
-        losses = {}
-        if self.training:
-            losses = self._losses(predictions, [x.shape[-2:] for x in maps], gt_instances)
+        predictions = self.head([features[f] for f in self.in_features])
+        losses = self._losses(predictions, gt_instances) if self.training else {}
         return self._proposals(*predictions, images.image_sizes), losses
 
-    def _losses(self, predictions, level_shapes, gt_instances: list[Instances]) -> dict:
+    def _losses(self, predictions, gt_instances: list[Instances]) -> dict[str, Tensor]:
+        level_shapes = [x.shape[-2:] for x in predictions[0]]
         truth = []
         for x in gt_instances:
             agnostic = self.num_classes == 1

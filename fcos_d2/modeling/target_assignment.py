@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from detectron2.config import configurable
 from torch import Tensor
 
 from .points import boxes_to_ltrb, cell_locations
@@ -60,6 +61,7 @@ class LocationAssigner:
     the first.
     """
 
+    @configurable
     def __init__(
         self,
         regression_ranges: Sequence[tuple[float, float]],
@@ -86,6 +88,15 @@ class LocationAssigner:
         self.radius = float(center_sampling_radius)
         self.location_offset = float(location_offset)
 
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        fcos = cfg.MODEL.FCOS
+        return {
+            "regression_ranges": fcos.REGRESSION_RANGES,
+            "center_sampling_radius": fcos.CENTER_SAMPLING_RADIUS,
+            "location_offset": fcos.LOCATION_OFFSET,
+        }
+
     def check_levels(self, in_features: Sequence[str]) -> None:
         """Raise a ValueError unless there are as many regression ranges as levels."""
         if len(self.regression_ranges) != len(in_features):
@@ -105,7 +116,17 @@ class LocationAssigner:
 
         Arguments and errors are those of :meth:`candidates`.
         """
-        found = self.candidates(level_shapes, strides, boxes)
+        return self.resolve(self.candidates(level_shapes, strides, boxes), level_shapes, boxes)
+
+    @torch.no_grad()
+    def resolve(
+        self, found: Positives, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
+    ) -> Positives:
+        """Give each location that :meth:`candidates` lists to one of its boxes.
+
+        Args:
+            found: the candidates of the same levels and boxes.
+        """
         place = self.place(found, level_shapes, len(boxes))
         # The smallest area wins, then the lowest box number. The bits of a non-negative float32,
         # read as an integer, are ordered like the float: area and number make one exact key.

@@ -86,9 +86,9 @@ class FCOSWithTTA(nn.Module):
     def _candidates(self, batch: list[dict]) -> list[Instances]:
         model = self.model
         images = model.preprocess_image(batch)
-        features = model.backbone(images.tensor)
-        predictions = model.head([features[f] for f in model.head_in_features])
-        return model.post_processor.candidates(*predictions, model.strides, images.image_sizes)
+        return model.post_processor.candidates(
+            *model.predict(images), model.strides, images.image_sizes
+        )
 
     def _image(self, image_input: dict) -> Tensor:
         if "image" in image_input:
