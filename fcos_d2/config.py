@@ -17,6 +17,10 @@ def add_fcos_config(cfg: CN) -> None:
     """
     if "FCOS" not in cfg.MODEL:
         cfg.MODEL.FCOS = _fcos_defaults()
+    if "DTYPE" not in cfg.SOLVER.AMP:
+        # What SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling), "bfloat16", or
+        # "auto": bfloat16 on CPU and on GPUs that have it (Ampere and later), float16 on others.
+        cfg.SOLVER.AMP.DTYPE = "auto"
     if "CUSTOM" not in cfg.DATASETS:
         # Data sets of your own, registered under their key before training or evaluation, e.g.
         #   DATASETS:
@@ -125,6 +129,15 @@ def _fcos_defaults() -> CN:
     fcos.NMS_THRESH_TEST = 0.6
     # "sqrt": sqrt(class * quality) (2006.09214, eq. 4); "product": class * quality (1904.01355).
     fcos.SCORE_FUSION = "sqrt"
+    # What the backbone and the head compute in at test time: "float32", "bfloat16" or "float16".
+    # The weights stay float32, and the boxes are decoded in it.
+    fcos.PRECISION_TEST = "float32"
+
+    # ---- Speed ----
+    # Compile the backbone and the head with torch.compile, in training and at test time. Takes a
+    # minute or two at the start; image sizes may vary. Where no compiler is found there is a
+    # warning, and the model runs as without.
+    fcos.COMPILE = False
 
     # ---- In place of the RPN (MODEL.PROPOSAL_GENERATOR.NAME "FCOS") ----
     # Classes that the proposals tell apart, in place of NUM_CLASSES: 1 for any object against

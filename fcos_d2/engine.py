@@ -9,7 +9,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
     SimpleTrainer,
     create_ddp_model,
@@ -22,6 +21,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from .amp import AutocastTrainer, amp_dtype
 from .checkpoint import AtomicCheckpointer
 from .config import load_cfg
 from .data import check_num_classes, register_custom_datasets
@@ -72,8 +72,12 @@ class Trainer(DefaultTrainer):
         # Without device_ids Detectron2 would pass the rank, which DDP refuses for CPU modules.
         ddp_args = {"device_ids": None} if on_cpu else {}
         model = create_ddp_model(model, broadcast_buffers=False, **ddp_args)
-        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer_class(model, data_loader, optimizer)
+        if cfg.SOLVER.AMP.ENABLED:
+            self._trainer = AutocastTrainer(
+                model, data_loader, optimizer, cfg.MODEL.DEVICE, amp_dtype(cfg)
+            )
+        else:
+            self._trainer = SimpleTrainer(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0

@@ -19,8 +19,12 @@ CASES = [(ONE, TWO), (NONE, TWO), (ONE, NONE), (NONE, NONE)]
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"LOSS_NORMALIZER": "ema_fg", "QUALITY": "iou", "BOX_LOSS_WEIGHTING": "none"}],
-    ids=["centerness", "iou, moving average"],
+    [
+        {},
+        {"LOSS_NORMALIZER": "ema_fg", "QUALITY": "iou", "BOX_LOSS_WEIGHTING": "none"},
+        {"COMPILE": True},
+    ],
+    ids=["centerness", "iou, moving average", "compiled"],
 )
 def test_two_processes_equal_one(tmp_path, monkeypatch, keys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -28,11 +32,11 @@ def test_two_processes_equal_one(tmp_path, monkeypatch, keys):
     cfg.MODEL.RESNETS.NORM = "FrozenBN"
     torch.save(build_model(cfg).state_dict(), tmp_path / "model.pth")
 
-    def args(name):
+    def args(name, keys):
         return CASES, keys, str(tmp_path / "model.pth"), str(tmp_path / name)
 
-    training_step(*args("one"))
-    launch(training_step, 2, dist_url="auto", args=args("two"))
+    training_step(*args("one", {**keys, "COMPILE": False}))
+    launch(training_step, 2, dist_url="auto", args=args("two", keys))
     one, one_state = torch.load(tmp_path / "one")
     two, two_state = torch.load(tmp_path / "two")
     ema = "ema_num_positives" in one_state

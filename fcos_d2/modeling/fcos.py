@@ -1,20 +1,30 @@
 """The meta architecture: backbone, head, then losses or detections (1904.01355, figure 2)."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import ImageList, Instances
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
-from .head import FCOSHead, select_levels
+from .compilation import compile_in_place
+from .head import FCOSHead, check_choice, select_levels
 from .losses import FCOSLoss, check_classes, make_targets
 from .post_processing import FCOSPostProcessor
 from .target_assignment import LocationAssigner
+from .transfer import to_device
+
+_PRECISIONS = {
+    "float32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @META_ARCH_REGISTRY.register()
@@ -39,6 +49,8 @@ class FCOS(DenseDetector):
         pixel_std: Sequence[float],
         input_format: str = "BGR",
         vis_period: int = 0,
+        precision_test: str = "float32",
+        compile: bool = False,
     ):
         """
         Args:
@@ -47,10 +59,13 @@ class FCOS(DenseDetector):
             num_classes: what ``gt_classes`` must be below.
             pixel_mean, pixel_std: per channel, in the channel order of ``input_format``.
             input_format, vis_period: Detectron2's INPUT.FORMAT and VIS_PERIOD.
+            precision_test, compile: ``MODEL.FCOS.PRECISION_TEST`` and ``COMPILE``.
 
         Raises:
-            ValueError: if there are not as many regression ranges as levels.
+            ValueError: if there are not as many regression ranges as levels, or for an unknown
+                precision.
         """
+        check_choice("PRECISION_TEST", precision_test, list(_PRECISIONS))
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
         )
@@ -61,6 +76,8 @@ class FCOS(DenseDetector):
         self.num_classes = num_classes
         self.input_format = input_format
         self.vis_period = vis_period
+        self.dtype_test = _PRECISIONS[precision_test]
+        self.to_compile = compile
         shapes = backbone.output_shape()
         self.strides = [shapes[f].stride for f in head_in_features]
 
@@ -81,6 +98,8 @@ class FCOS(DenseDetector):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
             "vis_period": cfg.VIS_PERIOD,
+            "precision_test": fcos.PRECISION_TEST,
+            "compile": fcos.COMPILE,
         }
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
@@ -92,7 +111,7 @@ class FCOS(DenseDetector):
                 [0, ``num_classes``).
         """
         if not self.training:
-            return super().forward(batched_inputs)
+            return self._detect(batched_inputs)
         # The ground truth stays where the data loader put it, on CPU: the assignment there runs
         # while a GPU works on the backbone, and never waits for it.
         if any("instances" not in x for x in batched_inputs):
@@ -112,16 +131,44 @@ class FCOS(DenseDetector):
                 self.visualize_training(batched_inputs, results)
         return self.loss(*predictions, targets.to(self.device))
 
-    def predict(self, images: ImageList) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-        """What the head says of preprocessed images; see :meth:`FCOSHead.forward`."""
-        features = self.backbone(images.tensor)
-        return self.head([features[f] for f in self.head_in_features])
+    def _detect(self, batched_inputs: list[dict]) -> list[dict]:
+        images = self.preprocess_image(batched_inputs)
+        predictions = self.predict(images)
+        with torch.no_grad():
+            results = self.post_processor(*predictions, self.strides, images.image_sizes)
+        wanted = [
+            (x.get("height", height), x.get("width", width))
+            for x, (height, width) in zip(batched_inputs, images.image_sizes, strict=True)
+        ]
+        return [
+            {"instances": detector_postprocess(result, *size)}
+            for result, size in zip(results, wanted, strict=True)
+        ]
 
-    @torch.no_grad()
-    def forward_inference(
-        self, images: ImageList, features: list[Tensor], predictions
-    ) -> list[Instances]:
-        return self.post_processor(*predictions, self.strides, images.image_sizes)
+    def predict(self, images: ImageList) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+        """What the head says of preprocessed images; see :meth:`FCOSHead.forward`.
+
+        The dense part: it runs in the precision, memory layout and, with ``COMPILE``, compiled
+        form that are set for it. The maps come in the layout that the convolutions chose.
+        """
+        if self.to_compile:
+            compile_in_place([self.backbone, self.head], self.device)
+            self.to_compile = False
+        with self._autocast_test():
+            x = images.tensor
+            if _channels_last_helps(x.device.type):
+                # The convolutions and all that follows them take the layout of their input.
+                x = x.contiguous(memory_format=torch.channels_last)
+            features = self.backbone(x)
+            return self.head([features[f] for f in self.head_in_features])
+
+    def _autocast_test(self):
+        if self.training or self.dtype_test is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype_test)
+
+    def _move_to_current_device(self, x: Tensor) -> Tensor:
+        return to_device(x, self.device)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         for i, x in enumerate(batched_inputs):
@@ -133,3 +180,11 @@ class FCOS(DenseDetector):
                 name = x.get("file_name", f"number {i} of the batch")
                 raise ValueError(f"The image {name} has NaN or infinite pixels")
         return super().preprocess_image(batched_inputs)
+
+
+def _channels_last_helps(device_type: str) -> bool:
+    """Whether convolutions run faster on (N, H, W, C) memory.
+
+    On CPU always (benchmarks/NOTES.md); on GPU in half precision, whose tensor cores want it.
+    """
+    return device_type == "cpu" or (device_type == "cuda" and torch.is_autocast_enabled("cuda"))

@@ -21,6 +21,7 @@ from .focal_loss import sparse_sigmoid_focal_loss
 from .head import check_choice
 from .points import boxes_to_ltrb, cell_locations, centerness
 from .target_assignment import LocationAssigner, Positives
+from .transfer import to_device
 
 _EMA_MOMENTUM = 0.9
 _EMA_START = 100.0
@@ -43,7 +44,7 @@ class Targets:
     ltrb: Tensor
 
     def to(self, device: torch.device) -> "Targets":
-        classes, ltrb = (x.to(device, non_blocking=True) for x in (self.classes, self.ltrb))
+        classes, ltrb = (to_device(x, device) for x in (self.classes, self.ltrb))
         return Targets(self.positives.to(device), classes, ltrb)
 
 

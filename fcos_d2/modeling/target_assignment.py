@@ -16,6 +16,7 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from .points import boxes_to_ltrb, cell_locations
+from .transfer import to_device
 
 # Widens each window by a hundredth of a cell, so that float rounding cannot lose a cell that the
 # exact test would accept. What the wider window proposes in excess, the exact test rejects.
@@ -48,7 +49,7 @@ class Positives:
 
     def to(self, device: torch.device) -> "Positives":
         tensors = (self.image, self.level, self.cell, self.gt)
-        return Positives(*(x.to(device, non_blocking=True) for x in tensors), self.per_level)
+        return Positives(*(to_device(x, device) for x in tensors), self.per_level)
 
 
 class LocationAssigner:

@@ -1,0 +1,67 @@
+"""SOLVER.AMP on every device: float16 with loss scaling, or bfloat16 without."""
+
+import time
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def amp_dtype(cfg: CfgNode) -> torch.dtype:
+    """What ``SOLVER.AMP.DTYPE`` asks for on ``MODEL.DEVICE``.
+
+    Raises:
+        ValueError: for another value than "auto", "float16" and "bfloat16", and for float16 on
+            CPU, whose gradients nothing there scales.
+    """
+    name, device = cfg.SOLVER.AMP.DTYPE, torch.device(cfg.MODEL.DEVICE)
+    if name == "auto":
+        prefers_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+        name = "bfloat16" if prefers_bfloat16 else "float16"
+    if name not in _DTYPES:
+        raise ValueError(f"SOLVER.AMP.DTYPE must be one of {['auto', *_DTYPES]}, got {name!r}")
+    if name == "float16" and device.type != "cuda":
+        raise ValueError(
+            f"SOLVER.AMP.DTYPE 'float16' needs a GPU, MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: set "
+            "SOLVER.AMP.DTYPE to 'bfloat16' or 'auto'"
+        )
+    return _DTYPES[name]
+
+
+class AutocastTrainer(AMPTrainer):
+    """Detectron2's AMPTrainer, which demands CUDA and float16's loss scaling, without demands."""
+
+    def __init__(self, model, data_loader, optimizer, device: str, dtype: torch.dtype):
+        """
+        Args:
+            model, data_loader, optimizer: as of AMPTrainer.
+            device: of the model.
+            dtype: what to compute in. The loss is scaled only for float16.
+        """
+        self.device_type = torch.device(device).type
+        scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
+        super().__init__(model, data_loader, optimizer, grad_scaler=scaler, precision=dtype)
+
+    def run_step(self) -> None:
+        begin = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - begin
+        with torch.autocast(self.device_type, dtype=self.precision):
+            losses = self.model(data)
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(sum(losses.values())).backward()
+        self.after_backward()
+        self._write_metrics(losses, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        # Of a run in bfloat16 or float32 there is no scale to go on with.
+        scale = state_dict.get("grad_scaler")
+        super().load_state_dict(
+            {**state_dict, "grad_scaler": scale or self.grad_scaler.state_dict()}
+        )

@@ -1,0 +1,101 @@
+"""SOLVER.AMP on CPU, and which precision it takes where."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from helpers import make_input, tiny_cfg
+
+from fcos_d2.amp import AutocastTrainer, amp_dtype
+from fcos_d2.engine import Trainer
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "gpu_has_bfloat16", "expected"),
+    [
+        ("cpu", "auto", False, torch.bfloat16),
+        ("cpu", "bfloat16", False, torch.bfloat16),
+        ("cuda", "auto", True, torch.bfloat16),
+        ("cuda", "auto", False, torch.float16),
+        ("cuda:1", "float16", True, torch.float16),
+        ("cuda", "bfloat16", False, torch.bfloat16),
+    ],
+)
+def test_dtype(monkeypatch, device, dtype, gpu_has_bfloat16, expected):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_has_bfloat16
+    )
+    cfg = tiny_cfg()
+    cfg.MODEL.DEVICE, cfg.SOLVER.AMP.DTYPE = device, dtype
+    assert amp_dtype(cfg) == expected
+
+
+def test_dtype_that_cannot_be():
+    cfg = tiny_cfg()
+    cfg.SOLVER.AMP.DTYPE = "float16"
+    with pytest.raises(ValueError, match="'float16' needs a GPU, MODEL.DEVICE is 'cpu'"):
+        amp_dtype(cfg)
+    cfg.SOLVER.AMP.DTYPE = "half"
+    with pytest.raises(ValueError, match=r"must be one of \['auto', .*'half'"):
+        amp_dtype(cfg)
+
+
+def make_trainer(amp):
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trainer = AutocastTrainer(
+        model, iter(lambda: [make_input(), make_input(seed=1)], None), optimizer, "cpu", amp
+    )
+    trainer.losses = []
+    trainer._write_metrics = lambda losses, data_time: trainer.losses.append(
+        sum(losses.values()).item()
+    )
+    return trainer
+
+
+def test_trains_in_bfloat16_as_in_float32():
+    half, full = make_trainer(torch.bfloat16), make_trainer(torch.float32)
+    seen = set()
+    half.model.head.cls_logits.register_forward_hook(lambda m, i, output: seen.add(output.dtype))
+    for trainer in (half, full):
+        with EventStorage(0):
+            for trainer.iter in range(12):
+                trainer.run_step()
+    assert seen == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in half.model.parameters())
+    # The first loss is of the same weights, so only rounding differs.
+    assert half.losses[0] == pytest.approx(full.losses[0], rel=0.02)
+    assert half.losses[-1] < 0.8 * half.losses[0]
+    assert half.losses[-1] == pytest.approx(full.losses[-1], rel=0.1)
+
+
+def test_resumes_from_runs_of_any_precision():
+    trainer = make_trainer(torch.bfloat16)
+    state = trainer.state_dict()
+    for scale in ({}, {"scale": 4.0, "growth_factor": 2.0}, None):
+        saved = {k: v for k, v in state.items() if k != "grad_scaler"}
+        trainer.load_state_dict(saved if scale is None else {**saved, "grad_scaler": scale})
+    # float16 scales its losses: where a run left off, or anew.
+    scaler = trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.load_state_dict(state)
+    assert scaler.get_scale() == 8.0
+    trainer.load_state_dict({**state, "grad_scaler": {**scaler.state_dict(), "scale": 32.0}})
+    assert scaler.get_scale() == 32.0
+
+
+def test_trainer_takes_it_from_the_config(shapes_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_folder))
+    from fcos_d2.data import register_custom_datasets
+
+    cfg = tiny_cfg()
+    cfg.OUTPUT_DIR, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER = str(tmp_path), 2, 2
+    cfg.SOLVER.AMP.ENABLED, cfg.DATASETS.TEST = True, ()
+    register_custom_datasets(cfg)
+    trainer = Trainer(cfg)
+    assert trainer._trainer.precision == torch.bfloat16
+    trainer.train()
+    assert (tmp_path / "model_final.pth").is_file()
+    resumed = Trainer(cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 2
