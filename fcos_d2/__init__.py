@@ -30,3 +30,4 @@ elif not _running_doctor:
         modeling,
     )
     from .config import add_fcos_config, get_cfg  # noqa: F401
+    from .predictor import Predictor  # noqa: F401

@@ -7,6 +7,7 @@ from detectron2.utils.events import EventStorage
 from helpers import make_input, tiny_cfg
 
 from fcos_d2.amp import AutocastTrainer, amp_dtype
+from fcos_d2.data import register_custom_datasets
 from fcos_d2.engine import Trainer
 
 
@@ -33,7 +34,7 @@ def test_dtype(monkeypatch, device, dtype, gpu_has_bfloat16, expected):
 def test_dtype_that_cannot_be():
     cfg = tiny_cfg()
     cfg.SOLVER.AMP.DTYPE = "float16"
-    with pytest.raises(ValueError, match="'float16' needs a GPU, MODEL.DEVICE is 'cpu'"):
+    with pytest.raises(ValueError, match=r"'float16' needs a GPU, MODEL\.DEVICE is 'cpu'"):
         amp_dtype(cfg)
     cfg.SOLVER.AMP.DTYPE = "half"
     with pytest.raises(ValueError, match=r"must be one of \['auto', .*'half'"):
@@ -86,8 +87,6 @@ def test_resumes_from_runs_of_any_precision():
 
 def test_trainer_takes_it_from_the_config(shapes_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_folder))
-    from fcos_d2.data import register_custom_datasets
-
     cfg = tiny_cfg()
     cfg.OUTPUT_DIR, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER = str(tmp_path), 2, 2
     cfg.SOLVER.AMP.ENABLED, cfg.DATASETS.TEST = True, ()

@@ -1,6 +1,7 @@
 """Each key of MODEL.FCOS reaches the part that it is for, through the whole model's config."""
 
 import pytest
+import torch
 from detectron2.modeling import build_model
 from helpers import tiny_cfg
 
@@ -55,6 +56,8 @@ KEYS = {
     "SCORE_THRESH_TEST": (0.2, {}, lambda m: m.post_processor.score_thresh == 0.2),
     "TOPK_CANDIDATES_TEST": (50, {}, lambda m: m.post_processor.topk_candidates == 50),
     "NMS_THRESH_TEST": (0.5, {}, lambda m: m.post_processor.nms_thresh == 0.5),
+    "PRECISION_TEST": ("bfloat16", {}, lambda m: m.dtype_test == torch.bfloat16),
+    "COMPILE": (True, {}, lambda m: m.to_compile),
     "SCORE_FUSION": ("product", {}, lambda m: m.post_processor.score_fusion == "product"),
 }  # fmt: skip
 

@@ -1,0 +1,172 @@
+"""Detections of many images: in batches, and yet those of DefaultPredictor."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
+
+_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Images that may be held back, in batches, so that more of one size come together.
+_BATCHES_AHEAD = 4
+
+
+class Predictor:
+    """Runs a detector on an image, a list, a directory or a video.
+
+    Images that the network sees at one size, padding included, run together. As padding an image
+    further would change its detections, others never do: what comes out for an image is what
+    Detectron2's DefaultPredictor gives for it alone, up to rounding. Results come in the order
+    of the images.
+    """
+
+    def __init__(self, cfg: CfgNode, batch_size: int = 8, channels: str = "BGR"):
+        """
+        Args:
+            cfg: of any detector of Detectron2; ``MODEL.WEIGHTS`` are loaded. Left as it is.
+            batch_size: the most images that run together.
+            channels: of arrays that are given: "BGR", as OpenCV reads them, or "RGB". Files and
+                videos know their own. What the model wants, ``INPUT.FORMAT``, is seen to.
+
+        Raises:
+            ValueError: for a batch size below 1 or another order of channels.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if channels not in ("BGR", "RGB"):
+            raise ValueError(f"channels must be 'BGR' or 'RGB', got {channels!r}")
+        one_by_one = DefaultPredictor(cfg)
+        self.model, self.resize = one_by_one.model, one_by_one.aug
+        self.model_channels = one_by_one.input_format
+        self.batch_size, self.channels = batch_size, channels
+
+    def __call__(self, images: np.ndarray | str | os.PathLike | Iterable) -> dict | list[dict]:
+        """Detections of an image, or of each image of a list.
+
+        Args:
+            images: (H, W, 3) uint8 or floating point in [0, 255], a file, or a list of them.
+
+        Returns:
+            ``{"instances": Instances}`` with the fields that the model gives, in pixels of the
+            image; for a list a list of them.
+
+        Raises:
+            ValueError: for an array that is no image.
+            OSError: for a file that cannot be read.
+        """
+        if isinstance(images, np.ndarray | str | os.PathLike):
+            return next(self.stream([images]))
+        return list(self.stream(images))
+
+    def stream(self, images: Iterable) -> Iterator[dict]:
+        """As the call with a list, but yields as it goes: ``images`` may be endless.
+
+        At most a few batches of images are held at a time. If one cannot be read, the detections
+        of all before it are yielded first.
+        """
+        return (found for _, found in self._run(images, self._load))
+
+    def directory(self, folder: str | os.PathLike) -> Iterator[tuple[str, dict]]:
+        """File and detections of each image in a folder, by name.
+
+        Raises:
+            ValueError: at once, if there is none.
+        """
+        names = sorted(n for n in os.listdir(folder) if n.lower().endswith(_IMAGE_SUFFIXES))
+        if not names:
+            raise ValueError(f"No image in {folder}: no file ends with {_IMAGE_SUFFIXES}")
+        return self._run((os.path.join(folder, name) for name in names), self._load)
+
+    def video(
+        self, source: str | os.PathLike | int | cv2.VideoCapture
+    ) -> Iterator[tuple[np.ndarray, dict]]:
+        """Frame, (H, W, 3) BGR, and detections of each frame of a file, camera or open capture.
+
+        Raises:
+            OSError: at once, if OpenCV cannot open it.
+        """
+        capture = source
+        if not isinstance(source, cv2.VideoCapture):
+            capture = cv2.VideoCapture(source if isinstance(source, int) else os.fspath(source))
+        if not capture.isOpened():
+            raise OSError(f"OpenCV cannot open the video {source}")
+        return self._run(_frames(capture), lambda frame: (frame, "BGR"))
+
+    def _load(self, image: np.ndarray | str | os.PathLike) -> tuple[np.ndarray, str]:
+        """Pixels, and the order of their channels."""
+        if isinstance(image, str | os.PathLike):
+            return read_image(os.fspath(image), format="BGR"), "BGR"
+        return image, self.channels
+
+    def _run(
+        self, items: Iterable, load: Callable[[Any], tuple[np.ndarray, str]]
+    ) -> Iterator[tuple[Any, dict]]:
+        """Each item with the detections of its image, in order."""
+        # Groups by size; the first one holds the image that has waited longest.
+        waiting: dict[tuple[int, int], list[tuple[int, dict]]] = {}
+        held, found, first, error = {}, {}, 0, None
+        numbered = enumerate(items)
+        while error is None:
+            try:
+                index, item = next(numbered)
+                model_input = self._prepare(*load(item), index)
+            except StopIteration:
+                break
+            except Exception as e:
+                error = e
+                break
+            size = self._padded_size(model_input["image"])
+            group = waiting.setdefault(size, [])
+            group.append((index, model_input))
+            held[index] = item
+            if len(group) == self.batch_size:
+                found.update(self._detect(waiting.pop(size)))
+            elif index - first >= _BATCHES_AHEAD * self.batch_size:
+                found.update(self._detect(waiting.pop(next(iter(waiting)))))
+            while first in found:
+                yield held.pop(first), found.pop(first)
+                first += 1
+        for group in waiting.values():
+            found.update(self._detect(group))
+        for index in sorted(found):
+            yield held[index], found[index]
+        if error is not None:
+            raise error
+
+    def _prepare(self, image: np.ndarray, channels: str, index: int) -> dict:
+        """The model's input, as DefaultPredictor makes it."""
+        if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3:
+            got = f"shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(f"Image {index} must be an array of (H, W, 3), got {got}")
+        if channels != self.model_channels:
+            image = image[:, :, ::-1]
+        height, width = image.shape[:2]
+        pixels = self.resize.get_transform(image).apply_image(image)
+        if pixels.dtype != np.uint8:
+            pixels = pixels.astype("float32")
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return {"image": pixels, "height": height, "width": width}
+
+    def _padded_size(self, image: torch.Tensor) -> tuple[int, int]:
+        backbone = getattr(self.model, "backbone", None)
+        divisor = max(getattr(backbone, "size_divisibility", 1), 1)
+        height, width = image.shape[1:]
+        return -(-height // divisor), -(-width // divisor)
+
+    @torch.no_grad()
+    def _detect(self, group: list[tuple[int, dict]]) -> dict[int, dict]:
+        indices, inputs = zip(*group, strict=True)
+        return dict(zip(indices, self.model(list(inputs)), strict=True))
+
+
+def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    while True:
+        there_is_one, frame = capture.read()
+        if not there_is_one:
+            return
+        yield frame

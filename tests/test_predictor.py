@@ -1,0 +1,155 @@
+"""Predictor beside Detectron2's DefaultPredictor, image by image."""
+
+import itertools
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import DefaultPredictor
+from helpers import tiny_cfg
+
+import fcos_d2
+
+# The shorter side becomes 128: (96, 144) and (64, 97) are (128, 192) and (128, 194) to the network,
+# and (128, 192) and (128, 224) with padding.
+SIZES = [(96, 144), (144, 96), (64, 97), (96, 144), (150, 150), (96, 144), (64, 96), (96, 140)]
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    cfg = tiny_cfg()
+    model = DefaultPredictor(cfg).model
+    torch.nn.init.normal_(model.head.cls_logits.weight, std=0.3)
+    cfg.MODEL.WEIGHTS = str(tmp_path_factory.mktemp("weights") / "model.pth")
+    torch.save(model.state_dict(), cfg.MODEL.WEIGHTS)
+    return cfg
+
+
+def make_images(sizes=SIZES):
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def assert_same(found, expected):
+    found, expected = found["instances"], expected["instances"]
+    assert found.image_size == expected.image_size
+    assert len(found) == len(expected) > 5
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-6)
+    # Nearly equal scores may change places; the boxes of each class are the same all together.
+    a, b = (
+        torch.cat([x.pred_boxes.tensor.sum(1), x.pred_classes * 1.0]) for x in (found, expected)
+    )
+    torch.testing.assert_close(a.sort().values, b.sort().values, rtol=1e-4, atol=1e-2)
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Sizes of the batches that a predictor runs."""
+
+    def watch(predictor):
+        sizes = []
+        forward = predictor.model.forward
+
+        def record(batch):
+            sizes.append(len(batch))
+            return forward(batch)
+
+        monkeypatch.setattr(predictor.model, "forward", record)
+        return sizes
+
+    return watch
+
+
+@pytest.mark.parametrize("input_format", ["BGR", "RGB"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_equals_default_predictor(cfg, batches, input_format, batch_size):
+    cfg = cfg.clone()
+    cfg.INPUT.FORMAT = input_format
+    one_by_one, images = DefaultPredictor(cfg), make_images()
+    expected = [one_by_one(image) for image in images]
+    predictor = fcos_d2.Predictor(cfg, batch_size)
+    sizes = batches(predictor)
+    for a, b in zip(predictor(images), expected, strict=True):
+        assert_same(a, b)
+    # Padded to (128, 192): five of them; (192, 128), (128, 224) and (128, 128): one each.
+    assert sorted(sizes) == {1: [1] * 8, 2: [1, 1, 1, 1, 2, 2], 8: [1, 1, 1, 5]}[batch_size]
+    assert_same(predictor(images[2]), expected[2])
+    in_rgb = fcos_d2.Predictor(cfg, batch_size, channels="RGB")
+    assert_same(in_rgb(images[2][:, :, ::-1]), expected[2])
+    assert_same(predictor(images[2].astype("float64")), one_by_one(images[2].astype("float64")))
+
+
+def test_files_and_directory(cfg, tmp_path):
+    images = make_images()
+    for i, image in enumerate(images):
+        cv2.imwrite(str(tmp_path / f"{i}.PNG"), image)
+    (tmp_path / "notes.txt").write_text("not an image")
+    predictor = fcos_d2.Predictor(cfg, 3, channels="RGB")  # files know their own
+    one_by_one = DefaultPredictor(cfg)
+    found = list(predictor.directory(tmp_path))
+    assert [name for name, _ in found] == [str(tmp_path / f"{i}.PNG") for i in range(len(images))]
+    for (_, a), image in zip(found, images, strict=True):
+        assert_same(a, one_by_one(image))
+    assert_same(predictor(tmp_path / "1.PNG"), one_by_one(images[1]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"No image in .*empty: no file ends with"):
+        predictor.directory(tmp_path / "empty")
+
+
+def test_video(cfg, tmp_path):
+    file = tmp_path / "video.avi"
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"MJPG"), 5, (144, 96))
+    for image in make_images([(96, 144)] * 5):
+        writer.write(image)
+    writer.release()
+    predictor, one_by_one = fcos_d2.Predictor(cfg, 2, channels="RGB"), DefaultPredictor(cfg)
+    capture, count = cv2.VideoCapture(str(file)), 0
+    for frame, found in predictor.video(file):
+        assert np.array_equal(frame, capture.read()[1])
+        assert_same(found, one_by_one(frame))
+        count += 1
+    assert count == 5
+    assert len(list(predictor.video(cv2.VideoCapture(str(file))))) == 5
+    with pytest.raises(OSError, match=r"cannot open the video .*missing\.avi"):
+        predictor.video(tmp_path / "missing.avi")
+
+
+def test_endless_stream_comes_in_order_with_few_held_back(cfg):
+    # One image of a rare size must not hold back the others for ever.
+    rare, common = make_images([(144, 96), (96, 144)])
+    taken = 0
+
+    def camera():
+        nonlocal taken
+        for image in itertools.chain([rare], itertools.repeat(common)):
+            taken += 1
+            yield image
+
+    results = fcos_d2.Predictor(cfg, 2).stream(camera())
+    for i in range(12):
+        size = next(results)["instances"].image_size
+        assert size == ((144, 96) if i == 0 else (96, 144))
+        assert taken <= i + 1 + 4 * 2 + 1
+
+
+def test_detections_before_a_bad_image_are_not_lost(cfg, tmp_path):
+    image = make_images()[0]
+    predictor = fcos_d2.Predictor(cfg)
+    results = predictor.stream([image, image, image[:, :, 0]])
+    assert len(next(results)["instances"]) == len(next(results)["instances"]) > 5
+    with pytest.raises(ValueError, match=r"Image 2 must be an array of \(H, W, 3\), got shape"):
+        next(results)
+    with pytest.raises(ValueError, match=r"Image 0 must be an array .*, got list"):
+        predictor([[1, 2]])
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(OSError, match=r"broken\.png"):
+        predictor(tmp_path / "broken.png")
+    assert predictor([]) == []
+
+
+def test_wrong_arguments(cfg):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        fcos_d2.Predictor(cfg, 0)
+    with pytest.raises(ValueError, match="'BGR' or 'RGB', got 'L'"):
+        fcos_d2.Predictor(cfg, channels="L")
