@@ -1,40 +1,65 @@
-"""What the detector itself costs, beside Detectron2's FCOS: a training step without a backbone.
+"""What the detector itself costs: a training step and inference without a backbone.
 
-The backbone returns fixed p3 to p7 maps, the towers have one layer. Both sides get the same boxes
-and run in turns.
+The backbone returns fixed p3 to p7 maps, the towers have one layer. All sides get the same boxes
+and run in turns; Detectron2's FCOS has the same weights too. Inference is the head, decoding and
+NMS, with class logits as of a trained detector. The maps come in the memory layout in which each
+side's own backbone returns them. "Rest" is what is left without the layers of the head, which are
+the same on both sides.
 
-    python benchmarks/overhead.py [--boxes 20 1000] [--repeats 9] [--radius 1.5]
+    python benchmarks/overhead.py [--modes training inference] [--boxes 20 1000] [--device cuda]
 """
 
 import argparse
-import statistics
-import time
+from collections import OrderedDict
 
 import torch
+from common import (
+    check_agreement,
+    default_device,
+    in_turns,
+    machine,
+    peak_megabytes,
+    random_instances,
+    spread_logits,
+)
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.fcos import FCOS as DetectronFCOS
 from detectron2.modeling.meta_arch.fcos import FCOSHead as DetectronHead
-from detectron2.structures import Boxes, Instances
+from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
+from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
+from torch import nn
+from torchvision.models.detection import FCOS as TorchvisionFCOS
+from torchvision.models.detection.fcos import FCOSHead as TorchvisionHead
+from torchvision.models.detection.image_list import ImageList as TorchvisionImageList
 
+from fcos_d2.checkpoint.sources import SOURCES
 from fcos_d2.modeling import FCOS, FCOSHead, FCOSLoss, FCOSPostProcessor, LocationAssigner
 
 SIZE, STRIDES, CHANNELS, CLASSES = (800, 1216), (8, 16, 32, 64, 128), 32, 80
 RANGES = [(0, 64), (64, 128), (128, 256), (256, 512), (512, float("inf"))]
 PIXELS = {"pixel_mean": [0.0] * 3, "pixel_std": [1.0] * 3}
+SCORE_THRESH = 0.2  # on sqrt(class * centerness): Detectron2's and torchvision's rule and value
 
 
 class FixedMaps(Backbone):
     """Returns the same feature maps whatever the image."""
 
-    def __init__(self, images: int):
+    out_channels = CHANNELS  # torchvision asks for it
+
+    def __init__(self, images: int, device: str, memory_format=torch.contiguous_format):
         super().__init__()
-        self.maps = {
-            f"p{i + 3}": torch.randn(images, CHANNELS, -(-SIZE[0] // s), -(-SIZE[1] // s))
-            for i, s in enumerate(STRIDES)
-        }
+        generator = torch.Generator().manual_seed(0)
+        self.maps = OrderedDict()
+        for i, s in enumerate(STRIDES):
+            shape = (images, CHANNELS, -(-SIZE[0] // s), -(-SIZE[1] // s))
+            x = torch.randn(shape, generator=generator).to(device)
+            self.maps[f"p{i + 3}"] = x.contiguous(memory_format=memory_format)
 
     def forward(self, x):
         return self.maps
@@ -44,22 +69,31 @@ class FixedMaps(Backbone):
         return {name: ShapeSpec(channels=CHANNELS, stride=s) for name, s in names}
 
 
-def build_ours(backbone: Backbone, radius: float) -> torch.nn.Module:
+def build_ours(images: int, device: str, radius: float) -> nn.Module:
+    # Our backbone's maps are channels-last on CPU: FCOS.predict makes its input so.
+    layout = torch.channels_last if device == "cpu" else torch.contiguous_format
+    backbone = FixedMaps(images, device, layout)
     shapes = list(backbone.output_shape().values())
-    head = FCOSHead(input_shape=shapes, num_classes=CLASSES, num_cls_convs=1, num_box_convs=1)
     return FCOS(
         backbone=backbone,
-        head=head,
+        head=FCOSHead(
+            input_shape=shapes,
+            num_classes=CLASSES,
+            num_cls_convs=1,
+            num_box_convs=1,
+            use_scale=False,  # as in Detectron2's
+        ),
         head_in_features=list(backbone.output_shape()),
         assigner=LocationAssigner(RANGES, radius),
         loss=FCOSLoss(),
-        post_processor=FCOSPostProcessor(),
+        post_processor=FCOSPostProcessor(score_thresh=SCORE_THRESH, score_thresh_on="score"),
         num_classes=CLASSES,
         **PIXELS,
     )
 
 
-def build_detectrons(backbone: Backbone, radius: float) -> torch.nn.Module:
+def build_detectrons(images: int, device: str, radius: float) -> nn.Module:
+    backbone = FixedMaps(images, device)
     shapes = list(backbone.output_shape().values())
     head = DetectronHead(
         input_shape=shapes, num_classes=CLASSES, conv_dims=[CHANNELS], norm="GN", prior_prob=0.01
@@ -70,71 +104,173 @@ def build_detectrons(backbone: Backbone, radius: float) -> torch.nn.Module:
         head_in_features=list(backbone.output_shape()),
         num_classes=CLASSES,
         center_sampling_radius=radius or 1e9,
+        test_score_thresh=SCORE_THRESH,
         **PIXELS,
     )
 
 
-def make_batch(images: int, boxes: int) -> list[dict]:
-    batch = []
-    for _ in range(images):
-        sizes = torch.exp(torch.rand(boxes, 2) * 4 + 2.5).clamp(max=700)  # 12 to 665 pixels
-        centers = torch.rand(boxes, 2) * torch.tensor([SIZE[1], SIZE[0]])
-        instances = Instances(SIZE)
-        instances.gt_boxes = Boxes(torch.cat([centers - sizes / 2, centers + sizes / 2], dim=1))
-        instances.gt_classes = torch.randint(CLASSES, (boxes,))
-        batch.append({"image": torch.zeros(3, 8, 8), "instances": instances})
-    return batch
+def build_retinanet(images: int, device: str) -> nn.Module:
+    backbone = FixedMaps(images, device)
+    shapes = list(backbone.output_shape().values())
+    sizes = [[s * 4 * 2 ** (i / 3) for i in range(3)] for s in STRIDES]
+    return RetinaNet(
+        backbone=backbone,
+        head=RetinaNetHead(
+            input_shape=shapes, num_classes=CLASSES, num_anchors=9, conv_dims=[CHANNELS], norm="GN"
+        ),
+        head_in_features=list(backbone.output_shape()),
+        anchor_generator=DefaultAnchorGenerator(
+            sizes=sizes, aspect_ratios=[0.5, 1.0, 2.0], strides=STRIDES
+        ),
+        box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+        anchor_matcher=Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True),
+        num_classes=CLASSES,
+        **PIXELS,
+    )
 
 
-def step(model: torch.nn.Module, batch: list[dict]) -> float:
-    """Milliseconds of a training step."""
+def build_torchvisions(images: int, device: str) -> nn.Module:
+    backbone = FixedMaps(images, device)
+    head = TorchvisionHead(CHANNELS, 1, CLASSES, num_convs=1)
+    return TorchvisionFCOS(backbone, CLASSES, head=head, score_thresh=SCORE_THRESH)
+
+
+@torch.no_grad()
+def same_weights(ours: nn.Module, detectrons: nn.Module) -> None:
+    """Ours get Detectron2's, which predict boxes of some cells around each location."""
+    nn.init.normal_(detectrons.head.bbox_pred.weight, std=0.1)
+    nn.init.constant_(detectrons.head.bbox_pred.bias, 3)
+    features = list(detectrons.backbone.maps.values())
+    # With a centerness around 1/2, sqrt(class / 2) > 0.2 where class > 0.08.
+    spread_logits(detectrons.head.cls_score, lambda: detectrons.head(features), 2 * SCORE_THRESH**2)
+    theirs = detectrons.state_dict()
+    names = SOURCES["detectron2"].our_names(theirs)
+    ours.load_state_dict({new: theirs[old] for old, new in names.items()})
+
+
+def step(model: nn.Module, batch: list[dict]) -> None:
     model.zero_grad()
-    begin = time.perf_counter()
     sum(model(batch).values()).backward()
-    return (time.perf_counter() - begin) * 1e3
 
 
-def peak_megabytes(model: torch.nn.Module, batch: list[dict]) -> float:
-    """The most memory that tensors made in a training step hold at once."""
+@torch.no_grad()
+def infer(model: nn.Module) -> list:
+    """The head, decoding and NMS, without images; a list of Instances or torchvision's dicts."""
+    maps = model.backbone.maps
+    features = list(maps.values())
+    sizes = [SIZE] * len(features[0])
+    predictions = model.head(features)
+    if isinstance(model, FCOS):
+        return model.post_processor(*predictions, model.strides, sizes)
+    if isinstance(model, TorchvisionFCOS):
+        images = TorchvisionImageList(torch.empty(len(sizes), 3, *SIZE, device="meta"), sizes)
+        anchors = model.anchor_generator(images, features)
+        cells = [x.shape[-2] * x.shape[-1] for x in features]
+        by_level = {name: list(x.split(cells, dim=1)) for name, x in predictions.items()}
+        return model.postprocess_detections(
+            by_level, [list(a.split(cells)) for a in anchors], sizes
+        )
+    images = ImageList(torch.empty(len(sizes), 3, *SIZE, device="meta"), sizes)
+    return model.forward_inference(images, features, predictions)
+
+
+def run_head(model: nn.Module) -> None:
+    """The layers of the head alone; in training with their backward pass."""
     model.zero_grad()
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        step(model, batch)
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
+    with torch.set_grad_enabled(model.training):
+        outputs = [x for kind in model.head(list(model.backbone.maps.values())) for x in kind]
+        if model.training:
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+
+
+def row(models: dict[str, nn.Module], run, repeats: int, device: str) -> list[float]:
+    """Times, ratios and memory of a case; the first two models are ours and Detectron2's FCOS."""
+    functions = {name: lambda m=model: run(m) for name, model in models.items()}
+    heads = {f"head {n}": lambda m=models[n]: run_head(m) for n in ("fcos_d2", "Detectron2")}
+    *times, our_head, their_head = in_turns(functions | heads, repeats, device).values()
+    our_rest, their_rest = times[0] - our_head, times[1] - their_head
+    memory = [peak_megabytes(functions[name], device) for name in ("fcos_d2", "Detectron2")]
+    ratios = [t / times[0] for t in times[1:]]
+    return [*times, *ratios, our_rest, their_rest, their_rest / our_rest, *memory]
+
+
+def print_table(title: str, first: str, rows: list, models: dict, repeats: int) -> None:
+    headers = [first, *(f"{name} ms" for name in models)]
+    headers += [f"{name} / ours" for name in list(models)[1:]]
+    headers += ["our rest ms", "Detectron2's rest ms", "rest / ours", "our MB", "Detectron2's MB"]
+    print(f"\n{title}, {SIZE[0]}x{SIZE[1]}, medians of {repeats}")
+    print(tabulate(rows, [h.replace(" ", "\n", 1) for h in headers], floatfmt=".1f"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--modes", nargs="+", default=["training", "inference"])
     parser.add_argument("--boxes", type=int, nargs="+", default=[5, 20, 100, 500, 1000])
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--radius", type=float, default=1.5, help="centre sampling; 0 for none")
+    parser.add_argument("--device", default=default_device())
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    backbone = FixedMaps(args.images)
-    ours, peer = (build(backbone, args.radius) for build in (build_ours, build_detectrons))
-    rows = []
-    with EventStorage(1):
-        for boxes in args.boxes:
-            batch = make_batch(args.images, boxes)
-            times = {model: [] for model in (ours, peer)}
-            for repeat in range(args.repeats + 1):
-                for model, measured in times.items():
-                    milliseconds = step(model, batch)
-                    if repeat:  # the first one warms up
-                        measured.append(milliseconds)
-            a, b = (statistics.median(times[m]) for m in (ours, peer))
-            rows.append([boxes, a, b, b / a, *(peak_megabytes(m, batch) for m in (ours, peer))])
-    headers = [
-        "boxes per image", "fcos_d2 ms", "Detectron2 ms", "ratio", "fcos_d2 MB", "Detectron2 MB",
-    ]  # fmt: skip
-    print(f"training step, {args.images} x {SIZE[0]}x{SIZE[1]}, medians of {args.repeats}")
-    print(tabulate(rows, headers, floatfmt=".1f"))
+    device = args.device
+    ours, detectrons = (
+        build(args.images, device, args.radius).to(device)
+        for build in (build_ours, build_detectrons)
+    )
+    same_weights(ours, detectrons)
+    retinanet = build_retinanet(args.images, device).to(device)
+    retinanet.num_images = args.images
+    features = list(retinanet.backbone.maps.values())
+    spread_logits(retinanet.head.cls_score, lambda: retinanet.head(features), 0.05)
+    print(machine(device))
+
+    if "training" in args.modes:
+        models = {"fcos_d2": ours, "Detectron2": detectrons, "RetinaNet": retinanet}
+        rows = []
+        with EventStorage(1):
+            for boxes in args.boxes:
+                batch = [
+                    {
+                        "image": torch.zeros(3, 8, 8),
+                        "instances": random_instances(SIZE, boxes, CLASSES),
+                    }
+                    for _ in range(args.images)
+                ]
+
+                def run(model, batch=batch):
+                    step(model, batch)
+
+                rows.append([boxes, *row(models, run, args.repeats, device)])
+        title = f"Training step of {args.images} images"
+        print_table(title, "boxes", rows, models, args.repeats)
+
+    if "inference" in args.modes:
+        torchvisions = build_torchvisions(args.images, device).to(device)
+        features = list(torchvisions.backbone.maps.values())
+        spread_logits(
+            torchvisions.head.classification_head.cls_logits,
+            lambda: torchvisions.head(features),
+            2 * SCORE_THRESH**2,
+        )
+        nn.init.constant_(torchvisions.head.regression_head.bbox_reg.bias, 3)
+        models = {
+            "fcos_d2": ours,
+            "Detectron2": detectrons,
+            "torchvision": torchvisions,
+            "RetinaNet": retinanet,
+        }
+        for model in models.values():
+            model.eval()
+        share = check_agreement("Detectron2's FCOS", infer(ours), infer(detectrons))
+        with torch.no_grad():
+            maps = ours.head(list(ours.backbone.maps.values()))
+            found = ours.post_processor.candidates(*maps, ours.strides, [SIZE] * args.images)
+        rows = [[sum(map(len, found)) / args.images, *row(models, infer, args.repeats, device)]]
+        title = f"Inference of {args.images} images ({share:.0%} of the detections agree)"
+        print_table(title, "candidates", rows, models, args.repeats)
 
 
 if __name__ == "__main__":

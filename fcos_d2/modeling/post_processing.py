@@ -15,6 +15,9 @@ from torch import Tensor
 from .head import check_choice
 from .points import cell_locations, centerness, ltrb_to_boxes
 
+# NMS starts with so many times the wanted detections, and goes on with so many times more.
+_NMS_FIRST = 4
+
 
 class FCOSPostProcessor:
     """Threshold, top-k per level, decode, class-wise NMS (1904.01355, section 3.1)."""
@@ -111,17 +114,22 @@ class FCOSPostProcessor:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Image, level, class, score (C,) and box (C, 4) of the candidates of a level."""
         # 1. Threshold. The sigmoid is monotone: compare logits, and take it of candidates only.
-        image, classes, y, x = (class_logits > self._logit_thresh).nonzero(as_tuple=True)
-        # 2. Score.
-        scores = class_logits[image, classes, y, x].float().sigmoid()
+        # Few cells have a class above the threshold, so find these first.
+        image, y, x = (class_logits.amax(dim=1) > self._logit_thresh).nonzero(as_tuple=True)
+        logits = class_logits[image, :, y, x].float()
         distances = ltrb[image, :, y, x].float()
+        cell, classes = (logits > self._logit_thresh).nonzero(as_tuple=True)
+        # 2. Score.
+        scores = logits[cell, classes].sigmoid()
         if quality_logits is not None:
-            scores = self._fuse(scores, quality_logits[image, 0, y, x].float().sigmoid())
+            quality = quality_logits[image, 0, y, x].float().sigmoid()
+            scores = self._fuse(scores, quality[cell])
         elif self.computed_centerness:
             # A box without extent on an axis is dropped later; its centerness is 0 / 0 till then.
-            scores = self._fuse(scores, centerness(distances).nan_to_num(0.0))
+            scores = self._fuse(scores, centerness(distances).nan_to_num(0.0)[cell])
         # 3. Decode.
         boxes = ltrb_to_boxes(cell_locations(x, y, stride, self.location_offset), distances)
+        image, boxes = image[cell], boxes[cell]
         found = image, torch.full_like(image, level), classes, scores, boxes
         if self.score_thresh_on == "score":
             above = scores > self.score_thresh
@@ -144,11 +152,22 @@ class FCOSPostProcessor:
 
     def suppress(self, candidates: Instances) -> Instances:
         """Class-wise NMS of the candidates of one image; keeps the best of what is left."""
-        boxes, scores = candidates.pred_boxes.tensor, candidates.scores
-        keep = batched_nms(boxes, scores, candidates.pred_classes, self.nms_thresh)
-        if self.max_detections_per_image >= 0:
-            keep = keep[: self.max_detections_per_image]
-        return candidates[keep]
+        boxes, scores, classes = (
+            candidates.pred_boxes.tensor,
+            candidates.scores,
+            candidates.pred_classes,
+        )
+        order = scores.argsort(descending=True, stable=True)
+        limit = self.max_detections_per_image
+        # What NMS keeps of the best candidates does not depend on the others: where enough of a
+        # part is left, the rest need not be compared.
+        tried = _NMS_FIRST * limit if limit >= 0 else len(order)
+        while True:
+            part = order[:tried]
+            keep = part[batched_nms(boxes[part], scores[part], classes[part], self.nms_thresh)]
+            if len(keep) >= limit >= 0 or tried >= len(order):
+                return candidates[keep[:limit] if limit >= 0 else keep]
+            tried *= _NMS_FIRST
 
 
 def _inside_image(
