@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torchvision
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
@@ -110,13 +111,20 @@ def spread_logits(conv: nn.Module, run: Callable[[], object], threshold: float) 
 
 @torch.no_grad()
 def normalize_activations(model: nn.Module, run: Callable[[], object]) -> None:
-    """Give frozen batch norms the statistics that training would have given them."""
+    """Give frozen batch norms the statistics that training would have given them.
+
+    The branches of residual blocks get a small scale, as training makes them: at full scale a
+    random network amplifies rounding errors from block to block.
+    """
 
     def take_statistics(norm: FrozenBatchNorm2d, inputs: tuple[Tensor]) -> None:
         x = inputs[0].float()
         norm.running_mean.copy_(x.mean(dim=(0, 2, 3)))
         norm.running_var.copy_(x.var(dim=(0, 2, 3)) + 1e-3)
 
+    for module in model.modules():
+        if isinstance(module, BottleneckBlock):
+            module.conv3.norm.weight.fill_(0.2)
     norms = [m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)]
     hooks = [m.register_forward_pre_hook(take_statistics) for m in norms]
     run()

@@ -134,9 +134,9 @@ def _fcos_defaults() -> CN:
     fcos.PRECISION_TEST = "float32"
 
     # ---- Speed ----
-    # Compile the backbone and the head with torch.compile, in training and at test time. Takes a
-    # minute or two at the start; image sizes may vary. Where no compiler is found there is a
-    # warning, and the model runs as without.
+    # Compile the backbone and, on GPU, the head with torch.compile, in training and at test time.
+    # Takes a minute or two at the start; image sizes may vary. Where no compiler is found there is
+    # a warning, and the model runs as without.
     fcos.COMPILE = False
 
     # ---- In place of the RPN (MODEL.PROPOSAL_GENERATOR.NAME "FCOS") ----

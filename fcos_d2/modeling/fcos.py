@@ -133,9 +133,14 @@ class FCOS(DenseDetector):
 
     def _detect(self, batched_inputs: list[dict]) -> list[dict]:
         images = self.preprocess_image(batched_inputs)
-        predictions = self.predict(images)
-        with torch.no_grad():
-            results = self.post_processor(*predictions, self.strides, images.image_sizes)
+        # On CPU a batch gains nothing, and the maps of one image stay nearer to the caches.
+        at_once = 1 if self.device.type == "cpu" else len(images)
+        results = []
+        for i in range(0, len(images), at_once):
+            sizes = images.image_sizes[i : i + at_once]
+            predictions = self.predict(ImageList(images.tensor[i : i + at_once], sizes))
+            with torch.no_grad():
+                results += self.post_processor(*predictions, self.strides, sizes)
         wanted = [
             (x.get("height", height), x.get("width", width))
             for x, (height, width) in zip(batched_inputs, images.image_sizes, strict=True)
@@ -152,7 +157,10 @@ class FCOS(DenseDetector):
         form that are set for it. The maps come in the layout that the convolutions chose.
         """
         if self.to_compile:
-            compile_in_place([self.backbone, self.head], self.device)
+            # On CPU, PyTorch's own group normalization is faster than the compiled one
+            # (benchmarks/NOTES.md), and little else in the head could be fused.
+            on_cpu = self.device.type == "cpu"
+            compile_in_place([self.backbone] if on_cpu else [self.backbone, self.head], self.device)
             self.to_compile = False
         with self._autocast_test():
             x = images.tensor

@@ -105,7 +105,7 @@ class FCOSHead(nn.Module):
                     layers.append(_conv3x3(channels, channels))
                 if norm:
                     layers.append(_norm(norm, channels, len(input_shape)))
-                layers.append(nn.ReLU())
+                layers.append(nn.ReLU(inplace=True))
             return Tower(*layers)
 
         self.share_tower = tower(num_share_convs, False)

@@ -54,8 +54,8 @@ def test_computes_the_same_at_all_sizes_without_compiling_again():
     for size in ((160, 192), (192, 160), (129, 200), (256, 160)):
         image = make_input(size=size)
         assert_same_maps(image, compiled, eager)
-        # The probe, the backbone, the head.
-        assert counters["stats"]["unique_graphs"] == 3
+        # The probe and the backbone; the head is compiled on GPU only.
+        assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
     # State dicts and copies are those of a model that is not compiled.
     assert compiled.state_dict().keys() == eager.state_dict().keys()
@@ -70,7 +70,7 @@ def test_trains_the_same():
         gradients = {n: p.grad for n, p in model.named_parameters()}
         results.append(({k: v.detach() for k, v in losses.items()}, gradients))
     (losses, gradients), (losses2, gradients2) = results
-    assert counters["stats"]["unique_graphs"] >= 2
+    assert counters["stats"]["unique_graphs"] == 2
     torch.testing.assert_close(losses, losses2, rtol=1e-4, atol=1e-5)
     assert gradients.keys() == gradients2.keys()
     for name, a in gradients.items():
