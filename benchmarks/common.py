@@ -164,8 +164,9 @@ def random_instances(size: tuple[int, int], boxes: int, classes: int) -> Instanc
     sizes = torch.exp(torch.rand(boxes, 2) * 4 + 2.5).clamp(max=700)
     centers = torch.rand(boxes, 2) * torch.tensor([size[1], size[0]])
     corners = torch.cat([centers - sizes / 2, centers + sizes / 2], dim=1)
+    # Off whole pixels: Detectron2's ranges leave out distances of exactly 64, 128, ...
+    limits = torch.tensor([size[1], size[0]] * 2) - 0.3
     instances = Instances(size)
-    instances.gt_boxes = Boxes(corners)
-    instances.gt_boxes.clip(size)
+    instances.gt_boxes = Boxes(corners.clamp(min=0.3).minimum(limits))
     instances.gt_classes = torch.randint(classes, (boxes,))
     return instances

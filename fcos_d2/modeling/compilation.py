@@ -8,18 +8,15 @@ import torch
 from torch import nn
 
 
-def compile_in_place(modules: Iterable[nn.Module], device: torch.device) -> bool:
+def compile_in_place(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Compile modules for inputs of any size; they keep their class and the names of their state.
 
-    Returns:
-        whether they are compiled. Where no compiler works for this kind of device they stay as
-        they are, with one warning that says why.
+    Where no compiler works for this kind of device they stay as they are, with one warning that
+    says why.
     """
-    if not _compiler_works(device.type):
-        return False
-    for module in modules:
-        module.compile(dynamic=True)
-    return True
+    if _compiler_works(device.type):
+        for module in modules:
+            module.compile(dynamic=True)
 
 
 @functools.cache
