@@ -85,7 +85,7 @@ def count_synchronizations(function: Callable[[], object], device: str) -> int |
             function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(w.message) for w in caught)
+    return sum("called a synchronizing" in str(w.message) for w in caught)
 
 
 @torch.no_grad()

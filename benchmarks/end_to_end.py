@@ -145,12 +145,11 @@ def training_of(model: nn.Module, batch: list[dict], precision: str, device: str
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
     def run():
-        optimizer.zero_grad()
         with at(precision, device):
             losses = model(batch)
         sum(losses.values()).backward()
         optimizer.step()
-        return losses
+        optimizer.zero_grad()  # each step then starts with the same memory
 
     return run
 

@@ -18,8 +18,11 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype:
     """
     name, device = cfg.SOLVER.AMP.DTYPE, torch.device(cfg.MODEL.DEVICE)
     if name == "auto":
-        prefers_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(
-            including_emulation=False
+        # Detectron2's RoI heads round box corners to the precision of the features: in bfloat16
+        # to whole pixels and more. Other models than FCOS get its float16.
+        prefers_bfloat16 = device.type != "cuda" or (
+            cfg.MODEL.META_ARCHITECTURE == "FCOS"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
         )
         name = "bfloat16" if prefers_bfloat16 else "float16"
     if name not in _DTYPES:
@@ -47,6 +50,7 @@ class AutocastTrainer(AMPTrainer):
         super().__init__(model, data_loader, optimizer, grad_scaler=scaler, precision=dtype)
 
     def run_step(self) -> None:
+        assert self.model.training, "The model was changed to eval mode"
         begin = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - begin

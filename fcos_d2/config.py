@@ -19,7 +19,8 @@ def add_fcos_config(cfg: CN) -> None:
         cfg.MODEL.FCOS = _fcos_defaults()
     if "DTYPE" not in cfg.SOLVER.AMP:
         # What SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling), "bfloat16", or
-        # "auto": bfloat16 on CPU and on GPUs that have it (Ampere and later), float16 on others.
+        # "auto": bfloat16 on CPU and, for FCOS, on GPUs that have it (Ampere and later), else
+        # float16. Detectron2's RoI heads, in R-CNN, round their boxes in bfloat16.
         cfg.SOLVER.AMP.DTYPE = "auto"
     if "CUSTOM" not in cfg.DATASETS:
         # Data sets of your own, registered under their key before training or evaluation, e.g.
@@ -130,7 +131,8 @@ def _fcos_defaults() -> CN:
     # "sqrt": sqrt(class * quality) (2006.09214, eq. 4); "product": class * quality (1904.01355).
     fcos.SCORE_FUSION = "sqrt"
     # What the backbone and the head compute in at test time: "float32", "bfloat16" or "float16".
-    # The weights stay float32, and the boxes are decoded in it.
+    # The weights stay float32, and the boxes are decoded in it. This and COMPILE are read by
+    # META_ARCHITECTURE "FCOS" alone, not by R-CNN with FCOS proposals or RetinaNet.
     fcos.PRECISION_TEST = "float32"
 
     # ---- Speed ----

@@ -87,6 +87,8 @@ class Predictor:
     ) -> Iterator[tuple[np.ndarray, dict]]:
         """Frame, (H, W, 3) BGR, and detections of each frame of a file, camera or open capture.
 
+        Frames come out a batch at a time; a live camera wants a ``batch_size`` of 1.
+
         Raises:
             OSError: at once, if OpenCV cannot open it.
         """
@@ -143,6 +145,14 @@ class Predictor:
         if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3:
             got = f"shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise ValueError(f"Image {index} must be an array of (H, W, 3), got {got}")
+        floating = np.issubdtype(image.dtype, np.floating)
+        if image.size == 0 or not (floating or image.dtype == np.uint8):
+            raise ValueError(
+                f"Image {index} must have pixels of uint8 or floating point, got {image.dtype} of "
+                f"shape {image.shape}"
+            )
+        if floating and not np.isfinite(image).all():
+            raise ValueError(f"Image {index} has NaN or infinite pixels")
         if channels != self.model_channels:
             image = image[:, :, ::-1]
         height, width = image.shape[:2]

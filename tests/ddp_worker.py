@@ -20,6 +20,8 @@ def training_step(cases, fcos_keys, model_file, out):
         images = [make_input(*objects, seed=i) for i, objects in enumerate(case)]
         model.zero_grad()
         losses = ddp(images[rank::world])
+        compiled = model.backbone._compiled_call_impl is not None
+        assert compiled == cfg.MODEL.FCOS.COMPILE
         sum(losses.values()).backward()
         losses = comm.reduce_dict({k: v.detach() for k, v in losses.items()})
         if rank == 0:

@@ -29,6 +29,10 @@ def test_dtype(monkeypatch, device, dtype, gpu_has_bfloat16, expected):
     cfg = tiny_cfg()
     cfg.MODEL.DEVICE, cfg.SOLVER.AMP.DTYPE = device, dtype
     assert amp_dtype(cfg) == expected
+    # Detectron2's RoI heads round boxes in bfloat16, so it has to be asked for.
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    if device == "cuda" and dtype == "auto":
+        assert amp_dtype(cfg) == torch.float16
 
 
 def test_dtype_that_cannot_be():

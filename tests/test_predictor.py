@@ -142,6 +142,13 @@ def test_detections_before_a_bad_image_are_not_lost(cfg, tmp_path):
         next(results)
     with pytest.raises(ValueError, match=r"Image 0 must be an array .*, got list"):
         predictor([[1, 2]])
+    for bad in (np.zeros((0, 9, 3), np.uint8), np.zeros((9, 9, 3), np.int32)):
+        with pytest.raises(ValueError, match="Image 0 must have pixels of uint8 or floating"):
+            predictor(bad)
+    results = predictor.stream([image, np.full((9, 9, 3), np.nan)])
+    assert len(next(results)["instances"]) > 5
+    with pytest.raises(ValueError, match="Image 1 has NaN or infinite pixels"):
+        next(results)
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(OSError, match=r"broken\.png"):
         predictor(tmp_path / "broken.png")

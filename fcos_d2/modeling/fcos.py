@@ -77,7 +77,7 @@ class FCOS(DenseDetector):
         self.input_format = input_format
         self.vis_period = vis_period
         self.dtype_test = _PRECISIONS[precision_test]
-        self.to_compile = compile
+        self.to_compile, self._compiled = compile, False
         shapes = backbone.output_shape()
         self.strides = [shapes[f].stride for f in head_in_features]
 
@@ -156,19 +156,23 @@ class FCOS(DenseDetector):
         The dense part: it runs in the precision, memory layout and, with ``COMPILE``, compiled
         form that are set for it. The maps come in the layout that the convolutions chose.
         """
-        if self.to_compile:
+        if self.to_compile and not self._compiled:
             # On CPU, PyTorch's own group normalization is faster than the compiled one
             # (benchmarks/NOTES.md), and little else in the head could be fused.
             on_cpu = self.device.type == "cpu"
             compile_in_place([self.backbone] if on_cpu else [self.backbone, self.head], self.device)
-            self.to_compile = False
+            self._compiled = True
         with self._autocast_test():
             x = images.tensor
             if _channels_last_helps(x.device.type):
-                # The convolutions and all that follows them take the layout of their input.
+                # Convolutions, and on CPU all that follows them, take the layout of their input.
                 x = x.contiguous(memory_format=torch.channels_last)
             features = self.backbone(x)
             return self.head([features[f] for f in self.head_in_features])
+
+    def __getstate__(self) -> dict:
+        # Copies are not compiled yet.
+        return {**super().__getstate__(), "_compiled": False}
 
     def _autocast_test(self):
         if self.training or self.dtype_test is None:
@@ -194,5 +198,6 @@ def _channels_last_helps(device_type: str) -> bool:
     """Whether convolutions run faster on (N, H, W, C) memory.
 
     On CPU always (benchmarks/NOTES.md); on GPU in half precision, whose tensor cores want it.
+    There the group norms of the head return the plain layout, so it ends with the backbone.
     """
     return device_type == "cpu" or (device_type == "cuda" and torch.is_autocast_enabled("cuda"))

@@ -11,7 +11,7 @@ class FusedConv2d(Conv2d):
     A frozen normalisation, or any in evaluation mode, is an affine map of each channel. Scaling
     the weights by it, anew in every call, replaces passes over the activations. Parameters,
     buffers and their names stay, gradients are those of the two steps, and results differ from
-    theirs by rounding alone.
+    theirs by rounding alone. The norm is then not called: hooks on it do not fire.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -23,6 +23,8 @@ class FusedConv2d(Conv2d):
         if self.bias is not None:
             bias = bias + self.bias * scale
         weight = self.weight * scale.reshape(-1, 1, 1, 1)
+        # A model in half precision may have kept its norms in float32.
+        weight, bias = weight.to(self.weight.dtype), bias.to(self.weight.dtype)
         x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from .head import check_choice
 from .points import cell_locations, centerness, ltrb_to_boxes
@@ -114,8 +114,9 @@ class FCOSPostProcessor:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Image, level, class, score (C,) and box (C, 4) of the candidates of a level."""
         # 1. Threshold. The sigmoid is monotone: compare logits, and take it of candidates only.
-        # Few cells have a class above the threshold, so find these first.
-        image, y, x = (class_logits.amax(dim=1) > self._logit_thresh).nonzero(as_tuple=True)
+        # Few cells have a class above the threshold, so find these first. A cell with NaN has none.
+        best = class_logits.amax(dim=1).float()
+        image, y, x = (best > self._logit_thresh).nonzero(as_tuple=True)
         logits = class_logits[image, :, y, x].float()
         distances = ltrb[image, :, y, x].float()
         cell, classes = (logits > self._logit_thresh).nonzero(as_tuple=True)
@@ -152,11 +153,10 @@ class FCOSPostProcessor:
 
     def suppress(self, candidates: Instances) -> Instances:
         """Class-wise NMS of the candidates of one image; keeps the best of what is left."""
-        boxes, scores, classes = (
-            candidates.pred_boxes.tensor,
-            candidates.scores,
-            candidates.pred_classes,
-        )
+        # In float64: batched_nms moves the classes apart, which in float32 would round boxes by up
+        # to 1/128 pixel, by another amount in each part.
+        boxes, scores = candidates.pred_boxes.tensor.double(), candidates.scores.double()
+        classes = candidates.pred_classes
         order = scores.argsort(descending=True, stable=True)
         limit = self.max_detections_per_image
         # What NMS keeps of the best candidates does not depend on the others: where enough of a

@@ -59,7 +59,10 @@ def test_computes_the_same_at_all_sizes_without_compiling_again():
     assert not counters["graph_break"]
     # State dicts and copies are those of a model that is not compiled.
     assert compiled.state_dict().keys() == eager.state_dict().keys()
-    assert_same_maps(image, copy.deepcopy(compiled), eager)
+    copied = copy.deepcopy(compiled)
+    assert copied.backbone._compiled_call_impl is None
+    assert_same_maps(image, copied, eager)
+    assert copied.backbone._compiled_call_impl is not None
 
 
 def test_trains_the_same():

@@ -57,6 +57,17 @@ def test_frozen_also_in_training():
         torch.testing.assert_close(b, a)
 
 
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_half_precision_with_norms_in_float32(norm):
+    conv, fused = (c.eval().to(torch.bfloat16) for c in conv_and_fused(norm, False))
+    for c in (conv, fused):
+        c.norm.float()
+    x = torch.randn(1, 4, 5, 5, dtype=torch.bfloat16)
+    y = fused(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), conv(x).float(), rtol=0.05, atol=0.1)
+
+
 def test_batch_statistics_in_training():
     conv, fused = (c.train() for c in conv_and_fused("BN", False))
     x = torch.randn(2, 4, 7, 9, dtype=torch.float64)

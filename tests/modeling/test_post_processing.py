@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from detectron2.layers import nms
+from detectron2.structures import Boxes, Instances
 from helpers import STRIDES, level_locations, level_shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,6 +108,42 @@ def test_without_quality_the_score_is_the_class_probability():
     found = FCOSPostProcessor()(logits, ltrb, None, STRIDES, [(96, 128)] * 2)
     best = max(x[0].sigmoid().max().item() for x in logits)
     assert found[0].scores.max().item() == pytest.approx(best)
+
+
+@pytest.mark.parametrize("clusters", [1, 3, 12, 200])
+def test_suppressing_in_parts_equals_suppressing_all(clusters):
+    """The best candidates lie on each other, so that few are left of each part that is tried."""
+    centers = torch.rand(clusters, 2) * 2000
+    near = centers[torch.arange(1500) % clusters] + torch.rand(1500, 2)
+    candidates = Instances(
+        (3000, 3000),
+        pred_boxes=Boxes(torch.cat([near, near + 50], dim=1)),
+        # All of a cluster before any of the next.
+        scores=1 - (torch.arange(1500) % clusters) / clusters - torch.rand(1500) / clusters / 2,
+        pred_classes=torch.randint(2, (1500,)),
+    )
+    everything = FCOSPostProcessor(max_detections_per_image=-1).suppress(candidates)
+    limited = FCOSPostProcessor(max_detections_per_image=8).suppress(candidates)
+    assert len(everything) >= 2 * min(clusters, 100)  # both classes
+    assert len(limited) == min(len(everything), 8)
+    assert torch.equal(limited.scores, everything.scores[:8])
+    assert torch.equal(limited.pred_boxes.tensor, everything.pred_boxes.tensor[:8])
+    assert torch.equal(limited.pred_classes, everything.pred_classes[:8])
+
+
+def test_parts_of_small_boxes_and_many_classes():
+    """Where moving the classes apart in float32 would round boxes by a share of their size."""
+    for _ in range(30):
+        corners = torch.rand(1500, 2) * 150
+        candidates = Instances(
+            (800, 1216),
+            pred_boxes=Boxes(torch.cat([corners, corners + 8 + 20 * torch.rand(1500, 2)], dim=1)),
+            scores=torch.rand(1500),
+            pred_classes=torch.randint(80, (1500,)),
+        )
+        everything = FCOSPostProcessor(max_detections_per_image=-1).suppress(candidates)
+        limited = FCOSPostProcessor(max_detections_per_image=100).suppress(candidates)
+        assert torch.equal(limited.scores, everything.scores[:100])
 
 
 def test_never_more_than_the_limit_also_with_equal_scores():
