@@ -36,15 +36,24 @@ def machine(device: str) -> str:
 
 
 def in_turns(
-    functions: dict[str, Callable[[], object]], repeats: int, device: str
+    functions: dict[str, Callable[..., object]],
+    repeats: int,
+    device: str,
+    inputs: dict[str, Callable[[], tuple]] | None = None,
 ) -> dict[str, float]:
-    """Median milliseconds of each function; each is run once in every round, after a warm-up."""
+    """Median milliseconds of each function; each is run once in every round, after a warm-up.
+
+    Args:
+        inputs: by the function's name what makes its arguments, which is not timed.
+    """
+    inputs = inputs or {}
     times: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(repeats + 1):
         for name, function in functions.items():
+            arguments = inputs[name]() if name in inputs else ()
             _synchronize(device)
             begin = time.perf_counter()
-            function()
+            function(*arguments)
             _synchronize(device)
             if i > 0:
                 times[name].append((time.perf_counter() - begin) * 1e3)

@@ -3,8 +3,8 @@
 The backbone returns fixed p3 to p7 maps, the towers have one layer. All sides get the same boxes
 and run in turns; Detectron2's FCOS has the same weights too. Inference is the head, decoding and
 NMS, with class logits as of a trained detector. The maps come in the memory layout in which each
-side's own backbone returns them. "Rest" is what is left without the layers of the head, which are
-the same on both sides.
+side's own backbone returns them. "Rest" is timed by itself: all but the layers of the head, which
+are the same on both sides.
 
     python benchmarks/overhead.py [--modes training inference] [--boxes 20 1000] [--device cuda]
 """
@@ -40,6 +40,7 @@ from torchvision.models.detection.image_list import ImageList as TorchvisionImag
 
 from fcos_d2.checkpoint.sources import SOURCES
 from fcos_d2.modeling import FCOS, FCOSHead, FCOSLoss, FCOSPostProcessor, LocationAssigner
+from fcos_d2.modeling.losses import make_targets
 
 SIZE, STRIDES, CHANNELS, CLASSES = (800, 1216), (8, 16, 32, 64, 128), 32, 80
 RANGES = [(0, 64), (64, 128), (128, 256), (256, 512), (512, float("inf"))]
@@ -174,24 +175,46 @@ def infer(model: nn.Module) -> list:
     return model.forward_inference(images, features, predictions)
 
 
-def run_head(model: nn.Module) -> None:
-    """The layers of the head alone; in training with their backward pass."""
-    model.zero_grad()
-    with torch.set_grad_enabled(model.training):
-        outputs = [x for kind in model.head(list(model.backbone.maps.values())) for x in kind]
-        if model.training:
-            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+@torch.no_grad()
+def fresh_maps(model: nn.Module) -> tuple:
+    """What the head returns; Detectron2's inference changes it in place."""
+    kinds = model.head(list(model.backbone.maps.values()))
+    return tuple([x.requires_grad_(model.training) for x in kind] for kind in kinds)
 
 
-def row(models: dict[str, nn.Module], run, repeats: int, device: str) -> list[float]:
+def run_rest(model: nn.Module, batch: list[dict], *maps: list[torch.Tensor]) -> None:
+    """All but the layers of the head: assignment, losses, their gradients; or decoding and NMS."""
+    instances = [x["instances"] for x in batch]
+    sizes = [SIZE] * len(maps[0][0])
+    features = list(model.backbone.maps.values())
+    if not model.training:
+        if isinstance(model, FCOS):
+            model.post_processor(*maps, model.strides, sizes)
+        else:
+            images = ImageList(torch.empty(len(sizes), 3, *SIZE, device="meta"), sizes)
+            model.forward_inference(images, features, maps)
+        return
+    if isinstance(model, FCOS):
+        shapes = [x.shape[-2:] for x in maps[0]]
+        targets = make_targets(model.assigner, shapes, model.strides, instances)
+        losses = model.loss(*maps, targets.to(model.device))
+    else:
+        truth = [x.to(model.device) for x in instances]
+        losses = model.forward_training(None, features, maps, truth)
+    sum(losses.values()).backward()
+
+
+def row(models: dict[str, nn.Module], run, batch: list[dict], repeats: int, device: str) -> list:
     """Times, ratios and memory of a case; the first two models are ours and Detectron2's FCOS."""
     functions = {name: lambda m=model: run(m) for name, model in models.items()}
-    heads = {f"head {n}": lambda m=models[n]: run_head(m) for n in ("fcos_d2", "Detectron2")}
-    *times, our_head, their_head = in_turns(functions | heads, repeats, device).values()
-    our_rest, their_rest = times[0] - our_head, times[1] - their_head
+    both = {f"rest {name}": models[name] for name in ("fcos_d2", "Detectron2")}
+    rests = {n: lambda *maps, m=m: run_rest(m, batch, *maps) for n, m in both.items()}
+    inputs = {n: lambda m=m: fresh_maps(m) for n, m in both.items()}
+    times = in_turns(functions | rests, repeats, device, inputs)
+    *whole, our_rest, their_rest = times.values()
     memory = [peak_megabytes(functions[name], device) for name in ("fcos_d2", "Detectron2")]
-    ratios = [t / times[0] for t in times[1:]]
-    return [*times, *ratios, our_rest, their_rest, their_rest / our_rest, *memory]
+    ratios = [t / whole[0] for t in whole[1:]]
+    return [*whole, *ratios, our_rest, their_rest, their_rest / our_rest, *memory]
 
 
 def print_table(title: str, first: str, rows: list, models: dict, repeats: int) -> None:
@@ -243,7 +266,7 @@ def main() -> None:
                 def run(model, batch=batch):
                     step(model, batch)
 
-                rows.append([boxes, *row(models, run, args.repeats, device)])
+                rows.append([boxes, *row(models, run, batch, args.repeats, device)])
         title = f"Training step of {args.images} images"
         print_table(title, "boxes", rows, models, args.repeats)
 
@@ -268,7 +291,7 @@ def main() -> None:
         with torch.no_grad():
             maps = ours.head(list(ours.backbone.maps.values()))
             found = ours.post_processor.candidates(*maps, ours.strides, [SIZE] * args.images)
-        rows = [[sum(map(len, found)) / args.images, *row(models, infer, args.repeats, device)]]
+        rows = [[sum(map(len, found)) / args.images, *row(models, infer, [], args.repeats, device)]]
         title = f"Inference of {args.images} images ({share:.0%} of the detections agree)"
         print_table(title, "candidates", rows, models, args.repeats)
 
