@@ -19,9 +19,9 @@ from common import (
     default_device,
     in_turns,
     machine,
+    make_images,
     normalize_activations,
     peak_megabytes,
-    random_instances,
     spread_logits,
 )
 from detectron2 import model_zoo as detectron2_zoo
@@ -37,18 +37,6 @@ from fcos_d2.checkpoint import convert
 
 CONFIG = "COCO-Detection/fcos_R_50_FPN_1x.yaml"
 SCORE_THRESH = 0.2  # on sqrt(class * centerness): Detectron2's and torchvision's rule and value
-BOXES = 20
-
-
-def make_images(count: int, size: tuple[int, int], boxes: int) -> list[dict]:
-    """Random images, smooth at the scale of objects, with ground truth."""
-    images = []
-    for _ in range(count):
-        coarse = torch.rand(1, 3, size[0] // 16, size[1] // 16)
-        image = nn.functional.interpolate(coarse, size, mode="bicubic")[0]
-        image = (image.clamp(0, 1) * 255).to(torch.uint8)
-        images.append({"image": image, "instances": random_instances(size, boxes, 80)})
-    return images
 
 
 @torch.no_grad()
@@ -236,7 +224,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     device, size = args.device, tuple(args.size)
-    images = make_images(max(args.batch), size, BOXES)
+    images = make_images(max(args.batch), size)
     theirs = build_detectrons(images[0], device)
     retinanet = build_retinanet(images[0], device)
     torchvisions = build_torchvisions(images[0], size, device)
@@ -266,7 +254,7 @@ def main() -> None:
             table.measure(case, precision, functions)
 
     size = tuple(args.train_size)
-    batch = make_images(args.train_batch, size, BOXES)
+    batch = make_images(args.train_batch, size)
     models = {n: build_ours(theirs, device, o).train() for n, o in variants.items()}
     if "training" in args.modes:
         check_training(models["fcos_d2"], theirs, batch)

@@ -157,22 +157,24 @@ def step(model: nn.Module, batch: list[dict]) -> None:
 @torch.no_grad()
 def infer(model: nn.Module) -> list:
     """The head, decoding and NMS, without images; a list of Instances or torchvision's dicts."""
-    maps = model.backbone.maps
-    features = list(maps.values())
+    predictions = model.head(list(model.backbone.maps.values()))
+    return find_detections(model, predictions)
+
+
+@torch.no_grad()
+def find_detections(model: nn.Module, predictions) -> list:
+    """Decoding and NMS of what the head returned."""
+    features = list(model.backbone.maps.values())
     sizes = [SIZE] * len(features[0])
-    predictions = model.head(features)
     if isinstance(model, FCOS):
         return model.post_processor(*predictions, model.strides, sizes)
-    if isinstance(model, TorchvisionFCOS):
-        images = TorchvisionImageList(torch.empty(len(sizes), 3, *SIZE, device="meta"), sizes)
-        anchors = model.anchor_generator(images, features)
-        cells = [x.shape[-2] * x.shape[-1] for x in features]
-        by_level = {name: list(x.split(cells, dim=1)) for name, x in predictions.items()}
-        return model.postprocess_detections(
-            by_level, [list(a.split(cells)) for a in anchors], sizes
-        )
-    images = ImageList(torch.empty(len(sizes), 3, *SIZE, device="meta"), sizes)
-    return model.forward_inference(images, features, predictions)
+    images = torch.empty(len(sizes), 3, *SIZE, device="meta")
+    if not isinstance(model, TorchvisionFCOS):
+        return model.forward_inference(ImageList(images, sizes), features, predictions)
+    anchors = model.anchor_generator(TorchvisionImageList(images, sizes), features)
+    cells = [x.shape[-2] * x.shape[-1] for x in features]
+    by_level = {name: list(x.split(cells, dim=1)) for name, x in predictions.items()}
+    return model.postprocess_detections(by_level, [list(a.split(cells)) for a in anchors], sizes)
 
 
 @torch.no_grad()
@@ -184,22 +186,17 @@ def fresh_maps(model: nn.Module) -> tuple:
 
 def run_rest(model: nn.Module, batch: list[dict], *maps: list[torch.Tensor]) -> None:
     """All but the layers of the head: assignment, losses, their gradients; or decoding and NMS."""
-    instances = [x["instances"] for x in batch]
-    sizes = [SIZE] * len(maps[0][0])
-    features = list(model.backbone.maps.values())
     if not model.training:
-        if isinstance(model, FCOS):
-            model.post_processor(*maps, model.strides, sizes)
-        else:
-            images = ImageList(torch.empty(len(sizes), 3, *SIZE, device="meta"), sizes)
-            model.forward_inference(images, features, maps)
+        find_detections(model, maps)
         return
+    instances = [x["instances"] for x in batch]
     if isinstance(model, FCOS):
         shapes = [x.shape[-2:] for x in maps[0]]
         targets = make_targets(model.assigner, shapes, model.strides, instances)
         losses = model.loss(*maps, targets.to(model.device))
     else:
         truth = [x.to(model.device) for x in instances]
+        features = list(model.backbone.maps.values())
         losses = model.forward_training(None, features, maps, truth)
     sum(losses.values()).backward()
 

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import default_device, in_turns, machine, random_instances
-from detectron2.engine import create_ddp_model, launch
+from common import default_device, in_turns, machine, make_images
+from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -22,6 +22,7 @@ from tabulate import tabulate
 from torch import nn
 
 from fcos_d2 import model_zoo
+from fcos_d2.engine import distribute
 
 CONFIG = "COCO-Detection/fcos_R_50_FPN_1x.yaml"
 
@@ -33,16 +34,6 @@ def build(device: str, opts: list[str]) -> nn.Module:
     return build_model(cfg).train()
 
 
-def make_batch(count: int, size: tuple[int, int]) -> list[dict]:
-    return [
-        {
-            "image": torch.randint(0, 256, (3, *size), dtype=torch.uint8),
-            "instances": random_instances(size, 20, 80),
-        }
-        for _ in range(count)
-    ]
-
-
 def train_in_process(args: argparse.Namespace, out: str) -> None:
     """Times of one process of several; the first one writes them."""
     device, world = args.device, comm.get_world_size()
@@ -50,10 +41,8 @@ def train_in_process(args: argparse.Namespace, out: str) -> None:
         torch.set_num_threads(max(1, args.cores // world))
     torch.manual_seed(comm.get_rank())
     model = build(device, args.opts)
-    ddp = create_ddp_model(
-        model, broadcast_buffers=False, **({"device_ids": None} if device == "cpu" else {})
-    )
-    batch = make_batch(args.images, tuple(args.size))
+    ddp = distribute(model, device)
+    batch = make_images(args.images, tuple(args.size))
 
     def step() -> None:
         model.zero_grad()
@@ -95,7 +84,7 @@ def measure_batches(args: argparse.Namespace) -> None:
     model = build(args.device, args.opts)
     rows = []
     for count in args.batch:
-        batch = make_batch(count, tuple(args.size))
+        batch = make_images(count, tuple(args.size))
 
         def step(batch=batch) -> None:
             model.train().zero_grad()

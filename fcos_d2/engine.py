@@ -68,10 +68,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-        # Without device_ids Detectron2 would pass the rank, which DDP refuses for CPU modules.
-        ddp_args = {"device_ids": None} if on_cpu else {}
-        model = create_ddp_model(model, broadcast_buffers=False, **ddp_args)
+        model = distribute(model, cfg.MODEL.DEVICE)
         if cfg.SOLVER.AMP.ENABLED:
             self._trainer = AutocastTrainer(
                 model, data_loader, optimizer, cfg.MODEL.DEVICE, amp_dtype(cfg)
@@ -150,6 +147,14 @@ class Trainer(DefaultTrainer):
             "'pascal_voc' are supported. Set it in the data set's metadata, or override "
             "Trainer.build_evaluator"
         )
+
+
+def distribute(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    """The model, on ``device``, under DDP where there are several processes."""
+    on_cpu = torch.device(device).type == "cpu"
+    # Without device_ids Detectron2 would pass the rank, which DDP refuses for CPU modules.
+    ddp_args = {"device_ids": None} if on_cpu else {}
+    return create_ddp_model(model, broadcast_buffers=False, **ddp_args)
 
 
 class BestCheckpointer(hooks.BestCheckpointer):

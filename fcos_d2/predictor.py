@@ -11,6 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 
+from .modeling.backbone import padded_size
+
 _IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Images that may be held back, in batches, so that more of one size come together.
 _BATCHES_AHEAD = 4
@@ -164,9 +166,8 @@ class Predictor:
 
     def _padded_size(self, image: torch.Tensor) -> tuple[int, int]:
         backbone = getattr(self.model, "backbone", None)
-        divisor = max(getattr(backbone, "size_divisibility", 1), 1)
         height, width = image.shape[1:]
-        return -(-height // divisor), -(-width // divisor)
+        return (height, width) if backbone is None else padded_size(backbone, height, width)
 
     @torch.no_grad()
     def _detect(self, group: list[tuple[int, dict]]) -> dict[int, dict]:

@@ -34,11 +34,12 @@ from detectron2.config import CfgNode
 from detectron2.data.detection_utils import transform_instance_annotations
 from detectron2.data.transforms import NoOpTransform, ResizeShortestEdge, ResizeTransform, Transform
 from detectron2.modeling import Backbone
-from detectron2.structures import Boxes, BoxMode, ImageList
+from detectron2.structures import Boxes, BoxMode
 from torch import Tensor
 from tqdm import tqdm
 
 from ..modeling import FCOS, LocationAssigner
+from ..modeling.backbone import padded_size
 from .statistics import AssignmentStatistics, LevelStatistics, SizeStatistics
 
 # COCO's sizes, and the areas in pixels of the original image that the second and third begin at.
@@ -108,16 +109,6 @@ def analyze_assignment(
         sizes=tuple(SizeStatistics(*size) for size in sizes),
         settings=_settings(cfg, detector.assigner),
     )
-
-
-def padded_size(backbone: Backbone, height: int, width: int) -> tuple[int, int]:
-    """(height, width) in pixels that the detector pads an image to, by Detectron2's own code."""
-    images = ImageList.from_tensors(
-        [torch.empty(1, height, width, device="meta")],
-        backbone.size_divisibility,
-        padding_constraints=backbone.padding_constraints,
-    )
-    return tuple(images.tensor.shape[-2:])
 
 
 def level_shapes(

@@ -21,8 +21,8 @@ from fvcore.nn.jit_handles import get_shape
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from ..modeling.backbone import padded_size
 from ..modeling.deform_conv import use_portable_deform_convs
-from .assignment import padded_size
 
 _RESNET_FPNS = ("build_fcos_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
 

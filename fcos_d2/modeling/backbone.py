@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.structures import ImageList
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
@@ -68,6 +70,16 @@ def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     if cfg.MODEL.META_ARCHITECTURE == "FCOS":
         _freeze_unused_outputs(fpn, cfg.MODEL.FCOS.IN_FEATURES)
     return fpn
+
+
+def padded_size(backbone: Backbone, height: int, width: int) -> tuple[int, int]:
+    """(height, width) in pixels that the detector pads an image to, by Detectron2's own code."""
+    images = ImageList.from_tensors(
+        [torch.empty(1, height, width, device="meta")],
+        backbone.size_divisibility,
+        padding_constraints=backbone.padding_constraints,
+    )
+    return tuple(images.tensor.shape[-2:])
 
 
 def _freeze_unused_outputs(fpn: FPN, used: Sequence[str]) -> None:
