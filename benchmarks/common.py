@@ -36,24 +36,15 @@ def machine(device: str) -> str:
 
 
 def in_turns(
-    functions: dict[str, Callable[..., object]],
-    repeats: int,
-    device: str,
-    inputs: dict[str, Callable[[], tuple]] | None = None,
+    functions: dict[str, Callable[[], object]], repeats: int, device: str
 ) -> dict[str, float]:
-    """Median milliseconds of each function; each is run once in every round, after a warm-up.
-
-    Args:
-        inputs: by the function's name what makes its arguments, which is not timed.
-    """
-    inputs = inputs or {}
+    """Median milliseconds of each function; each is run once in every round, after a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(repeats + 1):
         for name, function in functions.items():
-            arguments = inputs[name]() if name in inputs else ()
             _synchronize(device)
             begin = time.perf_counter()
-            function(*arguments)
+            function()
             _synchronize(device)
             if i > 0:
                 times[name].append((time.perf_counter() - begin) * 1e3)
@@ -190,5 +181,5 @@ def make_images(
         coarse = torch.rand(1, 3, size[0] // 16, size[1] // 16)
         image = nn.functional.interpolate(coarse, size, mode="bicubic")[0]
         image = (image.clamp(0, 1) * 255).to(torch.uint8)
-        images.append({"image": image, "instances": random_instances(size, 20, 80)})
+        images.append({"image": image, "instances": random_instances(size, boxes, classes)})
     return images

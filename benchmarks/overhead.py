@@ -1,16 +1,17 @@
 """What the detector itself costs: a training step and inference without a backbone.
 
-The backbone returns fixed p3 to p7 maps, the towers have one layer. All sides get the same boxes
-and run in turns; Detectron2's FCOS has the same weights too. Inference is the head, decoding and
-NMS, with class logits as of a trained detector. The maps come in the memory layout in which each
-side's own backbone returns them. "Rest" is timed by itself: all but the layers of the head, which
-are the same on both sides.
+The backbone returns fixed p3 to p7 maps of 8 channels, the towers have one layer without
+normalization: layers that cost little, since they are the same on all sides. All sides get the same
+boxes and run in turns; Detectron2's FCOS has the same weights too. Inference is the head, decoding
+and NMS, with class logits as of a trained detector. The maps come in the memory layout in which
+each side's own backbone returns them.
 
     python benchmarks/overhead.py [--modes training inference] [--boxes 20 1000] [--device cuda]
 """
 
 import argparse
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from common import (
@@ -40,9 +41,8 @@ from torchvision.models.detection.image_list import ImageList as TorchvisionImag
 
 from fcos_d2.checkpoint.sources import SOURCES
 from fcos_d2.modeling import FCOS, FCOSHead, FCOSLoss, FCOSPostProcessor, LocationAssigner
-from fcos_d2.modeling.losses import make_targets
 
-SIZE, STRIDES, CHANNELS, CLASSES = (800, 1216), (8, 16, 32, 64, 128), 32, 80
+SIZE, STRIDES, CHANNELS, CLASSES = (800, 1216), (8, 16, 32, 64, 128), 8, 80
 RANGES = [(0, 64), (64, 128), (128, 256), (256, 512), (512, float("inf"))]
 PIXELS = {"pixel_mean": [0.0] * 3, "pixel_std": [1.0] * 3}
 SCORE_THRESH = 0.2  # on sqrt(class * centerness): Detectron2's and torchvision's rule and value
@@ -82,6 +82,7 @@ def build_ours(images: int, device: str, radius: float) -> nn.Module:
             num_classes=CLASSES,
             num_cls_convs=1,
             num_box_convs=1,
+            norm="",
             use_scale=False,  # as in Detectron2's
         ),
         head_in_features=list(backbone.output_shape()),
@@ -97,7 +98,7 @@ def build_detectrons(images: int, device: str, radius: float) -> nn.Module:
     backbone = FixedMaps(images, device)
     shapes = list(backbone.output_shape().values())
     head = DetectronHead(
-        input_shape=shapes, num_classes=CLASSES, conv_dims=[CHANNELS], norm="GN", prior_prob=0.01
+        input_shape=shapes, num_classes=CLASSES, conv_dims=[CHANNELS], norm="", prior_prob=0.01
     )
     return DetectronFCOS(
         backbone=backbone,
@@ -117,7 +118,7 @@ def build_retinanet(images: int, device: str) -> nn.Module:
     return RetinaNet(
         backbone=backbone,
         head=RetinaNetHead(
-            input_shape=shapes, num_classes=CLASSES, num_anchors=9, conv_dims=[CHANNELS], norm="GN"
+            input_shape=shapes, num_classes=CLASSES, num_anchors=9, conv_dims=[CHANNELS], norm=""
         ),
         head_in_features=list(backbone.output_shape()),
         anchor_generator=DefaultAnchorGenerator(
@@ -132,7 +133,9 @@ def build_retinanet(images: int, device: str) -> nn.Module:
 
 def build_torchvisions(images: int, device: str) -> nn.Module:
     backbone = FixedMaps(images, device)
-    head = TorchvisionHead(CHANNELS, 1, CLASSES, num_convs=1)
+    head = TorchvisionHead(CHANNELS, 1, CLASSES, num_convs=0)
+    for part in (head.classification_head, head.regression_head):  # its own has a group norm of 32
+        part.conv = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.ReLU())
     return TorchvisionFCOS(backbone, CLASSES, head=head, score_thresh=SCORE_THRESH)
 
 
@@ -140,7 +143,7 @@ def build_torchvisions(images: int, device: str) -> nn.Module:
 def same_weights(ours: nn.Module, detectrons: nn.Module) -> None:
     """Ours get Detectron2's, which predict boxes of some cells around each location."""
     nn.init.normal_(detectrons.head.bbox_pred.weight, std=0.1)
-    nn.init.constant_(detectrons.head.bbox_pred.bias, 3)
+    nn.init.constant_(detectrons.head.bbox_pred.bias, 2)
     features = list(detectrons.backbone.maps.values())
     # With a centerness around 1/2, sqrt(class / 2) > 0.2 where class > 0.08.
     spread_logits(detectrons.head.cls_score, lambda: detectrons.head(features), 2 * SCORE_THRESH**2)
@@ -157,14 +160,8 @@ def step(model: nn.Module, batch: list[dict]) -> None:
 @torch.no_grad()
 def infer(model: nn.Module) -> list:
     """The head, decoding and NMS, without images; a list of Instances or torchvision's dicts."""
-    predictions = model.head(list(model.backbone.maps.values()))
-    return find_detections(model, predictions)
-
-
-@torch.no_grad()
-def find_detections(model: nn.Module, predictions) -> list:
-    """Decoding and NMS of what the head returned."""
     features = list(model.backbone.maps.values())
+    predictions = model.head(features)
     sizes = [SIZE] * len(features[0])
     if isinstance(model, FCOS):
         return model.post_processor(*predictions, model.strides, sizes)
@@ -177,47 +174,18 @@ def find_detections(model: nn.Module, predictions) -> list:
     return model.postprocess_detections(by_level, [list(a.split(cells)) for a in anchors], sizes)
 
 
-@torch.no_grad()
-def fresh_maps(model: nn.Module) -> tuple:
-    """What the head returns; Detectron2's inference changes it in place."""
-    kinds = model.head(list(model.backbone.maps.values()))
-    return tuple([x.requires_grad_(model.training) for x in kind] for kind in kinds)
-
-
-def run_rest(model: nn.Module, batch: list[dict], *maps: list[torch.Tensor]) -> None:
-    """All but the layers of the head: assignment, losses, their gradients; or decoding and NMS."""
-    if not model.training:
-        find_detections(model, maps)
-        return
-    instances = [x["instances"] for x in batch]
-    if isinstance(model, FCOS):
-        shapes = [x.shape[-2:] for x in maps[0]]
-        targets = make_targets(model.assigner, shapes, model.strides, instances)
-        losses = model.loss(*maps, targets.to(model.device))
-    else:
-        truth = [x.to(model.device) for x in instances]
-        features = list(model.backbone.maps.values())
-        losses = model.forward_training(None, features, maps, truth)
-    sum(losses.values()).backward()
-
-
-def row(models: dict[str, nn.Module], run, batch: list[dict], repeats: int, device: str) -> list:
+def row(models: dict[str, nn.Module], run: Callable, repeats: int, device: str) -> list:
     """Times, ratios and memory of a case; the first two models are ours and Detectron2's FCOS."""
     functions = {name: lambda m=model: run(m) for name, model in models.items()}
-    both = {f"rest {name}": models[name] for name in ("fcos_d2", "Detectron2")}
-    rests = {n: lambda *maps, m=m: run_rest(m, batch, *maps) for n, m in both.items()}
-    inputs = {n: lambda m=m: fresh_maps(m) for n, m in both.items()}
-    times = in_turns(functions | rests, repeats, device, inputs)
-    *whole, our_rest, their_rest = times.values()
-    memory = [peak_megabytes(functions[name], device) for name in ("fcos_d2", "Detectron2")]
-    ratios = [t / whole[0] for t in whole[1:]]
-    return [*whole, *ratios, our_rest, their_rest, their_rest / our_rest, *memory]
+    times = list(in_turns(functions, repeats, device).values())
+    memory = [peak_megabytes(functions[name], device) for name in list(models)[:2]]
+    return [*times, *(t / times[0] for t in times[1:]), *memory]
 
 
 def print_table(title: str, first: str, rows: list, models: dict, repeats: int) -> None:
     headers = [first, *(f"{name} ms" for name in models)]
     headers += [f"{name} / ours" for name in list(models)[1:]]
-    headers += ["our rest ms", "Detectron2's rest ms", "rest / ours", "our MB", "Detectron2's MB"]
+    headers += ["our MB", "Detectron2's MB"]
     print(f"\n{title}, {SIZE[0]}x{SIZE[1]}, medians of {repeats}")
     print(tabulate(rows, [h.replace(" ", "\n", 1) for h in headers], floatfmt=".1f"))
 
@@ -263,7 +231,7 @@ def main() -> None:
                 def run(model, batch=batch):
                     step(model, batch)
 
-                rows.append([boxes, *row(models, run, batch, args.repeats, device)])
+                rows.append([boxes, *row(models, run, args.repeats, device)])
         title = f"Training step of {args.images} images"
         print_table(title, "boxes", rows, models, args.repeats)
 
@@ -275,7 +243,7 @@ def main() -> None:
             lambda: torchvisions.head(features),
             2 * SCORE_THRESH**2,
         )
-        nn.init.constant_(torchvisions.head.regression_head.bbox_reg.bias, 3)
+        nn.init.constant_(torchvisions.head.regression_head.bbox_reg.bias, 2)
         models = {
             "fcos_d2": ours,
             "Detectron2": detectrons,
@@ -288,7 +256,7 @@ def main() -> None:
         with torch.no_grad():
             maps = ours.head(list(ours.backbone.maps.values()))
             found = ours.post_processor.candidates(*maps, ours.strides, [SIZE] * args.images)
-        rows = [[sum(map(len, found)) / args.images, *row(models, infer, [], args.repeats, device)]]
+        rows = [[sum(map(len, found)) / args.images, *row(models, infer, args.repeats, device)]]
         title = f"Inference of {args.images} images ({share:.0%} of the detections agree)"
         print_table(title, "candidates", rows, models, args.repeats)
 

@@ -99,43 +99,51 @@ class FCOSPostProcessor:
         num_levels = len(class_logits)
         quality = [None] * num_levels if quality_logits is None else quality_logits
         maps = zip(range(num_levels), class_logits, ltrb, quality, strides, strict=True)
-        per_level = [self._candidates_of_level(*x) for x in maps]
-        image, level, classes, scores, boxes = map(torch.cat, zip(*per_level, strict=True))
-        keep = top_k_per_group(
-            scores, image * num_levels + level, len(image_sizes) * num_levels, self.topk_candidates
-        )
-        image, classes, scores, boxes = image[keep], classes[keep], scores[keep], boxes[keep]
-        per_image = torch.bincount(image, minlength=len(image_sizes)).tolist()
-        parts = (t.split(per_image) for t in (boxes, scores, classes))
-        return [_inside_image(*x) for x in zip(*parts, image_sizes, strict=True)]
-
-    def _candidates_of_level(
-        self, level: int, class_logits: Tensor, ltrb: Tensor, quality_logits: Tensor | None, stride
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Image, level, class, score (C,) and box (C, 4) of the candidates of a level."""
-        # 1. Threshold. The sigmoid is monotone: compare logits, and take it of candidates only.
-        # Few cells have a class above the threshold, so find these first. A cell with NaN has none.
-        best = class_logits.amax(dim=1).float()
-        image, y, x = (best > self._logit_thresh).nonzero(as_tuple=True)
-        logits = class_logits[image, :, y, x].float()
-        distances = ltrb[image, :, y, x].float()
-        cell, classes = (logits > self._logit_thresh).nonzero(as_tuple=True)
+        cells = [torch.cat(x) for x in zip(*(self._cells_of_level(*x) for x in maps), strict=True)]
+        image, level, locations, logits, distances, *quality = cells
         # 2. Score.
+        cell, classes = (logits > self._logit_thresh).nonzero(as_tuple=True)
         scores = logits[cell, classes].sigmoid()
-        if quality_logits is not None:
-            quality = quality_logits[image, 0, y, x].float().sigmoid()
-            scores = self._fuse(scores, quality[cell])
+        if quality:
+            scores = self._fuse(scores, quality[0].sigmoid()[cell])
         elif self.computed_centerness:
             # A box without extent on an axis is dropped later; its centerness is 0 / 0 till then.
             scores = self._fuse(scores, centerness(distances).nan_to_num(0.0)[cell])
-        # 3. Decode.
-        boxes = ltrb_to_boxes(cell_locations(x, y, stride, self.location_offset), distances)
-        image, boxes = image[cell], boxes[cell]
-        found = image, torch.full_like(image, level), classes, scores, boxes
         if self.score_thresh_on == "score":
-            above = scores > self.score_thresh
-            found = tuple(t[above] for t in found)
-        return found
+            above = _where(scores > self.score_thresh)
+            cell, classes, scores = cell[above], classes[above], scores[above]
+        # 3. Top-k per level.
+        group = (image * num_levels + level)[cell]
+        keep = top_k_per_group(scores, group, len(image_sizes) * num_levels, self.topk_candidates)
+        cell, classes, scores = cell[keep], classes[keep], scores[keep]
+        # 4. Decode.
+        boxes = ltrb_to_boxes(locations[cell], distances[cell])
+        per_image = torch.bincount(image[cell], minlength=len(image_sizes)).tolist()
+        parts = (t.split(per_image) for t in (boxes, scores, classes))
+        return [_inside_image(*x) for x in zip(*parts, image_sizes, strict=True)]
+
+    def _cells_of_level(
+        self,
+        level: int,
+        class_logits: Tensor,
+        ltrb: Tensor,
+        quality_logits: Tensor | None,
+        stride: int,
+    ) -> tuple[Tensor, ...]:
+        """Image and level (C,), location (C, 2) and the maps' values of cells with candidates."""
+        # 1. Threshold. The sigmoid is monotone: compare logits, and take it of candidates only.
+        # Few cells have a class above the threshold, so find these first. A cell with NaN has none.
+        best = class_logits.amax(dim=1).float()
+        found = best > self._logit_thresh
+        if self.score_thresh_on == "score" and quality_logits is not None:
+            quality = quality_logits[:, 0].float().sigmoid()
+            found &= self._fuse(best.sigmoid(), quality) > self.score_thresh
+        image, y, x = found.nonzero(as_tuple=True)
+        locations = cell_locations(x, y, stride, self.location_offset)
+        values = [class_logits[image, :, y, x].float(), ltrb[image, :, y, x].float()]
+        if quality_logits is not None:
+            values.append(quality_logits[image, 0, y, x].float())
+        return image, torch.full_like(image, level), locations, *values
 
     def _fuse(self, scores: Tensor, quality: Tensor) -> Tensor:
         fused = scores * quality
@@ -177,13 +185,18 @@ def _inside_image(
     height, width = image_size
     boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
     # NaN fails both comparisons, so a box of NaN counts as empty.
-    valid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & ~scores.isnan()
+    valid = _where((boxes[:, 2:] > boxes[:, :2]).all(dim=1) & ~scores.isnan())
     return Instances(
         image_size,
         pred_boxes=Boxes(boxes[valid]),
         scores=scores[valid],
         pred_classes=classes[valid],
     )
+
+
+def _where(mask: Tensor) -> Tensor:
+    # A mask as an index would be searched anew for each tensor, and waited for on GPU.
+    return mask.nonzero().squeeze(1)
 
 
 def top_k_per_group(scores: Tensor, group: Tensor, num_groups: int, k: int) -> Tensor:

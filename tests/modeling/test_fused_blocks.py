@@ -1,0 +1,313 @@
+"""Fused convolutions, blocks and stages, beside Detectron2's single steps."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
+from detectron2.layers.batch_norm import BatchNorm2d
+from detectron2.modeling import build_backbone
+from detectron2.modeling.backbone import build_resnet_backbone
+from helpers import tiny_cfg
+from torch import nn
+
+from fcos_d2 import get_cfg
+from fcos_d2.modeling import fused_blocks
+from fcos_d2.modeling.deform_conv import use_portable_deform_convs
+from fcos_d2.modeling.fused_blocks import (
+    FusedBasicBlock,
+    FusedBottleneckBlock,
+    FusedConv2d,
+    fuse_blocks,
+)
+
+
+def conv_and_fused(norm, bias, activation=None, groups=1):
+    """Detectron2's convolution in float64, with statistics as of a trained one, and its twin."""
+    norm = get_norm(norm, 6)
+    conv = Conv2d(
+        4, 6, 3, stride=2, padding=1, groups=groups, bias=bias, norm=norm, activation=activation
+    ).double()
+    for x, low in ((norm.weight, 0.5), (norm.bias, -1), (norm.running_mean, -1)):
+        nn.init.uniform_(x, low, 2)
+    nn.init.uniform_(norm.running_var, 0.2, 3)
+    fused = copy.deepcopy(conv)
+    fuse_blocks(fused)
+    assert type(fused) is FusedConv2d and type(conv) is Conv2d
+    return conv, fused
+
+
+def gradients(conv, x):
+    """Output, and gradients of the input and of all parameters."""
+    x = x.clone().requires_grad_()
+    y = conv(x)
+    (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y).sin()).sum().backward()
+    return [y, x.grad, *(p.grad for p in conv.parameters())]
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
+@pytest.mark.parametrize(
+    ("bias", "activation", "groups"), [(False, None, 1), (True, nn.ReLU(), 1), (False, None, 2)]
+)
+def test_equals_two_steps(norm, bias, activation, groups):
+    pair = [c.eval() for c in conv_and_fused(norm, bias, activation, groups)]
+    x = torch.randn(2, 4, 13, 17, dtype=torch.float64)
+    expected, found = (gradients(conv, x) for conv in pair)
+    # FrozenBN: output, input, weight; else the norm's weight and bias too.
+    assert len(expected) == 3 + bias + 2 * (norm != "FrozenBN")
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b, a)
+
+
+def test_frozen_also_in_training():
+    pair = [c.train() for c in conv_and_fused("FrozenBN", False)]
+    x = torch.randn(2, 4, 13, 17, dtype=torch.float64)
+    for a, b in zip(*(gradients(conv, x) for conv in pair), strict=True):
+        torch.testing.assert_close(b, a)
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_half_precision_with_norms_in_float32(norm):
+    conv, fused = (c.eval().to(torch.bfloat16) for c in conv_and_fused(norm, False))
+    for c in (conv, fused):
+        c.norm.float()
+    x = torch.randn(1, 4, 13, 17, dtype=torch.bfloat16)
+    y = fused(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), conv(x).float(), rtol=0.05, atol=0.1)
+
+
+def test_batch_statistics_in_training():
+    conv, fused = (c.train() for c in conv_and_fused("BN", False))
+    x = torch.randn(2, 4, 13, 17, dtype=torch.float64)
+    assert torch.equal(fused(x), conv(x))
+    assert torch.equal(fused.norm.running_mean, conv.norm.running_mean)
+
+
+def test_follows_a_norm_that_is_exchanged_or_changed():
+    conv, fused = (c.eval() for c in conv_and_fused("FrozenBN", False))
+    x = torch.randn(1, 4, 13, 17, dtype=torch.float64)
+    for c in (conv, fused):
+        c.norm.running_mean += 0.3
+        c.norm.weight *= 2
+    torch.testing.assert_close(fused(x), conv(x))
+    conv.norm = fused.norm = nn.GroupNorm(2, 6).double()
+    assert torch.equal(fused(x), conv(x))
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_backbone_is_fused(norm):
+    cfg = tiny_cfg()
+    cfg.MODEL.RESNETS.NORM = norm
+    backbone = build_backbone(cfg).eval()
+    convs = [m for m in backbone.modules() if isinstance(m, FusedConv2d)]
+    # ResNet-18: 1 in the stem, 16 in the blocks, 3 in shortcuts.
+    assert len(convs) == 1 + 16 + 3
+    kind = FrozenBatchNorm2d if norm == "FrozenBN" else BatchNorm2d
+    assert all(isinstance(m.norm, kind) for m in convs)
+
+
+def test_fused_only_where_weights_are_fewer_than_activations():
+    conv, fused = (c.eval() for c in conv_and_fused("FrozenBN", False))
+    called = []
+    fused.norm.register_forward_hook(lambda *args: called.append(1))
+    # 4 x 3 x 3 = 36 weights a channel. At stride 2: 10 x 16 / 4 = 40 cells, 8 x 16 / 4 = 32.
+    for height, fewer in ((10, True), (8, False)):
+        called.clear()
+        x = torch.randn(1, 4, height, 16, dtype=torch.float64)
+        torch.testing.assert_close(fused(x), conv(x))
+        assert called == [] if fewer else [1]
+
+
+def resnet(depth=50, norm="FrozenBN", **keys):
+    """A narrow ResNet of Detectron2 in evaluation mode and its fused twin."""
+    cfg = get_cfg()
+    if depth > 34:
+        cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 8
+        cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 4
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 32 if norm == "GN" else 16
+    else:
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.DEPTH = depth
+    cfg.MODEL.RESNETS.NORM = norm
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["stem", "res2", "res3", "res4", "res5"]
+    for key, value in keys.items():
+        cfg.MODEL.RESNETS[key] = value
+    theirs = build_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
+    use_portable_deform_convs(theirs)
+    for module in theirs.modules():
+        if hasattr(module, "running_var"):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    ours = copy.deepcopy(theirs)
+    fuse_blocks(ours)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    return theirs, ours
+
+
+@pytest.fixture
+def in_place(monkeypatch):
+    """The sizes of the convolutions that oneDNN adds to their residual."""
+    calls = []
+    plain = fused_blocks._onednn_conv_add_relu
+
+    def count(residual, *args):
+        calls.append(tuple(residual.shape))
+        return plain(residual, *args)
+
+    monkeypatch.setattr(fused_blocks, "_onednn_conv_add_relu", count)
+    fused_blocks._onednn_adds.cache_clear()
+    fused_blocks._onednn_adds(torch.float32)
+    fused_blocks._onednn_adds(torch.bfloat16)
+    calls.clear()
+    yield calls
+    fused_blocks._onednn_adds.cache_clear()
+
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="needs a PyTorch with oneDNN"
+)
+
+
+@needs_onednn
+def test_this_pytorch_has_the_operator():
+    assert fused_blocks._onednn_adds(torch.float32)
+    # Not for doubles: they take the single steps.
+    assert not fused_blocks._onednn_adds(torch.float64)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("keys", "blocks", "overwriting"),
+    [
+        # At 160x224, by the rule above: of res2 the second block. The first one's input is the
+        # stem's output; then come 128 x 9 weights a channel and 20 x 28 cells, and so on.
+        ({"depth": 18}, 8, 1),
+        ({"depth": 50}, 16, 16),
+        ({"depth": 50, "norm": "BN"}, 16, 16),
+        ({"depth": 50, "norm": "SyncBN"}, 16, 16),
+        ({"depth": 50, "NUM_GROUPS": 2, "STRIDE_IN_1X1": False, "RES5_DILATION": 2}, 16, 16),
+        # Three of res5's blocks are deformable.
+        ({"depth": 50, "DEFORM_ON_PER_STAGE": [False] * 3 + [True]}, 13, 13),
+        ({"depth": 50, "norm": "GN", "WIDTH_PER_GROUP": 32, "STEM_OUT_CHANNELS": 32}, 16, 0),
+    ],
+)
+@needs_onednn
+def test_resnet_is_detectrons(in_place, keys, blocks, overwriting, layout):
+    theirs, ours = resnet(**keys)
+    fused = (FusedBasicBlock, FusedBottleneckBlock)
+    assert sum(isinstance(m, fused) for m in ours.modules()) == blocks
+    for size in ((1, 160, 224), (2, 97, 130), (1, 33, 40)):
+        x = torch.randn(size[0], 3, *size[1:]).contiguous(memory_format=layout)
+        before = x.clone()
+        in_place.clear()
+        with torch.no_grad():
+            expected, found = theirs(x), ours(x)
+        assert torch.equal(x, before)
+        for name, y in expected.items():
+            torch.testing.assert_close(found[name], y, rtol=1e-3, atol=1e-4 * y.std().item())
+        if size[1] == 160:
+            assert len(in_place) == overwriting
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_gradients_are_detectrons(in_place, depth):
+    pair = resnet(depth)
+    x = torch.randn(2, 3, 64, 96)
+    results = []
+    for model in pair:
+        model.double()
+        y = model(x.double())
+        sum((v * v.detach().sin()).sum() for v in y.values()).backward()
+        results.append({n: p.grad for n, p in model.named_parameters()})
+    assert in_place == []
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, msg=name)
+
+
+@needs_onednn
+@torch.no_grad()
+def test_bfloat16_is_as_near_as_detectrons(in_place):
+    theirs, ours = resnet(50)
+    x = torch.randn(1, 3, 160, 224).contiguous(memory_format=torch.channels_last)
+    exact = theirs(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = ours(x), theirs(x)
+    assert len(in_place) >= 12
+    for name, y in exact.items():
+        assert found[name].dtype == expected[name].dtype == torch.bfloat16
+        error, limit = ((z[name].float() - y).norm() / y.norm() for z in (found, expected))
+        assert error < 1.5 * limit + 1e-3, name
+
+
+@torch.no_grad()
+def test_only_memory_of_the_stage_is_overwritten(in_place):
+    _, ours = resnet(50)
+    stage = ours.res3
+    x = torch.rand(1, 16, 40, 56).contiguous(memory_format=torch.channels_last)
+    # Blocks one by one, by hand: their input stays as it is.
+    inputs = [x]
+    for block in stage:
+        before = inputs[-1].clone()
+        inputs.append(block(inputs[-1]))
+        assert torch.equal(inputs[-2], before)
+    assert len(in_place) == 1  # the first has a shortcut convolution
+    in_place.clear()
+    torch.testing.assert_close(stage(x), inputs[-1])
+    assert len(in_place) == 4
+    # What hooks keep stays as it is too.
+    kept = []
+    handles = [block.register_forward_hook(lambda m, i, y: kept.append(y)) for block in stage]
+    handles.append(stage[0].shortcut.register_forward_hook(lambda m, i, y: kept.append(y)))
+    stage(x)
+    for y, expected in zip(kept[1:], inputs[1:], strict=True):
+        torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(kept[0], stage[0].shortcut(x))
+    for handle in handles:
+        handle.remove()
+    kept = []
+    for block in stage:
+        block.register_forward_pre_hook(lambda m, args: kept.append(args[0]))
+    stage(x)
+    for y, expected in zip(kept, inputs[:-1], strict=True):
+        torch.testing.assert_close(y, expected)
+
+
+@torch.no_grad()
+def test_without_the_operator(monkeypatch, in_place):
+    theirs, ours = resnet(50)
+    x = torch.randn(1, 3, 160, 224)
+    for name, replacement in (("raises", None), ("other result", lambda r, *args: r.zero_())):
+        monkeypatch.setattr(fused_blocks, "_onednn_conv_add_relu", replacement)
+        fused_blocks._onednn_adds.cache_clear()
+        assert not fused_blocks._onednn_adds(torch.float32), name
+        torch.testing.assert_close(ours(x)["res5"], theirs(x)["res5"], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_no_images(in_place):
+    theirs, ours = resnet(18)
+    x = torch.empty(0, 3, 64, 64)
+    assert ours(x)["res5"].shape == theirs(x)["res5"].shape == (0, 512, 2, 2)
+
+
+@torch.no_grad()
+def test_graphs_for_others_have_public_operators_alone(in_place):
+    _, ours = resnet(50)
+    x = torch.randn(1, 3, 160, 224)
+    graphs = [
+        str(torch.jit.trace(ours, x, strict=False).inlined_graph),
+        str(torch.export.export(ours, (x,)).graph),
+    ]
+    for graph in graphs:
+        assert "convolution" in graph or "conv2d" in graph
+        assert "mkldnn" not in graph and "conv_add_relu" not in graph
+
+
+def test_inference_mode(in_place):
+    theirs, ours = resnet(50)
+    x = torch.randn(1, 3, 160, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x)["res5"], theirs(x)["res5"], rtol=1e-3, atol=1e-4)
+    assert len(in_place) >= 12
