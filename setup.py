@@ -32,7 +32,7 @@ setup(
     package_data={name: ["*.yaml", "*.py"] for name in config_packages},
     # Detectron2 is needed too, but is in no package registry: see "Install" in the README.
     install_requires=[
-        "torch>=2.5",
+        "torch>=2.7",
         "torchvision",
         "fvcore",
         "pycocotools",

@@ -1,6 +1,7 @@
 """What the benchmarks share: timing in turns, peak memory, weights as of a trained detector."""
 
 import platform
+import random
 import statistics
 import time
 import warnings
@@ -38,13 +39,18 @@ def machine(device: str) -> str:
 def in_turns(
     functions: dict[str, Callable[[], object]], repeats: int, device: str
 ) -> dict[str, float]:
-    """Median milliseconds of each function; each is run once in every round, after a warm-up."""
+    """Median milliseconds of each function; each is run once in every round, after a warm-up.
+
+    Each round has another order, since what a function leaves in caches and in memory helps or
+    hinders the next one.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order = random.Random(0)
     for i in range(repeats + 1):
-        for name, function in functions.items():
+        for name in order.sample(list(functions), len(functions)):
             _synchronize(device)
             begin = time.perf_counter()
-            function()
+            functions[name]()
             _synchronize(device)
             if i > 0:
                 times[name].append((time.perf_counter() - begin) * 1e3)

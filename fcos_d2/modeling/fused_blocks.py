@@ -5,6 +5,7 @@ differ from theirs by rounding alone. What each fusion saves is in benchmarks/NO
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone import ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 class FusedConv2d(Conv2d):
@@ -29,32 +31,31 @@ class FusedConv2d(Conv2d):
         x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
-    def add_relu(self, x: Tensor, residual: Tensor, overwrite: bool) -> Tensor:
-        """ReLU of the sum of the convolution and ``residual``.
+    def add_to(self, residual: Tensor, x: Tensor, overwrite: bool) -> Tensor:
+        """The sum of ``residual`` and the convolution.
 
         Args:
-            x: (N, C, H, W).
             residual: of the shape of the convolution's output.
+            x: (N, C, H, W).
             overwrite: whether the result may take the memory of ``residual``, as it does in
-                inference on CPU.
+                inference on CPU. Hooks on the convolution then do not fire.
         """
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if (
-            torch.is_grad_enabled()
-            or not overwrite
+            not overwrite
+            or torch.is_grad_enabled()
             or not x.is_cpu
             or not dtype == x.dtype == residual.dtype
             or self.activation is not None
-            or torch.jit.is_tracing()
-            or torch.compiler.is_exporting()
+            or _is_watched()
             or not self._is_fused(x)
         ):
             out = self(x)
             out += residual
-            return F.relu_(out)
+            return out
         weight, bias = (t.to(dtype) for t in self._scaled())
-        into = _conv_add_relu_op if torch.compiler.is_compiling() else _conv_add_relu
-        into(residual, x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        add = _add_conv_op if torch.compiler.is_compiling() else _add_conv
+        add(residual, x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return residual
 
     def _is_fused(self, x: Tensor) -> bool:
@@ -63,18 +64,18 @@ class FusedConv2d(Conv2d):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return True  # one graph for all sizes
         cells = x.numel() // x.shape[1] // (self.stride[0] * self.stride[1])
-        return self.weight.numel() // self.out_channels <= cells
+        return self.in_channels // self.groups * math.prod(self.kernel_size) <= cells
 
     def _scaled(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the convolution and its norm as one convolution."""
-        norm = self.norm
+        norm, weight = self.norm, self.weight
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * scale
         if self.bias is not None:
             bias = bias + self.bias * scale
-        weight = self.weight * scale.reshape(-1, 1, 1, 1)
         # A model in half precision may have kept its norms in float32.
-        return weight.to(self.weight.dtype), bias.to(self.weight.dtype)
+        scaled = weight * scale.reshape(-1, 1, 1, 1)
+        return scaled.to(weight.dtype), bias.to(weight.dtype)
 
 
 class FusedBasicBlock(BasicBlock):
@@ -106,13 +107,13 @@ class FusedStage(nn.Sequential):
     """Blocks of one resolution. Maps between them, which nobody else sees, are overwritten."""
 
     def forward(self, x: Tensor) -> Tensor:
-        is_seen = True
+        overwrite = False
         for block in self:
             if isinstance(block, (FusedBasicBlock, FusedBottleneckBlock)):
-                x = block(x, overwrite=not is_seen and not block._forward_pre_hooks)
+                x = block(x, overwrite=overwrite)
+                overwrite = not _has_hooks(block)
             else:
-                x = block(x)
-            is_seen = bool(block._forward_hooks)
+                x, overwrite = block(x), False
         return x
 
 
@@ -128,19 +129,40 @@ def fuse_blocks(module: nn.Module) -> None:
             child.__class__ = FusedBottleneckBlock
         elif isinstance(child, ResNet):
             for stage in child.stages:
-                stage.__class__ = FusedStage
+                if type(stage) is nn.Sequential:
+                    stage.__class__ = FusedStage
 
 
 def _add_shortcut(
-    block: nn.Module, conv: FusedConv2d, out: Tensor, x: Tensor, overwrite: bool
+    block: nn.Module, conv: nn.Module, out: Tensor, x: Tensor, overwrite: bool
 ) -> Tensor:
+    """ReLU of the sum of the last convolution and the shortcut of a block."""
     if block.shortcut is not None:
         x = block.shortcut(x)
-        overwrite = not block.shortcut._forward_hooks
-    return conv.add_relu(out, x, overwrite)
+        overwrite = isinstance(block.shortcut, Conv2d)  # another might return its input
+    if isinstance(conv, FusedConv2d):
+        out = conv.add_to(x, out, overwrite and not _has_hooks(block))
+    else:  # exchanged since
+        out = conv(out) + x
+    return F.relu_(out)
 
 
-def _conv_add_relu(
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether anybody may look at maps inside a module, or change it, in the midst of a call."""
+    of_all = nn.modules.module
+    return bool(of_all._global_forward_hooks or of_all._global_forward_pre_hooks) or any(
+        m._forward_hooks or m._forward_pre_hooks for m in module.modules()
+    )
+
+
+def _is_watched() -> bool:
+    """Whether operators are recorded or replaced: by tracing, export, or a counter of FLOPs."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
+
+
+def _add_conv(
     residual: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -150,40 +172,46 @@ def _conv_add_relu(
     dilation: list[int],
     groups: int,
 ) -> None:
-    """``residual`` becomes the ReLU of its sum with the convolution."""
-    if x.numel() == 0 or not _onednn_adds(x.dtype):
-        residual.add_(F.conv2d(x, weight, bias, stride, padding, dilation, groups)).relu_()
-        return
-    _onednn_conv_add_relu(residual, x, weight, bias, stride, padding, dilation, groups)
+    """Add a convolution to ``residual``."""
+    usable = torch.backends.mkldnn.enabled and x.numel() > 0 and _onednn_adds(x.dtype)
+    add = _onednn_add_conv if usable else _add_conv_in_steps
+    add(residual, x, weight, bias, stride, padding, dilation, groups)
 
 
-def _onednn_conv_add_relu(residual, x, weight, bias, stride, padding, dilation, groups) -> None:
+def _add_conv_in_steps(residual: Tensor, *args) -> None:
+    residual += F.conv2d(*args)
+
+
+def _onednn_add_conv(residual, x, weight, bias, stride, padding, dilation, groups) -> None:
     # PyTorch has no public name for a convolution that adds to its output; its compiler uses this.
+    # Its ReLU is left out: it would make 0 of NaN.
     torch.ops.mkldnn._convolution_pointwise_.binary(
-        residual, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu", [], ""
+        residual, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], ""
     )
 
 
 @functools.cache
 def _onednn_adds(dtype: torch.dtype) -> bool:
     """Whether this PyTorch and this CPU have the operator, and it does what is expected here."""
-    x = torch.linspace(-1, 1, 64, dtype=dtype).view(1, 4, 4, 4)
+    x = torch.linspace(-1, 1, 4 * 8 * 8, device="cpu").to(dtype).view(1, 4, 8, 8)
     x = x.contiguous(memory_format=torch.channels_last)
-    weight, bias = x[:, :, :3, :3].expand(4, -1, -1, -1), x[0, :, 0, 0]
-    found = x.clone()
+    weight, bias = x[:, :2, :3, :3].expand(6, -1, -1, -1), x[0, 0, 0, :6].contiguous()
+    settings = [2, 2], [3, 3], [1, 1], 2  # all different: it takes them in another order
+    expected, found = (
+        torch.ones(1, 6, 6, 6, dtype=dtype, device="cpu").to(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
     try:
-        _onednn_conv_add_relu(found, x, weight, bias, [1, 1], [1, 1], [1, 1], 1)
+        _add_conv_in_steps(expected, x, weight, bias, *settings)
+        _onednn_add_conv(found, x, weight, bias, *settings)
     except Exception:  # a private operator may go away, or change in any way
         return False
-    expected = (x + F.conv2d(x, weight, bias, padding=1)).relu()
     return torch.allclose(found, expected, rtol=0.02, atol=0.02)
 
 
-# torch.compile takes it as it is. It is called by itself otherwise: 0.1 ms less.
-_conv_add_relu_op = torch.library.custom_op(
-    "fcos_d2::conv_add_relu_", _conv_add_relu, mutates_args=["residual"]
-)
-_conv_add_relu_op.register_fake(lambda *_: None)
+# For torch.compile, which takes it as it is. Called by itself otherwise: 0.1 ms less.
+_add_conv_op = torch.library.custom_op("fcos_d2::add_conv", _add_conv, mutates_args=["residual"])
+_add_conv_op.register_fake(lambda *_: None)
 
 
 def _is_affine_map(norm: nn.Module | None) -> bool:

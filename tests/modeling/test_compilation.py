@@ -50,10 +50,8 @@ def assert_same_maps(image, *models):
 def test_computes_the_same_at_all_sizes_without_compiling_again(monkeypatch):
     compiled, eager = make_pair()
     sums = []
-    plain = fused_blocks._onednn_conv_add_relu
-    monkeypatch.setattr(
-        fused_blocks, "_onednn_conv_add_relu", lambda *x: (sums.append(1), plain(*x))
-    )
+    plain = fused_blocks._onednn_add_conv
+    monkeypatch.setattr(fused_blocks, "_onednn_add_conv", lambda *x: (sums.append(1), plain(*x)))
     fused_blocks._onednn_adds(torch.float32)  # its probe is not to be counted
     # All of one kind to torch.compile: maps of one cell are another, and for a batch of one also
     # those with up to 20480 numbers, for which PyTorch chooses other convolutions.
@@ -62,7 +60,7 @@ def test_computes_the_same_at_all_sizes_without_compiling_again(monkeypatch):
         sums.clear()
         found = maps(compiled, image)
         # Of 8 blocks all but the first, whose input is the stem's output.
-        assert len(sums) == 7
+        assert len(sums) == 7 * fused_blocks._onednn_adds(torch.float32)
         torch.testing.assert_close(found, maps(eager, image), rtol=1e-3, atol=1e-4)
         # The probe and the backbone; the head is compiled on GPU only.
         assert counters["stats"]["unique_graphs"] == 2
