@@ -257,7 +257,7 @@ def main() -> None:
             maps = ours.head(list(ours.backbone.maps.values()))
             found = ours.post_processor.candidates(*maps, ours.strides, [SIZE] * args.images)
         rows = [[sum(map(len, found)) / args.images, *row(models, infer, args.repeats, device)]]
-        title = f"Inference of {args.images} images ({share:.0%} of the better half of the detections agree)"
+        title = f"Inference of {args.images} images ({share:.0%} of the better detections agree)"
         print_table(title, "candidates", rows, models, args.repeats)
 
 

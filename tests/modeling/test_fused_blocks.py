@@ -387,7 +387,7 @@ def test_no_images(in_place):
     # Compiled code has not looked at the size.
     residual = torch.empty(0, 6, 4, 4)
     weight, bias = torch.rand(6, 3, 1, 1), torch.rand(6)
-    fused_blocks._add_conv_op(
+    fused_blocks._add_conv_relu_op(
         residual, torch.empty(0, 3, 4, 4), weight, bias, [1, 1], [0, 0], [1, 1], 1
     )
     assert in_place == []
