@@ -156,7 +156,7 @@ def _has_hooks(module: nn.Module) -> bool:
 def _is_watched() -> bool:
     """Whether operators are recorded or replaced: by tracing, export, or a counter of FLOPs."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return torch.compiler.is_exporting()  # PyTorch 2.7 says so of any compilation
     return torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
 
 
