@@ -178,14 +178,12 @@ def random_instances(size: tuple[int, int], boxes: int, classes: int) -> Instanc
     return instances
 
 
-def make_images(
-    count: int, size: tuple[int, int], boxes: int = 20, classes: int = 80
-) -> list[dict]:
-    """Random images, smooth at the scale of objects, with ground truth."""
+def make_images(count: int, size: tuple[int, int]) -> list[dict]:
+    """Random images, smooth at the scale of objects, with 20 boxes each of COCO's 80 classes."""
     images = []
     for _ in range(count):
         coarse = torch.rand(1, 3, size[0] // 16, size[1] // 16)
         image = nn.functional.interpolate(coarse, size, mode="bicubic")[0]
         image = (image.clamp(0, 1) * 255).to(torch.uint8)
-        images.append({"image": image, "instances": random_instances(size, boxes, classes)})
+        images.append({"image": image, "instances": random_instances(size, 20, 80)})
     return images

@@ -37,17 +37,14 @@ class FusedConv2d(Conv2d):
         Args:
             residual: of the shape of the convolution's output.
             x: (N, C, H, W).
-            overwrite: whether the result may take the memory of ``residual``, as it does in
-                inference on CPU. Hooks on the convolution then do not fire.
+            overwrite: whether the result may take the memory of ``residual``: on CPU, and needed
+                neither by autograd nor by hooks on the convolution, which then do not fire.
         """
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if (
             not overwrite
-            or torch.is_grad_enabled()
-            or not x.is_cpu
             or not dtype == x.dtype == residual.dtype
             or self.activation is not None
-            or _is_watched()
             or not self._is_fused(x)
         ):
             out = self(x)
@@ -111,7 +108,7 @@ class FusedStage(nn.Sequential):
         for block in self:
             if isinstance(block, (FusedBasicBlock, FusedBottleneckBlock)):
                 x = block(x, overwrite=overwrite)
-                overwrite = not _has_hooks(block)
+                overwrite = _may_overwrite_in(block, x)
             else:
                 x, overwrite = block(x), False
         return x
@@ -142,22 +139,25 @@ def _add_shortcut(
         overwrite = isinstance(block.shortcut, Conv2d)  # another might return its input
     if not isinstance(conv, FusedConv2d):  # exchanged since
         return F.relu_(conv(out) + x)
-    return conv.add_relu(x, out, overwrite and not _has_hooks(block))
+    return conv.add_relu(x, out, overwrite and _may_overwrite_in(block, x))
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether anybody may look at maps inside a module, or change it, in the midst of a call."""
-    of_all = nn.modules.module
-    return bool(of_all._global_forward_hooks or of_all._global_forward_pre_hooks) or any(
-        m._forward_hooks or m._forward_pre_hooks for m in module.modules()
-    )
-
-
-def _is_watched() -> bool:
-    """Whether operators are recorded or replaced: by tracing, export, or a counter of FLOPs."""
+def _may_overwrite_in(block: nn.Module, x: Tensor) -> bool:
+    """Whether maps like ``x`` inside a block may be overwritten: it pays, and nobody sees them."""
+    if torch.is_grad_enabled() or not x.is_cpu:
+        return False
+    # Operators are recorded or replaced by tracing, export, or a counter of FLOPs.
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()  # PyTorch 2.7 says so of any compilation
-    return torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
+        is_watched = torch.compiler.is_exporting()  # PyTorch 2.7 says so of any compilation
+    else:
+        is_watched = torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
+    of_all = nn.modules.module
+    return (
+        not is_watched
+        and not of_all._global_forward_hooks
+        and not of_all._global_forward_pre_hooks
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
+    )
 
 
 def _add_conv_relu(

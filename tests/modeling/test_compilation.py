@@ -47,20 +47,16 @@ def assert_same_maps(image, *models):
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_computes_the_same_at_all_sizes_without_compiling_again(monkeypatch):
+def test_computes_the_same_at_all_sizes_without_compiling_again(in_place):
     compiled, eager = make_pair()
-    sums = []
-    plain = fused_blocks._onednn_add_conv
-    monkeypatch.setattr(fused_blocks, "_onednn_add_conv", lambda *x: (sums.append(1), plain(*x)))
-    fused_blocks._onednn_adds(torch.float32)  # its probe is not to be counted
     # All of one kind to torch.compile: maps of one cell are another, and for a batch of one also
     # those with up to 20480 numbers, for which PyTorch chooses other convolutions.
     for size in ((160, 192), (192, 160), (129, 200), (256, 160)):
         image = make_input(size=size)
-        sums.clear()
+        in_place.clear()
         found = maps(compiled, image)
         # Of 8 blocks all but the first, whose input is the stem's output.
-        assert len(sums) == 7 * fused_blocks._onednn_adds(torch.float32)
+        assert len(in_place) == 7 * fused_blocks._onednn_adds(torch.float32)
         torch.testing.assert_close(found, maps(eager, image), rtol=1e-3, atol=1e-4)
         # The probe and the backbone; the head is compiled on GPU only.
         assert counters["stats"]["unique_graphs"] == 2

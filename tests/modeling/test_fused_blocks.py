@@ -149,25 +149,6 @@ def resnet(depth=50, norm="FrozenBN", **keys):
     return theirs, ours
 
 
-@pytest.fixture
-def in_place(monkeypatch):
-    """The sizes of the convolutions that oneDNN adds to their residual."""
-    calls = []
-    plain = fused_blocks._onednn_add_conv
-
-    def count(residual, *args):
-        calls.append(tuple(residual.shape))
-        return plain(residual, *args)
-
-    monkeypatch.setattr(fused_blocks, "_onednn_add_conv", count)
-    fused_blocks._onednn_adds.cache_clear()
-    fused_blocks._onednn_adds(torch.float32)
-    fused_blocks._onednn_adds(torch.bfloat16)
-    calls.clear()
-    yield calls
-    fused_blocks._onednn_adds.cache_clear()
-
-
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="needs a PyTorch with oneDNN"
 )
