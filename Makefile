@@ -15,9 +15,10 @@ VENV ?= .venv
 TORCH ?= torch torchvision
 TORCH_INDEX ?=
 CONSTRAINTS ?= $(if $(filter-out torch torchvision,$(TORCH)),,constraints.txt)
-UPSTREAM = https://github.com/facebookresearch/detectron2.git
-DETECTRON2_COMMIT = 02b5c4e295e990042a714712c21dc79b731e8833
-DETECTRON2 ?= git+$(UPSTREAM)@$(DETECTRON2_COMMIT)
+# The last word of the requirement is git+URL@COMMIT, and UPSTREAM is the URL in it.
+PINNED_DETECTRON2 := $(lastword $(shell cat fcos_d2/detectron2.txt))
+UPSTREAM := $(patsubst git+%,%,$(firstword $(subst @, ,$(PINNED_DETECTRON2))))
+DETECTRON2 ?= $(PINNED_DETECTRON2)
 DEMO_DIR ?= demo_output
 
 BIN = $(VENV)/bin
@@ -51,7 +52,7 @@ $(DETECTRON2_STAMP):
 
 $(STAMP): $(DETECTRON2_STAMP) setup.py pyproject.toml
 	$(INSTALL) --no-build-isolation --editable '.[test]'
-	$(BIN)/python -m fcos_d2.doctor
+	$(BIN)/python tools/doctor.py
 	@touch $@
 
 demo: $(STAMP)

@@ -29,7 +29,8 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["fcos_d2", "fcos_d2.*"]), *config_packages],
     package_dir=config_packages,
-    package_data={name: ["*.yaml", "*.py"] for name in config_packages},
+    package_data={"fcos_d2": ["detectron2.txt"]}
+    | {name: ["*.yaml", "*.py"] for name in config_packages},
     # Detectron2 is needed too, but is in no package registry: see "Install" in the README.
     install_requires=[
         "torch>=2.7",

@@ -1,51 +1,110 @@
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DOCTOR = ROOT / "tools" / "doctor.py"
+REQUIREMENT = (ROOT / "fcos_d2" / "detectron2.txt").read_text().strip()
+INSTALL_DETECTRON2 = f"pip install --no-build-isolation '{REQUIREMENT}'"
 
 
 @pytest.fixture
-def without_detectron2(tmp_path):
-    """An environment whose Python cannot import Detectron2."""
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['detectron2'] = None\n")
-    return os.environ | {"PYTHONPATH": str(tmp_path)}
+def without(tmp_path):
+    """Makes an environment whose Python cannot import the package of this name."""
+
+    def make(name):
+        folder = tmp_path / f"without_{name}"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(f"import sys; sys.modules[{name!r}] = None\n")
+        return os.environ | {"PYTHONPATH": str(folder)}
+
+    return make
 
 
 def run(*args, **kwargs):
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, **kwargs)
 
 
-def test_import_without_detectron2_says_what_to_run(without_detectron2):
-    result = run("-c", "import fcos_d2", env=without_detectron2)
+def test_import_without_detectron2_says_what_to_run(without):
+    result = run("-c", "import fcos_d2", env=without("detectron2"))
     assert result.returncode == 1
     assert "ImportError: fcos_d2 needs Detectron2" in result.stderr
-    assert "pip install --no-build-isolation 'detectron2 @ git+https://" in result.stderr
+    assert INSTALL_DETECTRON2 in result.stderr
 
 
-def test_doctor_finds_nothing_wrong_here():
-    result = run("-m", "fcos_d2.doctor")
+def test_a_mere_folder_is_not_detectron2(tmp_path):
+    # With -S Python leaves out what is installed: the folder is the only thing of this name.
+    (tmp_path / "detectron2").mkdir()
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import fcos_d2"
+    result = run("-I", "-S", "-c", code)
+    assert "ImportError: fcos_d2 needs Detectron2" in result.stderr
+
+
+def test_doctor_finds_nothing_wrong_here(tmp_path):
+    result = run(DOCTOR, cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     assert "All is well." in result.stdout
     assert result.stdout.count("ok  ") == 7
 
 
-def test_doctor_without_detectron2(without_detectron2):
-    result = run("-m", "fcos_d2.doctor", env=without_detectron2)
+def test_doctor_without_detectron2(without):
+    result = run(DOCTOR, env=without("detectron2"))
     assert result.returncode == 1, result.stdout + result.stderr
     assert "FAIL  Detectron2's compiled ops" in result.stdout
-    assert "pip install --no-build-isolation 'detectron2 @ git+https://" in result.stdout
+    assert "FAIL  fcos_d2: ImportError: fcos_d2 needs Detectron2" in result.stdout
+    assert INSTALL_DETECTRON2 in result.stdout
     assert "ok    torchvision's ops" in result.stdout
 
 
-def test_doctor_without_pkg_resources(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['pkg_resources'] = None\n")
-    result = run("-m", "fcos_d2.doctor", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+def test_doctor_without_fcos_d2(without):
+    result = run(DOCTOR, env=without("fcos_d2"))
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "FAIL  fcos_d2" in result.stdout
+    assert "pip install --no-build-isolation --editable ." in result.stdout
+    assert result.stdout.count("ok  ") == 6
+
+
+def test_doctor_without_pkg_resources(without):
+    result = run(DOCTOR, env=without("pkg_resources"))
     assert result.returncode == 1
     assert "pip install 'setuptools<81'" in result.stdout
+
+
+def test_no_other_file_repeats_the_pinned_commit():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    commit = REQUIREMENT.rpartition("@")[2]
+    assert len(commit) == 40
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    files = {f for f in tracked if not f.endswith(".md") and (ROOT / f).is_file()}
+    holders = {f for f in files if commit.encode() in (ROOT / f).read_bytes()}
+    assert holders <= {"fcos_d2/detectron2.txt"}
+
+
+def test_wheel_without_detectron2_says_what_to_run(tmp_path, without):
+    source = tmp_path / "source"  # a copy: a build folder left in the checkout would be taken in
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    for name in ("fcos_d2", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*command, "-w", tmp_path, source], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    env = without("detectron2")
+    env["PYTHONPATH"] += f"{os.pathsep}{installed}"
+    result = run("-c", "import fcos_d2", env=env, cwd=tmp_path)
+    assert str(installed / "fcos_d2" / "__init__.py") in result.stderr
+    assert INSTALL_DETECTRON2 in result.stderr
 
 
 def test_setup_names_the_override_when_upstream_is_out_of_reach(tmp_path):

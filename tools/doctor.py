@@ -1,8 +1,10 @@
+#!/usr/bin/env python
 """Says whether everything fcos_d2 needs is installed and works, and what to do where it is not.
 
-    python -m fcos_d2.doctor
+    python tools/doctor.py
 
-Exits with 1 if something that is needed does not work.
+It runs from any folder, and checks the Python that runs it. It exits with 1 if something that is
+needed does not work.
 """
 
 import importlib
@@ -13,11 +15,9 @@ from importlib import metadata
 from pathlib import Path
 
 _PACKAGES = ("torch", "torchvision", "detectron2", "fvcore", "pycocotools", "opencv-python")
-_INSTALL_DETECTRON2 = (
-    "pip install --no-build-isolation 'detectron2 @ "
-    "git+https://github.com/facebookresearch/detectron2.git"
-    "@02b5c4e295e990042a714712c21dc79b731e8833'"
-)
+# The file is read by its path because fcos_d2 cannot be imported where Detectron2 is missing.
+_DETECTRON2 = (Path(__file__).parents[1] / "fcos_d2" / "detectron2.txt").read_text().strip()
+_INSTALL_DETECTRON2 = f"pip install --no-build-isolation '{_DETECTRON2}'"
 
 
 def _check_torch() -> str:
@@ -70,9 +70,9 @@ def _check_cuda() -> str:
 
 
 def _check_registered() -> str:
+    importlib.import_module("fcos_d2")  # first, as it says what to do without Detectron2
     from detectron2.modeling import META_ARCH_REGISTRY
 
-    importlib.import_module("fcos_d2.modeling")
     META_ARCH_REGISTRY.get("FCOS")
     return "registered with Detectron2"
 
@@ -109,7 +109,12 @@ CHECKS: list[tuple[str, Callable[[], str], str]] = [
         "install CUDA builds of torch and torchvision that fit the driver: compare nvidia-smi "
         "with python -c 'import torch; print(torch.version.cuda)'",
     ),
-    ("fcos_d2", _check_registered, "see the error; the checks above come first"),
+    (
+        "fcos_d2",
+        _check_registered,
+        "first what the checks above say; then, in the clone: "
+        "pip install --no-build-isolation --editable .",
+    ),
 ]
 
 
