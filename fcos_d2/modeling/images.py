@@ -1,0 +1,20 @@
+"""What is checked of images before they enter a network."""
+
+import torch
+from torch import Tensor
+
+
+def check_finite(image: Tensor, name: str) -> None:
+    """Raise a ValueError that names the image if it has NaN or infinite pixels.
+
+    Args:
+        image: of any shape. One that is not floating point has no such pixels and passes. One on
+            a GPU makes the CPU wait for the GPU.
+        name: such as "number 3 of the batch", or the name of a file.
+    """
+    if not image.is_floating_point():
+        return
+    # The sum takes a tenth of the time of looking at each element. It is not finite if an element
+    # is not, but also if finite elements are too large for it: then each one is looked at.
+    if not image.sum(dtype=torch.float32).isfinite() and not image.isfinite().all():
+        raise ValueError(f"The image {name} has NaN or infinite pixels")
