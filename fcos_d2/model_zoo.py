@@ -1,4 +1,4 @@
-"""The shipped configs by name, as :mod:`detectron2.model_zoo` has them for its own."""
+"""The shipped configs and their models by name, like :mod:`detectron2.model_zoo`."""
 
 from pathlib import Path
 
@@ -20,14 +20,14 @@ def get_config_file(config_path: str) -> str:
         config_path: name under ``configs/``, e.g. "COCO-Detection/fcos_R_50_FPN_1x.yaml".
 
     Raises:
-        FileNotFoundError: naming the configs there are.
+        FileNotFoundError: if there is no such config, with a list of the shipped ones.
     """
-    # Inside the package where it was installed, beside it in a clone.
+    # An installed package contains the configs; in a clone they are beside it.
     root = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir())
     file = root / config_path
     if not file.is_file():
         names = sorted(str(p.relative_to(root)) for p in root.rglob("*.yaml"))
-        raise FileNotFoundError(f"No config {config_path!r}. There are: {', '.join(names)}")
+        raise FileNotFoundError(f"No config {config_path!r}. The configs are: {', '.join(names)}")
     return str(file)
 
 
@@ -41,8 +41,8 @@ def get(config_path: str, weights: str | None = None, device: str | None = None)
 
     Args:
         config_path: name under ``configs/``.
-        weights: a checkpoint of the whole model. None takes the config's ImageNet backbone, ""
-            leaves the model at random.
+        weights: a checkpoint of the whole model. None loads the config's ImageNet backbone, and ""
+            keeps the random weights.
         device: overrides ``MODEL.DEVICE``.
     """
     cfg = get_config(config_path)

@@ -5,8 +5,8 @@
         --coco-json instances_val2017.json --plot plots --json statistics.json \\
         MODEL.FCOS.CENTER_SAMPLING_RADIUS 0.0
 
-Needs sizes and boxes only, no images and no weights. What is counted, and what the paper found, is
-in fcos_d2/analysis/assignment.py.
+Needs only sizes and boxes, no images or weights. fcos_d2/analysis/assignment.py defines the numbers
+and quotes the paper's.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Parameters, multiply-adds and outputs of an FCOS config beside RetinaNet.
+"""Compare the parameters, multiply-adds and outputs of an FCOS config with RetinaNet's.
 
     python tools/analyze_model.py --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml
 
-RetinaNet is Detectron2's, with the same ResNet-FPN, classes and input. What is counted is in
-fcos_d2/analysis/model.py. Runs on CPU, without weights.
+RetinaNet is Detectron2's, with the same ResNet-FPN, classes and input. fcos_d2/analysis/model.py
+says what is counted. Runs on CPU, without weights.
 """
 
 import argparse

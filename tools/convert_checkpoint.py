@@ -5,8 +5,9 @@
         --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml
     python train_net.py --config-file fcos.yaml --eval-only
 
-The config says what the checkpoint cannot: backbone, classes, numbers of convolutions. Keys and
-values at the end override it and the settings of the source. See docs/coming_from.md.
+The config gives what the checkpoint does not show: the backbone, and the numbers of classes and
+convolutions. Keys and values at the end override it and the settings of the source. See
+docs/coming_from.md.
 """
 
 import argparse
@@ -21,12 +22,12 @@ from fcos_d2.config import load_cfg
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _parser().parse_intermixed_args(argv)  # keys and values stand behind the options
+    args = _parser().parse_intermixed_args(argv)  # keys and values follow the options
     dst = Path(args.dst)
     if dst.suffix != ".pth" or dst.resolve() == Path(args.src).resolve():
         raise SystemExit(f"DST must be a .pth file other than SRC, got {dst}")
     dst.parent.mkdir(parents=True, exist_ok=True)
-    yaml = dst.with_suffix(".yaml")
+    config_file = dst.with_suffix(".yaml")
     try:
         cfg = load_cfg(args.config_file, args.opts)
         checkpoint = read_checkpoint(args.src, args.trust_pickle)
@@ -35,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"Not converted. {e}") from e
 
     cfg.MODEL.WEIGHTS = ""
-    data = {"model": state_dict, "config": _text(cfg)}
+    data = {"model": state_dict, "config": _dump(cfg)}
     with replacing(str(dst), own=True) as partial:
         torch.save(data, partial)
     cfg.MODEL.WEIGHTS = str(dst.resolve())
-    with replacing(str(yaml), own=True) as partial:
-        Path(partial).write_text(_text(cfg))
-    print(f"Wrote {dst} and {yaml}.")
+    with replacing(str(config_file), own=True) as partial:
+        Path(partial).write_text(_dump(cfg))
+    print(f"Wrote {dst} and {config_file}.")
     _print_not_in_file(args.source, cfg)
 
 
@@ -49,9 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("src", help="checkpoint of the other implementation: .pth, or .pkl")
-    parser.add_argument("dst", help="checkpoint to write; its config goes beside it, as .yaml")
-    parser.add_argument("--source", required=True, choices=list(SOURCES), help="where it is from")
+    parser.add_argument("src", help="checkpoint of the other implementation: .pth or .pkl")
+    parser.add_argument("dst", help="checkpoint to write, .pth; its config becomes a .yaml")
+    parser.add_argument(
+        "--source", required=True, choices=list(SOURCES), help="the other implementation"
+    )
     parser.add_argument("--config-file", required=True, help="a config with the same architecture")
     parser.add_argument(
         "--trust-pickle", action="store_true", help="read files that can run code; see the docs"
@@ -60,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _text(cfg: CfgNode) -> str:
-    """The config without the device, which is that of the machine that reads it."""
+def _dump(cfg: CfgNode) -> str:
+    """The config as YAML, without the device, which depends on the machine that reads it."""
     cfg = cfg.clone()
     del cfg.MODEL["DEVICE"]
     return cfg.dump()
@@ -70,7 +73,7 @@ def _text(cfg: CfgNode) -> str:
 def _print_not_in_file(source: str, cfg: CfgNode) -> None:
     keys = SOURCES[source].not_in_file
     if keys:
-        print("A checkpoint of this source does not show these; check that they are its model's:")
+        print("Checkpoints of this source do not show these; check that they are right for yours:")
     for key in keys:
         value = cfg
         for part in key.split("."):

@@ -1,9 +1,9 @@
-"""Parameters, multiply-adds and outputs of FCOS beside RetinaNet.
+"""Compares the parameters, multiply-adds and outputs of FCOS with those of RetinaNet.
 
-What is said of FCOS: "9x fewer network output variables" than a detector with 9 anchors per
-location (1904.01355, section 3.1), and about 10 % fewer FLOPs than RetinaNet.
+FCOS is said to have "9x fewer network output variables" than a detector with 9 anchors per location
+(1904.01355, section 3.1), and to need about 10 % fewer FLOPs than RetinaNet.
 
-Only the convolutional part is counted, backbone and head: no preprocessing, decoding or NMS.
+Only the backbone and the head are counted: no preprocessing, decoding or NMS.
 """
 
 from collections import Counter
@@ -32,13 +32,13 @@ class ModelStatistics:
     """What a dense detector costs for one image.
 
     Attributes:
-        parameters: all of them, frozen ones too; running statistics are no parameters.
-        multiply_adds: of one image as fvcore counts: a multiply-add of a convolution is one.
-            Normalisation and upsampling are in it, with a few per element; batch norms of FCOS's
-            backbones are part of their convolutions, which is 0.2 % less for R-50.
-        outputs: numbers that the head returns for one image.
-        not_counted: how often each operator occurs that is not in ``multiply_adds``: those
-            that work element by element.
+        parameters: number of parameters, including frozen ones, without running statistics.
+        multiply_adds: as fvcore counts them: a multiply-add of a convolution is one.
+            Normalisation and upsampling add a few per element. FCOS's backbones fold their batch
+            norms into the convolutions, which makes 0.2 % less for R-50.
+        outputs: number of values that the head returns.
+        not_counted: how often each operator occurs that ``multiply_adds`` leaves out; these work
+            element by element.
         input_size: (height, width) in pixels, padded.
     """
 
@@ -50,10 +50,10 @@ class ModelStatistics:
 
 
 def analyze_model(cfg: CfgNode, height: int, width: int) -> ModelStatistics:
-    """Count for one image of (height, width) pixels, padded as the detector does, on CPU.
+    """Count the cost of one image of (height, width) pixels, padded as by the detector, on CPU.
 
     Args:
-        cfg: of a dense detector: FCOS or Detectron2's RetinaNet. Weights are not loaded.
+        cfg: of a dense detector, FCOS or Detectron2's RetinaNet. Weights are not loaded.
 
     Raises:
         ValueError: for another meta architecture, or a size that is not positive.
@@ -75,7 +75,7 @@ def analyze_model(cfg: CfgNode, height: int, width: int) -> ModelStatistics:
     flops = FlopCountAnalysis(network, image)
     flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     flops.set_op_handle("torchvision::deform_conv2d", _deform_conv_flops)
-    with torch.no_grad():  # with gradients a frozen BatchNorm becomes a handful of operators
+    with torch.no_grad():  # with gradients, a frozen BatchNorm consists of other operators
         multiply_adds = int(flops.total())
     return ModelStatistics(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -93,18 +93,18 @@ def retinanet_cfg(cfg: CfgNode) -> CfgNode:
     from res5, 9 anchors per location, towers of four convolutions without normalisation.
 
     Raises:
-        ValueError: if the backbone is none of the ResNet-FPN builders.
+        ValueError: if the backbone is not from one of the ResNet-FPN builders.
     """
     if cfg.MODEL.BACKBONE.NAME not in _RESNET_FPNS:
         raise ValueError(
-            f"RetinaNet is compared on a ResNet-FPN, MODEL.BACKBONE.NAME in {list(_RESNET_FPNS)}; "
-            f"got {cfg.MODEL.BACKBONE.NAME!r}"
+            "The comparison with RetinaNet needs a ResNet-FPN: MODEL.BACKBONE.NAME must be one of "
+            f"{list(_RESNET_FPNS)}, got {cfg.MODEL.BACKBONE.NAME!r}"
         )
     retinanet = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
-    for node, levels in (("RESNETS", "OUT_FEATURES"), ("FPN", "IN_FEATURES")):
-        kept = retinanet.MODEL[node][levels]  # FCOS may run on other levels
-        retinanet.MODEL[node] = cfg.MODEL[node].clone()
-        retinanet.MODEL[node][levels] = kept
+    for section, key in (("RESNETS", "OUT_FEATURES"), ("FPN", "IN_FEATURES")):
+        features = retinanet.MODEL[section][key]  # RetinaNet's levels, which FCOS's may not be
+        retinanet.MODEL[section] = cfg.MODEL[section].clone()
+        retinanet.MODEL[section][key] = features
     retinanet.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.FCOS.NUM_CLASSES
     retinanet.MODEL.PIXEL_MEAN = cfg.MODEL.PIXEL_MEAN
     retinanet.MODEL.PIXEL_STD = cfg.MODEL.PIXEL_STD
@@ -114,7 +114,7 @@ def retinanet_cfg(cfg: CfgNode) -> CfgNode:
 def compare_with_retinanet(
     cfg: CfgNode, height: int, width: int
 ) -> tuple[ModelStatistics, ModelStatistics]:
-    """Count for the FCOS of a config and for the RetinaNet of :func:`retinanet_cfg`.
+    """Analyze the FCOS of a config, and the RetinaNet of :func:`retinanet_cfg`.
 
     Raises:
         ValueError: if the config is not of FCOS, and as :func:`retinanet_cfg`.
@@ -123,26 +123,26 @@ def compare_with_retinanet(
         raise ValueError(
             f"MODEL.META_ARCHITECTURE must be 'FCOS', got {cfg.MODEL.META_ARCHITECTURE!r}"
         )
-    other = retinanet_cfg(cfg)  # before the work: it may refuse
-    return analyze_model(cfg, height, width), analyze_model(other, height, width)
+    retinanet = retinanet_cfg(cfg)  # first, since it may raise
+    return analyze_model(cfg, height, width), analyze_model(retinanet, height, width)
 
 
 def comparison_table(fcos: ModelStatistics, retinanet: ModelStatistics) -> str:
     """The numbers side by side for a terminal, with what was not counted below."""
+    counts = (
+        ("parameters (millions)", fcos.parameters, retinanet.parameters, 1e6),
+        ("multiply-adds (billions)", fcos.multiply_adds, retinanet.multiply_adds, 1e9),
+        ("outputs per image (millions)", fcos.outputs, retinanet.outputs, 1e6),
+    )
     rows = [
-        (name, f"{mine / unit:.2f}", f"{other / unit:.2f}", f"{mine / other:.3f}",
-         f"{other / mine:.2f}")
-        for name, mine, other, unit in (
-            ("parameters (millions)", fcos.parameters, retinanet.parameters, 1e6),
-            ("multiply-adds (billions)", fcos.multiply_adds, retinanet.multiply_adds, 1e9),
-            ("outputs per image (millions)", fcos.outputs, retinanet.outputs, 1e6),
-        )
-    ]  # fmt: skip
-    names = ("", "FCOS", "RetinaNet", "FCOS / RetinaNet", "RetinaNet / FCOS")
+        (name, f"{f / unit:.2f}", f"{r / unit:.2f}", f"{f / r:.3f}", f"{r / f:.2f}")
+        for name, f, r, unit in counts
+    ]
+    header = ("", "FCOS", "RetinaNet", "FCOS / RetinaNet", "RetinaNet / FCOS")
     height, width = fcos.input_size
     lines = [
         f"One image of {height} x {width} pixels (height x width), backbone and head",
-        tabulate(rows, names, colalign=("left", *["right"] * 4), disable_numparse=True),
+        tabulate(rows, header, colalign=("left", *["right"] * 4), disable_numparse=True),
     ]
     for name, statistics in (("FCOS", fcos), ("RetinaNet", retinanet)):
         operators = ", ".join(f"{op} {n}x" for op, n in sorted(statistics.not_counted.items()))
@@ -151,14 +151,14 @@ def comparison_table(fcos: ModelStatistics, retinanet: ModelStatistics) -> str:
 
 
 class _Network(nn.Module):
-    """Backbone and head of a dense detector: an image (1, 3, H, W) in, all maps out."""
+    """Backbone and head of a dense detector, from an image (1, 3, H, W) to all output maps."""
 
     def __init__(self, model: DenseDetector):
         super().__init__()
         self.backbone = model.backbone
         self.head = model.head
         self.head_in_features = model.head_in_features
-        self.outputs = 0  # numbers in the maps of the last call
+        self.outputs = 0  # number of values in the maps of the last call
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         features = self.backbone(image)
@@ -168,7 +168,7 @@ class _Network(nn.Module):
 
 
 def _tensors(nested) -> Iterator[Tensor]:
-    """The tensors in nested lists and tuples; None, a branch that is not there, has none."""
+    """The tensors in nested lists and tuples, in which None is a branch that does not exist."""
     if isinstance(nested, Tensor):
         yield nested
     elif nested is not None:
@@ -177,7 +177,7 @@ def _tensors(nested) -> Iterator[Tensor]:
 
 
 def _deform_conv_flops(inputs: list, outputs: list) -> Counter:
-    """Those of the convolution; where it samples is interpolated besides, which is not counted."""
+    """Multiply-adds of the convolution, without the interpolation where it samples."""
     out_channels, *kernel = get_shape(inputs[1])  # (out, in / groups, height, width)
     batch, channels, *size = get_shape(outputs[0])
     if channels != out_channels:

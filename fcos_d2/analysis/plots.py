@@ -15,7 +15,7 @@ def save_plots(statistics: AssignmentStatistics, folder: str | Path) -> list[Pat
     """Write ``recall_by_size.png``, ``positives_per_level.png`` and ``ambiguity.png``.
 
     Args:
-        folder: made where it does not exist; files of these names are overwritten.
+        folder: created if it does not exist; files with these names are overwritten.
 
     Returns:
         the paths of the files.
@@ -25,13 +25,13 @@ def save_plots(statistics: AssignmentStatistics, folder: str | Path) -> list[Pat
     plots = {"recall_by_size": _recall, "positives_per_level": _positives, "ambiguity": _ambiguity}
     files = []
     for name, draw in plots.items():
-        # Without pyplot: no display is looked for, and no global state is changed.
+        # Unlike pyplot, this needs no display and changes no global state.
         figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes, statistics)
-        # Bars of one or two levels as wide as those of several.
+        # A wider axis keeps the bars of one or two levels from filling the plot.
         bars = len(axes.get_xticks())
         middle, half = (bars - 1) / 2, max(bars, 4) / 2
         axes.set_xlim(middle - half, middle + half)
@@ -74,27 +74,23 @@ def _ambiguity(axes: Axes, statistics: AssignmentStatistics) -> None:
     names = [*_level_names(statistics), "all"]
     levels = statistics.levels
     positives = [level.positives for level in levels] + [statistics.positives]
-    ambiguous = [level.ambiguous for level in levels]
-    between = [level.ambiguous_classes for level in levels]
-    shares = [
+    ambiguous, between = (
         [100 * n / max(p, 1) for n, p in zip([*counts, sum(counts)], positives, strict=True)]
-        for counts in (ambiguous, between)
-    ]
-    within = [a - b for a, b in zip(*shares, strict=True)]
-    axes.bar(names, shares[1], color=_ORANGE, width=0.6, label="between different classes")
-    bars = axes.bar(
-        names, within, bottom=shares[1], color=_BLUE, width=0.6, label="within one class"
+        for counts in (
+            [level.ambiguous for level in levels],
+            [level.ambiguous_classes for level in levels],
+        )
     )
-    axes.bar_label(
-        bars,
-        [f"{s:.2f} %" if p else "no positives" for s, p in zip(shares[0], positives, strict=True)],
-        padding=2,
-    )
+    within = [a - b for a, b in zip(ambiguous, between, strict=True)]
+    axes.bar(names, between, color=_ORANGE, width=0.6, label="between different classes")
+    bars = axes.bar(names, within, bottom=between, color=_BLUE, width=0.6, label="within one class")
+    shares = zip(ambiguous, positives, strict=True)
+    axes.bar_label(bars, [f"{a:.2f} %" if p else "no positives" for a, p in shares], padding=2)
     axes.set_title("Ambiguous positive locations")
     axes.set_xlabel("level")
     axes.set_ylabel("share of the positive locations (%)")
     # Room above the bars for the legend.
-    axes.set_ylim(0, 1.35 * max(1, *shares[0]))
+    axes.set_ylim(0, 1.35 * max(1, *ambiguous))
     axes.legend(loc="upper right", frameon=False, ncols=2)
 
 

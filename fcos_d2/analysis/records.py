@@ -1,4 +1,4 @@
-"""Where sizes and boxes come from: a registered data set, or a file in COCO's format."""
+"""Loads image sizes and boxes from a registered data set, or from a file in COCO's format."""
 
 import json
 import logging
@@ -16,22 +16,23 @@ def load_dataset(cfg: CfgNode, name: str) -> list[dict]:
     """The records of a data set that is registered with Detectron2 or in DATASETS.CUSTOM.
 
     Raises:
-        ValueError: if there is none of this name, with a list of those there are.
+        ValueError: if no data set has this name, with a list of the registered ones.
     """
     register_custom_datasets(cfg)
     if name not in DatasetCatalog:
-        raise ValueError(f"No data set {name!r} is registered. There are: {sorted(DatasetCatalog)}")
+        names = sorted(DatasetCatalog)
+        raise ValueError(f"No data set {name!r} is registered. The registered ones are: {names}")
     return DatasetCatalog.get(name)
 
 
 def load_coco_json(path: str | PathLike) -> list[dict]:
-    """The records of an annotation file in COCO's format, without looking for images or masks.
+    """The records of an annotation file in COCO's format, without images or masks.
 
-    The same as Detectron2's loader gives, but for annotations whose polygons are all invalid:
-    these it leaves out, although they have a box. Classes keep the numbers of the file.
+    They differ from those of Detectron2's loader in two ways: annotations whose polygons are all
+    invalid are kept, since they have a box, and classes keep the numbers of the file.
 
     Raises:
-        ValueError: if the file is not JSON, or not of this format, saying what is missing.
+        ValueError: if the file is not JSON, or lacks something that the format requires.
     """
     with open(path, encoding="utf-8") as file:
         try:
@@ -49,11 +50,11 @@ def load_coco_json(path: str | PathLike) -> list[dict]:
             "width": image["width"],
             "annotations": [],
         }
-    needed = ("image_id", "category_id", "bbox")
-    homeless = 0
-    for annotation in _checked(path, "annotations", data["annotations"], needed):
+    required = ("image_id", "category_id", "bbox")
+    annotations_without_image = 0
+    for annotation in _checked(path, "annotations", data["annotations"], required):
         if annotation["image_id"] not in records:
-            homeless += 1
+            annotations_without_image += 1
             continue
         records[annotation["image_id"]]["annotations"].append(
             {
@@ -63,9 +64,10 @@ def load_coco_json(path: str | PathLike) -> list[dict]:
                 "iscrowd": annotation.get("iscrowd", 0),
             }
         )
-    if homeless:
+    if annotations_without_image:
         logging.getLogger(__name__).warning(
-            f"{path}: left out {homeless} annotation(s) of images that the file does not list"
+            f"{path}: left out {annotations_without_image} annotation(s) of images that the file "
+            "does not list"
         )
     return list(records.values())
 

@@ -1,4 +1,4 @@
-"""The numbers of :func:`analyze_assignment`. Their definitions are in its module."""
+"""The results of :func:`analyze_assignment`, whose module defines the terms."""
 
 from dataclasses import asdict, dataclass
 
@@ -33,12 +33,13 @@ class SizeStatistics:
 
 @dataclass(frozen=True)
 class AssignmentStatistics:
-    """What a config makes of the boxes of a data set.
+    """How a config assigns the boxes of a data set to locations.
 
     Attributes:
-        images: how many, those without boxes too.
-        crowd_left_out: boxes left out for being crowds.
-        no_area_left_out: boxes left out for having no area at the test resize, within the image.
+        images: number of images, including those without boxes.
+        crowd_left_out: number of boxes left out because they are crowds.
+        no_area_left_out: number of boxes left out because they have no area inside the image at
+            the test resize.
         levels: finest first.
         sizes: small, medium, large.
         settings: the values of the config that the numbers depend on.
@@ -79,7 +80,7 @@ class AssignmentStatistics:
         return _share(sum(level.ambiguous_classes for level in self.levels), self.positives)
 
     def to_dict(self) -> dict:
-        """All numbers, ready for JSON; shares are in [0, 1], null where there is nothing."""
+        """All numbers, ready for JSON; shares are in [0, 1], or None if the whole is 0."""
         return {
             "images": self.images,
             "boxes": self.boxes,
@@ -95,7 +96,7 @@ class AssignmentStatistics:
         }
 
     def table(self) -> str:
-        """The numbers for a terminal."""
+        """The numbers as text for a terminal."""
         total = [
             ("images", self.images),
             ("boxes", self.boxes),
@@ -120,14 +121,14 @@ class AssignmentStatistics:
             (size.name, size.boxes, size.recalled, _percent(size.recall), size.positives)
             for size in self.sizes
         ]
-        level_names = ("level", "positives", "share", "ambiguous", "between classes")
-        size_names = ("box size", "boxes", "recalled", "recall", "positives")
-        right = ("left", *["right"] * 4)
+        level_header = ("level", "positives", "share", "ambiguous", "between classes")
+        size_header = ("box size", "boxes", "recalled", "recall", "positives")
+        alignment = ("left", *["right"] * 4)
         return "\n\n".join(
             (
-                tabulate(total, colalign=right[:2]),
-                tabulate(by_level, level_names, colalign=right),
-                tabulate(by_size, size_names, colalign=right),
+                tabulate(total, colalign=alignment[:2]),
+                tabulate(by_level, level_header, colalign=alignment),
+                tabulate(by_size, size_header, colalign=alignment),
             )
         )
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are either complete or not there."""
+"""Writes checkpoints so that a file is either complete or absent."""
 
 import os
 import re
@@ -12,15 +12,15 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 @contextmanager
 def replacing(path: str, own: bool = False) -> Iterator[str]:
-    """Put a file in its place only when it is complete, on disk.
+    """Write a file under a temporary name, and rename it once it is complete on disk.
 
     Args:
-        path: where the file shall be.
-        own: let several processes write the same file at once. Without it, what a kill leaves
-            behind is overwritten by the next try.
+        path: the final path.
+        own: put the process id into the temporary name, so that several processes can write the
+            same file at once. Without it, the next write overwrites what a killed process left.
 
     Yields:
-        the name to write to in the meantime.
+        the temporary path to write to.
     """
     partial = f"{path}.{os.getpid()}.partial" if own else f"{path}.partial"
     try:
@@ -36,9 +36,9 @@ def replacing(path: str, own: bool = False) -> Iterator[str]:
 class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, safe against being killed while it writes.
 
-    Files are written beside their place, flushed to disk, then renamed. When the checkpoint that
-    ``last_checkpoint`` names is missing or cut short all the same (a full disk, another tool),
-    resuming takes the newest complete one.
+    Files are written with :func:`replacing`. If the checkpoint that ``last_checkpoint`` names is
+    nevertheless missing or truncated (by a full disk or another tool), resuming takes the newest
+    complete one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -47,7 +47,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self._tag = True
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
-        """As Detectron2's; without ``tag`` the file is not what a run resumes from."""
+        """Save as Detectron2 does; a run does not resume from a file without ``tag``."""
         self._tag = tag
         try:
             super().save(name, **kwargs)
@@ -62,7 +62,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return super().has_checkpoint() or bool(self._complete_checkpoints())
 
     def get_checkpoint_file(self) -> str:
-        """The last complete checkpoint in the folder.
+        """Path of the checkpoint to resume from: the last one, or the newest complete one.
 
         Raises:
             FileNotFoundError: if the folder has a ``last_checkpoint`` but no complete checkpoint.
@@ -73,11 +73,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
         complete = self._complete_checkpoints()
         if not complete:
             raise FileNotFoundError(
-                f"{last} is missing or not complete, and {self.save_dir} has no complete "
+                f"{last} is missing or incomplete, and {self.save_dir} has no complete "
                 "checkpoint to resume from. Start without --resume, or with another OUTPUT_DIR"
             )
         newest = max(complete, key=os.path.getmtime)
-        self.logger.warning(f"{last} is missing or not complete: resuming from {newest}")
+        self.logger.warning(f"{last} is missing or incomplete: resuming from {newest}")
         return newest
 
     def _complete_checkpoints(self) -> list[str]:
@@ -89,12 +89,12 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
 
 def _is_complete(path: str) -> bool:
-    # torch.save writes a zip archive, whose directory is at the end of the file.
+    # torch.save writes a zip archive. Its directory comes last, so a truncated file has none.
     return os.path.isfile(path) and zipfile.is_zipfile(path)
 
 
 class _AtomicWrites:
-    """A path manager whose ``open`` for writing puts the file in place only when it is closed."""
+    """A path manager that writes files with :func:`replacing`."""
 
     def __init__(self, path_manager: Any):
         self._path_manager = path_manager

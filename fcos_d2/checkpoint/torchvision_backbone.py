@@ -1,9 +1,9 @@
 """torchvision's ImageNet ResNets as ``MODEL.WEIGHTS``, by their name in torchvision.
 
-``torchvision://ResNet18_Weights.IMAGENET1K_V1`` downloads the weights through torchvision, gives
-the parameters Detectron2's names, and keeps the result in Detectron2's cache folder.
-``torchvision:///path/to/resnet18.pth`` does the same with a state dict on disk, torchvision's or
-timm's, whose ResNets have the same names.
+``torchvision://ResNet18_Weights.IMAGENET1K_V1`` downloads the weights through torchvision, renames
+the parameters to Detectron2's names, and keeps the result in Detectron2's cache folder.
+``torchvision:///path/to/resnet18.pth`` does the same with a state dict on disk, of torchvision or
+of timm, whose ResNets have the same names.
 """
 
 import os
@@ -51,15 +51,15 @@ class TorchvisionHandler(PathHandler):
     """Resolves ``torchvision://`` names and paths to a file in Detectron2's format."""
 
     def _get_supported_prefixes(self) -> list[str]:
-        # Detectron2's checkpointer makes one slash of the three before a path.
+        # Detectron2's checkpointer reduces the three slashes before a path to one.
         return [_PREFIX, "torchvision:/"]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
         name = path.removeprefix(_PREFIX).removeprefix("torchvision:")
         on_disk = os.path.isabs(name)
-        # What a file holds may change; a name stands for the same weights for ever.
-        cached = f"file-{os.path.basename(name)}" if on_disk else name
-        file = os.path.join(get_cache_dir(), "fcos_d2", "torchvision", cached + ".pkl")
+        cache_name = f"file-{os.path.basename(name)}" if on_disk else name
+        file = os.path.join(get_cache_dir(), "fcos_d2", "torchvision", cache_name + ".pkl")
+        # A file on disk may have changed since, but torchvision's names keep their weights.
         if force or on_disk or not os.path.isfile(file):
             if on_disk:
                 source = torch.load(name, map_location="cpu", weights_only=True)

@@ -7,10 +7,10 @@ Each entry is registered with Detectron2 under its key. Two formats::
         cells_train: {FORMAT: "coco", JSON: "cells/train.json", IMAGES: "cells/images"}
         cells_test: {FORMAT: "voc", ROOT: "cells", SPLIT: "test", CLASSES: ["RBC", "WBC"]}
 
-A VOC entry may have ``EVALUATOR``: ``"coco"`` (default, which sees the boxes as loaded) or
-``"pascal_voc"`` (which reads the XML files itself, and counts "difficult" objects neither for nor
-against). Relative paths are taken from the folder in the environment variable
-DETECTRON2_DATASETS, else from ``datasets``, as for Detectron2's built-in data sets.
+A VOC entry may set ``EVALUATOR`` to ``"coco"`` (the default, which takes the boxes as loaded) or
+``"pascal_voc"`` (which reads the XML files itself, and ignores "difficult" objects). Relative paths
+start at the folder in the environment variable DETECTRON2_DATASETS, or else at ``datasets``, as for
+Detectron2's built-in data sets.
 """
 
 import logging
@@ -21,12 +21,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_voc_instances, register_coco_instances
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 
+# The required and the optional keys of each format.
 _KEYS = {
     "coco": ({"FORMAT", "JSON", "IMAGES"}, set()),
     "voc": ({"FORMAT", "ROOT", "SPLIT", "CLASSES"}, {"EVALUATOR"}),
 }
-# Where each meta architecture has its number of classes; ProposalNetwork has none.
-_CLASSIFIERS = {"FCOS": "FCOS", "RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
+# The section of MODEL with each meta architecture's NUM_CLASSES; ProposalNetwork has none.
+_SECTIONS = {"FCOS": "FCOS", "RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
 _registered: dict[str, dict] = {}
 
 
@@ -36,7 +37,7 @@ def register_custom_datasets(cfg: CfgNode) -> None:
     Calling it again with the same entries changes nothing; a changed entry replaces the old one.
 
     Raises:
-        ValueError: for an entry with an unknown format, or missing or unknown keys, or with the
+        ValueError: for an entry with an unknown format, with missing or unknown keys, or with the
             name of a data set that was registered elsewhere.
     """
     for name, entry in cfg.DATASETS.CUSTOM.items():
@@ -49,7 +50,7 @@ def register_custom_datasets(cfg: CfgNode) -> None:
             MetadataCatalog.remove(name)
         elif name in DatasetCatalog:
             raise ValueError(
-                f"DATASETS.CUSTOM.{name}: a data set of this name is registered already. "
+                f"DATASETS.CUSTOM.{name}: a data set with this name is already registered. "
                 "Choose another name"
             )
         if entry["FORMAT"] == "coco":
@@ -60,23 +61,23 @@ def register_custom_datasets(cfg: CfgNode) -> None:
 
 
 def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
-    """Compare the model's number of classes with those of a registered data set.
+    """Compare the model's number of classes with that of a registered data set.
 
-    The key is ``NUM_CLASSES`` of ``MODEL.FCOS``, or of the other architectures that the configs
-    use. For a COCO JSON the classes are known only once the data set has been loaded.
+    Covers the meta architectures that the configs use. The classes of a COCO JSON are known only
+    once the data set has been loaded: before, nothing is compared.
 
     Raises:
-        ValueError: if they differ, naming both numbers and the classes.
+        ValueError: if the numbers differ, with both numbers and the names of the classes.
     """
     classes = MetadataCatalog.get(dataset_name).get("thing_classes", None)
-    section = _CLASSIFIERS.get(cfg.MODEL.META_ARCHITECTURE)
+    section = _SECTIONS.get(cfg.MODEL.META_ARCHITECTURE)
     if section is None or classes is None:
         return
     key, num_classes = f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES
     if len(classes) != num_classes:
         raise ValueError(
             f"{key} is {num_classes}, but the data set {dataset_name!r} has {len(classes)} "
-            f"classes: {list(classes)}. Set {key} {len(classes)}"
+            f"classes: {list(classes)}. Set {key} to {len(classes)}"
         )
 
 
@@ -111,27 +112,26 @@ def _register_voc(name: str, entry: dict) -> None:
         thing_classes=classes,
         dirname=root,
         split=split,
-        year=2012,  # the average precision of VOC 2010 and later: the area under the curve
+        year=2012,  # average precision as in VOC 2010 and later: the area under the curve
         evaluator_type=evaluator,
     )
 
 
 def _load_voc(root: str, split: str, classes: list[str]) -> list[dict]:
-    """Detectron2's VOC loader, without boxes that have no area."""
+    """Load with Detectron2's VOC loader, and drop boxes without area."""
     try:
         dicts = load_voc_instances(root, split, classes)
-    except ValueError as error:  # "'x' is not in list", from looking up a class
+    except ValueError as error:  # an unknown class: "'x' is not in list"
         raise ValueError(
             f"{root}, split {split}: {error}; CLASSES is {classes}. It must list every <name> of "
-            "the annotations, spelled alike"
+            "the annotations, with the same spelling"
         ) from error
     dropped = []
     for image in dicts:
         kept = []
         for annotation in image["annotations"]:
             x0, y0, x1, y1 = annotation["bbox"]
-            # The loader has moved xmin and ymin by one pixel: back to the numbers of the file.
-            x0, y0 = x0 + 1, y0 + 1
+            x0, y0 = x0 + 1, y0 + 1  # as in the file: the loader subtracts one pixel
             if x1 > x0 and y1 > y0:
                 kept.append(annotation)
             else:
@@ -146,7 +146,7 @@ def _load_voc(root: str, split: str, classes: list[str]) -> list[dict]:
 
 
 def _check_readable_by_pascal_voc_evaluator(root: str, dicts: list[dict]) -> None:
-    """Find now what Detectron2's evaluator would stumble over after the training."""
+    """Report files that Detectron2's evaluator cannot read, before the training, not after it."""
     for image in dicts:
         file = os.path.join(root, "Annotations", f"{image['image_id']}.xml")
         try:

@@ -1,8 +1,8 @@
-"""A small data set that is made, not downloaded: coloured shapes over textured backgrounds.
+"""A small synthetic data set: coloured shapes on textured backgrounds.
 
-Discs, squares and triangles of 16 to 100 pixels, rotated and overlapping, on images of several
-sizes, some of them empty. Each class has its range of hues, so that a small detector can learn to
-tell them apart in minutes, from nothing.
+The shapes are discs, squares and triangles of 16 to 100 pixels, rotated and overlapping. The images
+have several sizes, and some are empty. Each class has its own range of hues, so that a small
+detector learns to tell them apart in minutes, from random weights.
 """
 
 import json
@@ -27,7 +27,7 @@ def make_shapes_dataset(folder: str | Path) -> None:
     Takes seconds, and writes the same pixels and boxes each time.
 
     Args:
-        folder: made where it does not exist; files of these names are overwritten.
+        folder: created if it does not exist; files with these names are overwritten.
     """
     folder = Path(folder)
     for split, (num_images, seed) in _SPLITS.items():
@@ -62,27 +62,27 @@ def make_shapes_dataset(folder: str | Path) -> None:
 class _Shape:
     category: int
     box: tuple[float, float, float, float]
-    area: int  # pixels when drawn
-    visible: int  # pixels that later shapes left
+    area: int  # in pixels, when drawn
+    visible: int  # pixels that no later shape covers
 
 
 def _draw_image(rng: np.random.Generator, empty: bool) -> tuple[np.ndarray, list[_Shape]]:
     """An image and its shapes, each mostly inside and mostly visible."""
     height, width = _IMAGE_SIZES[rng.integers(len(_IMAGE_SIZES))]
     image = _texture(rng, height, width)
-    top = np.full((height, width), -1)  # the shape that is seen at a pixel
+    top = np.full((height, width), -1)  # index of the topmost shape at each pixel
     shapes: list[_Shape] = []
     for _ in range(0 if empty else rng.integers(1, 7)):
         category = int(rng.integers(len(CLASSES)))
         size = math.exp(rng.uniform(math.log(16), math.log(100)))
         mask = _mask(rng, category, size, rng.uniform((0, 0), (width, height)), (height, width))
         area = int(mask.sum())
-        left = [s.visible - int((top[mask] == i).sum()) for i, s in enumerate(shapes)]
-        hides_another = any(v < 0.6 * s.area for v, s in zip(left, shapes, strict=True))
+        visible = [s.visible - int((top[mask] == i).sum()) for i, s in enumerate(shapes)]
+        hides_another = any(v < 0.6 * s.area for v, s in zip(visible, shapes, strict=True))
         if area < 0.6 * _whole_area(category, size) or hides_another:
             continue
-        for shape, visible in zip(shapes, left, strict=True):
-            shape.visible = visible
+        for shape, pixels in zip(shapes, visible, strict=True):
+            shape.visible = pixels
         top[mask] = len(shapes)
         image[mask] = _color(rng, category)
         ys, xs = mask.nonzero()
@@ -113,7 +113,7 @@ def _mask(rng, category: int, size: float, center, shape: tuple[int, int]) -> np
 
 
 def _whole_area(category: int, size: float) -> float:
-    """Area in pixels of the shape where nothing is cut off: a regular polygon's."""
+    """Area in pixels of the whole shape, a regular polygon inscribed in a circle."""
     corners = _CORNERS[category]
     return corners / 8 * size * size * math.sin(2 * math.pi / corners)
 

@@ -1,4 +1,4 @@
-"""Counts against sums by hand. At 256 x 256 the levels have 32², 16², 8², 4² and 2² cells."""
+"""Compares counts with sums by hand. The levels of 256 x 256 have 32², 16², 8², 4² and 2² cells."""
 
 import pytest
 from detectron2.config import get_cfg as detectron2_cfg
@@ -17,12 +17,12 @@ CLASSES = 3
 
 
 @pytest.fixture(scope="module")
-def both():
+def fcos_and_retinanet():
     return compare_with_retinanet(tiny_cfg(), 250, 200)
 
 
-def test_outputs(both):
-    fcos, retinanet = both
+def test_outputs(fcos_and_retinanet):
+    fcos, retinanet = fcos_and_retinanet
     # Padded to 256 x 224, that is 32 * 28, 16 * 14, 8 * 7, 4 * 4 and 2 * 2 cells.
     assert fcos.input_size == retinanet.input_size == (256, 224)
     cells = 896 + 224 + 56 + 16 + 4
@@ -32,21 +32,21 @@ def test_outputs(both):
 
 @pytest.mark.parametrize("quality, maps", [("none", 4), ("iou", 5)])
 def test_outputs_without_a_quality_branch(quality, maps):
-    found = analyze_model(tiny_cfg(QUALITY=quality, BOX_LOSS_WEIGHTING="none"), 256, 256)
-    assert found.outputs == CELLS * (CLASSES + maps)
+    statistics = analyze_model(tiny_cfg(QUALITY=quality, BOX_LOSS_WEIGHTING="none"), 256, 256)
+    assert statistics.outputs == CELLS * (CLASSES + maps)
 
 
-def test_ten_classes_more():
+def test_ten_more_classes():
     more = compare_with_retinanet(tiny_cfg(NUM_CLASSES=13), 256, 256)
     fewer = compare_with_retinanet(tiny_cfg(), 256, 256)
     for anchors, a, b in zip((1, 9), fewer, more, strict=True):
-        # 3x3 filters over 64 channels, with a bias, which costs no multiplication.
+        # 3x3 filters over 64 channels, with a bias, which is no multiply-add.
         filters = 10 * anchors
         assert b.parameters - a.parameters == filters * (CHANNELS * 9 + 1)
         assert b.multiply_adds - a.multiply_adds == filters * CHANNELS * 9 * CELLS
 
 
-def test_frozen_normalisation_costs_what_a_trained_one_does():
+def test_frozen_normalisation_costs_as_much_as_a_trained_one():
     trained, frozen = tiny_cfg(), tiny_cfg()
     frozen.MODEL.RESNETS.NORM = "FrozenBN"
     a, b = (analyze_model(c, 64, 64) for c in (trained, frozen))
@@ -58,7 +58,7 @@ def test_deformable_convolutions_are_counted():
     plain, deformable = (
         analyze_model(tiny_cfg(USE_DEFORMABLE=flag), 256, 256) for flag in (False, True)
     )
-    # In both towers: the layer costs what the plain one does, its offsets and mask are 27 filters.
+    # In both towers, the layer costs as much as a plain one, and 27 filters give offsets and mask.
     extra = 2 * 27 * CHANNELS * 9 * CELLS
     assert deformable.multiply_adds - plain.multiply_adds == extra
     assert not any("deform" in op for op in deformable.not_counted)
@@ -89,8 +89,8 @@ def test_retinanet_has_the_backbone_of_the_config():
     assert other.MODEL.RETINANET.NUM_CLASSES == CLASSES
 
 
-def test_table_has_the_ratios_and_what_was_not_counted(both):
-    table = comparison_table(*both)
+def test_table_has_the_ratios_and_what_was_not_counted(fcos_and_retinanet):
+    table = comparison_table(*fcos_and_retinanet)
     outputs = next(line for line in table.splitlines() if line.startswith("outputs"))
     # 9 * (3 + 4) / (3 + 4 + 1) = 7.875, and its inverse 0.127
     assert outputs.split()[-2:] == ["0.127", "7.88"]
@@ -99,7 +99,7 @@ def test_table_has_the_ratios_and_what_was_not_counted(both):
     assert "Not counted in RetinaNet: aten::add " in table
 
 
-def test_the_config_is_left_alone():
+def test_the_config_is_not_modified():
     cfg = tiny_cfg()
     cfg.freeze()
     before = cfg.dump()
@@ -112,7 +112,7 @@ def test_errors():
     with pytest.raises(ValueError, match="size must be positive, got 0 x 64"):
         analyze_model(cfg, 0, 64)
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
-    with pytest.raises(ValueError, match=r"compared on a ResNet-FPN.*'build_resnet_backbone'"):
+    with pytest.raises(ValueError, match=r"needs a ResNet-FPN.*got 'build_resnet_backbone'"):
         compare_with_retinanet(cfg, 64, 64)
     two_stage = detectron2_cfg()
     with pytest.raises(ValueError, match="'GeneralizedRCNN' is not a dense detector"):

@@ -1,4 +1,4 @@
-"""The command lines as a user runs them, in processes of their own."""
+"""The tools as a user runs them, mostly in processes of their own."""
 
 import json
 import os
@@ -50,16 +50,16 @@ def test_dataset_and_json_give_the_same(tool, shapes_folder, tmp_path):
 
 
 def test_overrides_of_the_config(tool, shapes_folder, tmp_path):
-    # The first box as a crowd, so that one option more is seen to arrive.
+    # The first box becomes a crowd, to show that --include-crowd works too.
     data = json.loads((shapes_folder / "shapes" / "val.json").read_text())
     data["annotations"][0]["iscrowd"] = 1
     (tmp_path / "crowd.json").write_text(json.dumps(data))
-    found = tool(
+    result = tool(
         "analyze_assignment", "--coco-json", tmp_path / "crowd.json", "--include-crowd",
         "--json", tmp_path / "new" / "out.json", "MODEL.FCOS.CENTER_SAMPLING_RADIUS", "0.0",
         "INPUT.MIN_SIZE_TEST", "256",
     )  # fmt: skip
-    assert found.returncode == 0, found.stderr
+    assert result.returncode == 0, result.stderr
     numbers = json.loads((tmp_path / "new" / "out.json").read_text())
     assert numbers["settings"]["center_sampling_radius"] == 0
     assert numbers["settings"]["min_size_test"] == 256
@@ -68,37 +68,37 @@ def test_overrides_of_the_config(tool, shapes_folder, tmp_path):
 
 
 def test_analyze_model(tool):
-    found = tool("analyze_model", "--size", "128", "96", "MODEL.FCOS.NUM_CLASSES", "80")
-    assert found.returncode == 0, found.stderr
-    assert "One image of 128 x 96 pixels" in found.stdout
+    result = tool("analyze_model", "--size", "128", "96", "MODEL.FCOS.NUM_CLASSES", "80")
+    assert result.returncode == 0, result.stderr
+    assert "One image of 128 x 96 pixels" in result.stdout
     # 9 * (80 + 4) / (80 + 4 + 1) = 8.894: the paper's "9 times fewer"
-    outputs = next(x for x in found.stdout.splitlines() if x.startswith("outputs"))
+    outputs = next(x for x in result.stdout.splitlines() if x.startswith("outputs"))
     assert outputs.split()[-1] == "8.89"
 
 
 @pytest.fixture
-def tool_here(monkeypatch):
+def run_in_process(monkeypatch):
     """Runs analyze_assignment.py in this process, which is faster; returns what it exits with."""
 
     def run(*args):
         argv = ["analyze_assignment.py", "--config-file", str(ROOT / CONFIG), *map(str, args)]
         monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as e:
             runpy.run_path(str(ROOT / "tools" / "analyze_assignment.py"), run_name="__main__")
-        return stopped.value.code
+        return e.value.code
 
     return run
 
 
-def test_errors_are_one_line(tool_here, tmp_path):
+def test_errors_are_one_line(run_in_process, tmp_path):
     (tmp_path / "voc.json").write_text("{}")
-    message = tool_here("--coco-json", tmp_path / "voc.json")
+    message = run_in_process("--coco-json", tmp_path / "voc.json")
     assert message.startswith("error: ") and "voc.json is not a COCO annotation file" in message
-    assert "No such file" in tool_here("--coco-json", tmp_path / "nowhere.json")
+    assert "No such file" in run_in_process("--coco-json", tmp_path / "nowhere.json")
 
 
 @pytest.mark.parametrize("sources", [(), ("--dataset", "x", "--coco-json", "y")])
-def test_exactly_one_source(tool_here, sources, capsys):
-    assert tool_here(*sources) == 2
+def test_exactly_one_source(run_in_process, sources, capsys):
+    assert run_in_process(*sources) == 2
     message = capsys.readouterr().err
     assert "--dataset" in message and "--coco-json" in message

@@ -7,7 +7,7 @@ from torch import nn
 from fcos_d2.checkpoint import AtomicCheckpointer
 
 
-def save_three(folder):
+def save_three_checkpoints(folder):
     model = nn.Linear(1, 1)
     checkpointer = AtomicCheckpointer(model, str(folder))
     for i in range(3):
@@ -18,20 +18,20 @@ def save_three(folder):
 
 
 def test_resumes_from_the_last(tmp_path):
-    checkpointer = save_three(tmp_path)
+    checkpointer = save_three_checkpoints(tmp_path)
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 2
     assert checkpointer.model.weight.item() == 2
 
 
 def test_killed_while_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch):
-    checkpointer = save_three(tmp_path)
+    checkpointer = save_three_checkpoints(tmp_path)
 
     def write_half(data, f):
         f.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", write_half)
-    for name in ("model_2", "model_3"):  # one that is there, and a new one
+    for name in ("model_2", "model_3"):  # an existing file, and a new one
         with pytest.raises(KeyboardInterrupt):
             checkpointer.save(name, iteration=9)
     monkeypatch.undo()
@@ -41,7 +41,7 @@ def test_killed_while_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "empty tag", "no tag"])
 def test_falls_back_to_the_newest_complete_checkpoint(tmp_path, damage, caplog):
-    checkpointer = save_three(tmp_path)
+    checkpointer = save_three_checkpoints(tmp_path)
     last = tmp_path / "model_2.pth"
     if damage == "cut":
         last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
@@ -59,7 +59,7 @@ def test_falls_back_to_the_newest_complete_checkpoint(tmp_path, damage, caplog):
 
 
 def test_untagged_checkpoint_is_not_resumed_from(tmp_path):
-    checkpointer = save_three(tmp_path)
+    checkpointer = save_three_checkpoints(tmp_path)
     checkpointer.save("model_best", tag=False, iteration=1)
     assert (tmp_path / "model_best.pth").exists()
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 2

@@ -1,4 +1,4 @@
-"""torchvision's and Detectron2's own models, converted: the same detections."""
+"""Converted models of torchvision and Detectron2 give the same detections as before."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 from detectron2.modeling.meta_arch import fcos as detectron2_fcos
+from helpers import STRIDES
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.detection import FCOS as TorchvisionFCOS
@@ -23,7 +24,7 @@ SIZE = 256  # a multiple of 128: torchvision's stride is image // grid
 
 
 def make_cfg(num_classes=80, name="COCO-Detection/fcos_R_18_FPN_1x.yaml"):
-    """64 channels; each key that the sources set has a value that neither of them wants."""
+    """With 64 channels, and with a wrong value for each key that the two sources set."""
     cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.FPN.OUT_CHANNELS = 64
@@ -55,7 +56,7 @@ def torchvision_model(num_classes=91, top="p5", norm_layer=nn.BatchNorm2d):
 
 
 def detectron2_model(num_classes=80, norm="GN", top="p5"):
-    """As configs/common/models/fcos.py of Detectron2, with R-18 and 64 channels."""
+    """The model of Detectron2's configs/common/models/fcos.py, with R-18 and 64 channels."""
     resnet = ResNet(
         BasicStem(norm="BN"),
         ResNet.make_default_stages(18, norm="BN"),
@@ -85,7 +86,7 @@ def detectron2_model(num_classes=80, norm="GN", top="p5"):
 
 @torch.no_grad()
 def as_if_trained(model, cls_logits, bbox_pred, ctrness):
-    """Statistics that differ by layer and channel, and outputs that make dozens of detections."""
+    """Give each norm channel its own statistics, and scale the outputs for dozens of detections."""
     for m in model.modules():
         if isinstance(m, nn.GroupNorm | nn.BatchNorm2d) and m.weight is not None:
             m.weight.uniform_(0.5, 1.5)
@@ -120,17 +121,18 @@ def converted_model(model, source, cfg):
     return ours, cfg
 
 
-def assert_same_detections(found, expected):
+def assert_same_detections(actual, expected):
     boxes, scores, classes = expected
     assert len(scores) >= 24 and len(classes.unique()) > 3
-    # Else rounding decides the order.
+    # Otherwise rounding could change the order.
     assert (scores[:-1] - scores[1:]).min() > 1e-6
-    assert found[2].tolist() == classes.tolist()
-    torch.testing.assert_close(found[1], scores, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[0], boxes, rtol=1e-4, atol=1e-3)
+    actual_boxes, actual_scores, actual_classes = actual
+    assert actual_classes.tolist() == classes.tolist()
+    torch.testing.assert_close(actual_scores, scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual_boxes, boxes, rtol=1e-4, atol=1e-3)
 
 
-# Seed 5 has fewer than 100 detections: the threshold ends them, not the limit.
+# Seed 5 gives fewer than 100 detections: their number comes from the threshold, not the limit.
 @pytest.mark.parametrize(("seed", "top"), [(0, "p5"), (5, "p5"), (6, "res5")])
 def test_torchvision_detections(seed, top):
     torch.manual_seed(seed)
@@ -141,11 +143,11 @@ def test_torchvision_detections(seed, top):
     assert top == cfg.MODEL.FCOS.TOP_IN_FEATURE
 
 
-def test_torchvision_detections_but_its_empty_boxes():
+def test_torchvision_detections_except_empty_boxes():
     torch.manual_seed(7)
     source = torchvision_model()
     (boxes, scores, classes), image = torchvision_detections(source)
-    empty = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)  # outside of the image, then clipped
+    empty = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)  # outside the image before clipping
     assert empty.any()
     ours, _ = converted_model(source, "torchvision", make_cfg())
     assert_same_detections(detect(ours, image), (boxes[~empty], scores[~empty], classes[~empty]))
@@ -165,7 +167,7 @@ def test_torchvision_r50_detections():
 
 
 def torchvision_detections(source):
-    """Boxes, scores and COCO classes in Detectron2's order, of an image; and the image."""
+    """((boxes, scores, classes in Detectron2's order), image) for a random image."""
     head = source.head.classification_head
     as_if_trained(
         source,
@@ -177,13 +179,13 @@ def torchvision_detections(source):
     coco = MetadataCatalog.get("coco_2017_val").thing_classes
     with torch.no_grad():
         for number, name in enumerate(names):
-            if name not in coco:  # never trained: a number that COCO does not use
+            if name not in coco:  # a number that COCO does not use, and no model was trained on
                 head.cls_logits.weight[number] = 0
                 head.cls_logits.bias[number] = -20
         image = random_image()
-        found = source([image.float() / 255])[0]
-    classes = torch.tensor([coco.index(names[label]) for label in found["labels"]])
-    return (found["boxes"], found["scores"], classes), image
+        detections = source([image.float() / 255])[0]
+    classes = torch.tensor([coco.index(names[label]) for label in detections["labels"]])
+    return (detections["boxes"], detections["scores"], classes), image
 
 
 @pytest.mark.parametrize(("seed", "top"), [(0, "p5"), (2, "p5"), (4, "res5")])
@@ -211,15 +213,15 @@ def test_detectron2_differs_only_in_clipping_after_nms(seed):
     as_if_trained(source, source.head.cls_score, source.head.bbox_pred, source.head.ctrness)
     image = random_image()
     ours, _ = converted_model(source, "detectron2", make_cfg())
-    found = detect(ours, image)
-    assert found[2].tolist() != detect(source, image)[2].tolist()
+    actual = detect(ours, image)
+    assert actual[2].tolist() != detect(source, image)[2].tolist()
     source.__class__ = ClipsBeforeNMS
-    assert_same_detections(found, detect(source, image))
+    assert_same_detections(actual, detect(source, image))
 
 
 @pytest.mark.parametrize("norm", ["GN", "BN", ""])
 def test_detectron2_head(norm):
-    """With BN, Detectron2's levels have statistics of their own, but one weight and bias."""
+    """With BN, Detectron2's levels have their own statistics, but share the weight and bias."""
     source = detectron2_model(norm=norm)
     as_if_trained(source, source.head.cls_score, source.head.bbox_pred, source.head.ctrness)
     if norm == "BN":
@@ -227,19 +229,19 @@ def test_detectron2_head(norm):
         nn.init.uniform_(source.head.cls_subnet[1].weight)
         nn.init.uniform_(source.head.bbox_subnet[4].bias)
     ours, cfg = converted_model(source, "detectron2", make_cfg())
-    features = [torch.randn(1, 64, 128 // s, 128 // s) * s for s in ours.strides]
+    features = [torch.randn(1, 64, 128 // s, 128 // s) * s for s in STRIDES]
     with torch.no_grad():
         logits, ltrb, quality = ours.head(features)
         expected_logits, deltas, expected_quality = source.head(features)
     torch.testing.assert_close(logits, expected_logits)
     torch.testing.assert_close(quality, expected_quality)
-    expected_ltrb = [x.relu() * s for x, s in zip(deltas, ours.strides, strict=True)]
+    expected_ltrb = [x.relu() * s for x, s in zip(deltas, STRIDES, strict=True)]
     torch.testing.assert_close(ltrb, expected_ltrb)
     assert norm == cfg.MODEL.FCOS.NORM
 
 
 def test_torchvision_frozen_bn():
-    """Of its published model: no counters, another class."""
+    """As in the published model; this class has no batch counters."""
     torch.manual_seed(5)
     source = torchvision_model(norm_layer=TorchvisionFrozenBN)
     expected, image = torchvision_detections(source)
@@ -253,6 +255,6 @@ def test_torchvision_without_background():
     expected = source.head.classification_head.cls_logits
     torch.testing.assert_close(state_dict["head.cls_logits.weight"], expected.weight[1:])
     torch.testing.assert_close(state_dict["head.cls_logits.bias"], expected.bias[1:])
-    # As many classes as channels: somebody numbered the classes from 0.
+    # As many classes as channels: the classes were numbered from 0, without a background.
     state_dict, _ = convert(source.state_dict(), "torchvision", make_cfg(num_classes=4))
     torch.testing.assert_close(state_dict["head.cls_logits.weight"], expected.weight)

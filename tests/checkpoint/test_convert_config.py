@@ -7,7 +7,7 @@ from test_convert_layouts import PLAIN, adelaidet, make_cfg, mmdet, numbered, or
 from fcos_d2.checkpoint import SOURCES, convert
 
 CAFFE_BGR = {"INPUT.FORMAT": "BGR", "MODEL.PIXEL_STD": [1.0, 1.0, 1.0]}
-# What each implementation's own defaults say; None: whatever the given config says.
+# Each implementation's own defaults, or None where the given config decides.
 ARITHMETIC = {
     "adelaidet": {
         "INPUT.FORMAT": "BGR",
@@ -76,6 +76,7 @@ ARITHMETIC = {
         "MODEL.FCOS.QUALITY_ON": None,
     },
 }
+# Wrong values for the keys, so that only the source can have set the right ones.
 UNLIKELY = {
     "INPUT.FORMAT": "L",
     "MODEL.PIXEL_MEAN": [7.0, 7.0, 7.0],
@@ -94,28 +95,29 @@ OPPOSITE = {
 }
 
 
-def read(cfg, key):
+def get_key(cfg, key):
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
 
 
 @pytest.mark.parametrize("source", PLAIN)
-def test_config_of_the_sources_arithmetic(source):
+def test_config_reproduces_the_sources_arithmetic(source):
     cfg = make_cfg()
     for key, value in ARITHMETIC[source].items():
         wrong = OPPOSITE[key].get(value, False) if key in OPPOSITE else UNLIKELY[key]
         cfg.merge_from_list([key, wrong])
-    same = {"MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000, "TEST.DETECTIONS_PER_IMAGE": 100}
+    in_all_sources = {"MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000, "TEST.DETECTIONS_PER_IMAGE": 100}
     cfg.merge_from_list(["MODEL.FCOS.TOPK_CANDIDATES_TEST", 9, "TEST.DETECTIONS_PER_IMAGE", 8])
     cfg.SOLVER.BASE_LR = 0.123
     given = cfg.clone()
     cfg.freeze()
     _, converted = convert(numbered(PLAIN[source][1]), source, cfg)
     for key, value in ARITHMETIC[source].items():
-        assert read(converted, key) == (read(given, key) if value is None else value), key
+        expected = get_key(given, key) if value is None else value
+        assert get_key(converted, key) == expected, key
         assert (key in SOURCES[source].not_in_file) == (value is None), key
-    assert all(read(converted, key) == value for key, value in same.items())
+    assert all(get_key(converted, key) == value for key, value in in_all_sources.items())
     assert converted.SOLVER.BASE_LR == 0.123
     assert cfg == given, "the given config must not change"
 
@@ -128,7 +130,7 @@ def test_only_adelaidet_can_have_iou_for_quality(source):
     assert expected == converted.MODEL.FCOS.QUALITY
 
 
-def test_opts_have_the_last_word():
+def test_opts_override_the_source_and_the_checkpoint():
     opts = ["MODEL.FCOS.NMS_THRESH_TEST", 0.45, "MODEL.FCOS.SCORE_THRESH_TEST", "0.11"]
     _, cfg = convert(numbered(original()), "fcos", make_cfg(), opts)
     assert (cfg.MODEL.FCOS.NMS_THRESH_TEST, cfg.MODEL.FCOS.SCORE_THRESH_TEST) == (0.45, 0.11)
@@ -136,7 +138,7 @@ def test_opts_have_the_last_word():
         convert(numbered(original()), "fcos", make_cfg(), ["MODEL.FCOS.USE_SCALE", False])
 
 
-def test_pixel_statistics_in_the_file_win():
+def test_pixel_statistics_in_the_file_override_the_config():
     statistics = {
         "pixel_mean": torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1),
         "pixel_std": torch.tensor([4.0, 5.0, 6.0]).view(3, 1, 1),

@@ -1,4 +1,4 @@
-"""Checkpoints that do not fit: the error names all that is wrong."""
+"""The error for a checkpoint that does not fit lists everything that is wrong."""
 
 import re
 
@@ -51,7 +51,7 @@ def test_any_shape_is_reported_with_the_sources_name(source, shape, ours):
 
 
 @pytest.mark.parametrize("row", range(0, len(mmdet()), 17))
-def test_no_single_tensor_may_be_missing(row):
+def test_each_missing_tensor_is_an_error(row):
     rows = mmdet()
     state_dict = numbered(rows)
     del state_dict[rows[row][0]]
@@ -88,12 +88,12 @@ def test_unknown_sources_and_contents():
         convert({"conv1.weight": torch.zeros(1)}, "fcos", make_cfg())
     with pytest.raises(ValueError, match="Its first names: none"):
         convert({}, "fcos", make_cfg())
-    with pytest.raises(ValueError, match="without a tensor: epoch, names"):
+    with pytest.raises(ValueError, match="are not tensors: epoch, names"):
         convert({"conv1.weight": torch.zeros(1), "epoch": 3, "names": []}, "fcos", make_cfg())
 
 
 def test_two_names_for_one_tensor_are_an_error():
     rows = mmdet()
-    twice = {**numbered(rows), "bbox_head.fcos_cls.bias": torch.zeros(80)}
+    both_names = {**numbered(rows), "bbox_head.fcos_cls.bias": torch.zeros(80)}
     with pytest.raises(ValueError, match=r"no place in the model:\n  bbox_head.fcos_cls.bias$"):
-        convert(twice, "mmdet", make_cfg())
+        convert(both_names, "mmdet", make_cfg())

@@ -1,6 +1,6 @@
 """Names and shapes of every source, written out from the published architectures.
 
-Each source tensor is filled with a number of its own, which must then stand where its meaning is.
+Each source tensor is filled with a number of its own, which must arrive in our tensor for it.
 """
 
 import re
@@ -15,9 +15,9 @@ from fcos_d2.checkpoint import SOURCES, convert
 
 R50 = "COCO-Detection/fcos_R_50_FPN_1x.yaml"
 DCN = "COCO-Detection/fcos_dcnv2_R_50_FPN_1x.yaml"
-# Our side of a norm in the backbone, and the FPN's maps from fine to coarse.
+# Parameters and buffers of a norm in the backbone.
 NORM = ("weight", "bias", "running_mean", "running_var")
-C = 256
+C = 256  # channels of the FPN and the towers
 
 
 def make_cfg(name=R50, **fcos_keys):
@@ -37,7 +37,12 @@ def norm(source, ours, channels, parts=NORM):
 
 
 def resnet50(their_block, their_stem, their_dcn=None):
-    """Rows (their name, our name, shape). ``their_block``: (stage, block, layer) to a prefix."""
+    """Rows (their name, our name, shape).
+
+    Args:
+        their_block: maps (stage, block, layer) to the prefixes of conv and norm.
+        their_dcn: maps the prefix of a deformable conv to those of its offsets and itself.
+    """
     root = "backbone.bottom_up"
     rows = conv(their_stem["conv"], f"{root}.stem.conv1", 64, 3, 7, bias=False)
     rows += norm(their_stem["norm"], f"{root}.stem.conv1.norm", 64)
@@ -93,7 +98,7 @@ def fpn(lateral, output, p6, p7, top_channels=C):
 
 
 def towers(theirs, dcn=None, bias=True):
-    """4 layers each; ``theirs``: ("cls" or "bbox", layer) to the prefixes of conv and norm."""
+    """4 layers each; ``theirs`` maps ("cls" or "bbox", layer) to the prefixes of conv and norm."""
     rows = []
     for name in ("cls", "bbox"):
         for i in range(4):
@@ -143,9 +148,9 @@ def adelaidet(dcn=False):
 
 
 def original(dcn=False, top_channels=C):
-    inside = (lambda c: (f"{c}.offset", f"{c}.conv")) if dcn else None
+    their_dcn = (lambda c: (f"{c}.offset", f"{c}.conv")) if dcn else None
     return [
-        *torchvision_resnet50("backbone.body", "stem.", inside),
+        *torchvision_resnet50("backbone.body", "stem.", their_dcn),
         *fpn(
             lambda i: f"backbone.fpn.fpn_inner{i + 2}",
             lambda i: f"backbone.fpn.fpn_layer{i + 2}",
@@ -158,7 +163,7 @@ def original(dcn=False, top_channels=C):
                 f"rpn.head.{name}_tower.{3 * i}",
                 f"rpn.head.{name}_tower.{3 * i + 1}",
             ),
-            inside,
+            their_dcn,
         ),
         *predictors("rpn.head.cls_logits", "rpn.head.bbox_pred", "rpn.head.centerness"),
         *scales("rpn.head.scales"),
@@ -170,9 +175,9 @@ def mmdet(dcn=False, bias=True, top_channels=C, predictor="conv", offset="{}.con
         root = f"bbox_head.{ {'cls': 'cls', 'bbox': 'reg'}[name] }_convs.{i}"
         return f"{root}.conv", f"{root}.gn"
 
-    inside = (lambda c: (offset.format(c), c)) if dcn else None
+    their_dcn = (lambda c: (offset.format(c), c)) if dcn else None
     return [
-        *torchvision_resnet50("backbone", dcn=inside),
+        *torchvision_resnet50("backbone", dcn=their_dcn),
         *fpn(
             lambda i: f"neck.lateral_convs.{i}.conv",
             lambda i: f"neck.fpn_convs.{i}.conv",
@@ -180,7 +185,7 @@ def mmdet(dcn=False, bias=True, top_channels=C, predictor="conv", offset="{}.con
             "neck.fpn_convs.4.conv",
             top_channels,
         ),
-        *towers(prefixes, inside, bias),
+        *towers(prefixes, their_dcn, bias),
         *predictors(*(f"bbox_head.{predictor}_{x}" for x in ("cls", "reg", "centerness"))),
         *scales("bbox_head.scales", shape=()),
     ]
@@ -200,14 +205,14 @@ def detectron2():
     ]
 
 
-def torchvision(second=".0"):
+def torchvision(fpn_suffix=".0"):
     tower = {"cls": "head.classification_head.conv", "bbox": "head.regression_head.conv"}
     regression = "head.regression_head"
     return [
         *torchvision_resnet50("backbone.body"),
         *fpn(
-            lambda i: f"backbone.fpn.inner_blocks.{i}{second}",
-            lambda i: f"backbone.fpn.layer_blocks.{i}{second}",
+            lambda i: f"backbone.fpn.inner_blocks.{i}{fpn_suffix}",
+            lambda i: f"backbone.fpn.layer_blocks.{i}{fpn_suffix}",
             "backbone.fpn.extra_blocks.p6",
             "backbone.fpn.extra_blocks.p7",
         ),
@@ -228,7 +233,7 @@ LAYOUTS = {
     "fcos-c5": ("fcos", original(top_channels=2048), R50, {"TOP_IN_FEATURE": "res5"}),
     "detectron2": ("detectron2", detectron2(), R50, {"USE_SCALE": False}),
     "torchvision": ("torchvision", torchvision(), R50, {"USE_SCALE": False}),
-    "torchvision-0.12": ("torchvision", torchvision(second=""), R50, {"USE_SCALE": False}),
+    "torchvision-0.12": ("torchvision", torchvision(fpn_suffix=""), R50, {"USE_SCALE": False}),
     "mmdet": ("mmdet", mmdet(), R50, {}),
     "mmdet-1": ("mmdet", mmdet(predictor="fcos"), R50, {}),
     "mmdet-no-bias": ("mmdet", mmdet(bias=False), R50, {}),
@@ -240,7 +245,7 @@ PLAIN = {source: LAYOUTS[source] for source in SOURCES}
 
 
 def numbered(rows):
-    """A state dict whose n-th tensor is full of n; without memory for its elements."""
+    """A state dict whose n-th tensor is filled with n, expanded so that it takes no memory."""
     return {row[0]: torch.tensor(float(n)).expand(row[2]) for n, row in enumerate(rows, start=1)}
 
 
@@ -253,7 +258,7 @@ def test_every_tensor_lands_where_it_belongs(layout):
     for n, (theirs, ours, _) in enumerate(rows, start=1):
         tensor = converted.pop(ours)
         if source == "fcos" and ours.endswith("norm.weight"):
-            assert (tensor / n - 1).abs().max() < 1e-5, theirs  # see the test of frozen BN
+            assert (tensor / n - 1).abs().max() < 1e-5, theirs  # scaled for the epsilon
         else:
             assert (tensor == n).all(), theirs
     if layout == "mmdet-no-bias":
@@ -262,14 +267,14 @@ def test_every_tensor_lands_where_it_belongs(layout):
             assert re.fullmatch(r"head\.(cls|bbox)_tower\.[0369]\.bias", name)
             assert not converted.pop(name).any()
     assert not converted
-    # Structure that the file shows.
+    # Settings that follow from the file.
     assert cfg.MODEL.FCOS.NORM == "GN"
     assert keys.items() <= cfg.MODEL.FCOS.items()
     assert (config == DCN) == cfg.MODEL.FCOS.USE_DEFORMABLE
 
 
 @pytest.mark.parametrize("layout", ["fcos-dcn", "mmdet-no-bias", "torchvision"])
-def test_the_model_of_the_config_takes_it_all(layout):
+def test_the_model_of_the_config_loads_all_tensors(layout):
     source, rows, config, _ = LAYOUTS[layout]
     converted, cfg = convert(numbered(rows), source, make_cfg(config))
     model = build_model(cfg)
@@ -350,12 +355,12 @@ def test_one_bn_for_all_levels_of_mmdet_is_copied_to_each(norm_type):
         names = [f"{prefix}.{i}.{part}" for i in range(5)] if ".bn." in theirs else [ours]
         if theirs.startswith("bbox_head."):
             assert all((converted[name] == n).all() for name in names), theirs
-    # From a config with GN, the file decides.
+    # The file overrides a config with GN.
     assert convert(numbered(rows), "mmdet", make_cfg())[1].MODEL.FCOS.NORM == "BN"
 
 
 def test_statistics_per_level_of_adelaidet():
-    """Its real-time models: shared towers with BN per level, from P3 to P5."""
+    """Its real-time models have shared towers with one BN per level, from P3 to P5."""
     rows, level_names = [], []
     for theirs, ours, shape in adelaidet():
         if re.search(r"(cls|bbox)_tower|top_block|scales\.[34]", theirs):
@@ -384,7 +389,7 @@ def test_statistics_per_level_of_adelaidet():
     assert cfg.MODEL.FCOS.NORM == "BN"
     for n, (theirs, ours, _) in enumerate(rows, start=1):
         assert (converted.pop(ours) == n).all(), theirs
-    # What is left are the counters, which start anew.
+    # Only the counters remain, which start from zero.
     assert all(n.endswith("num_batches_tracked") and x == 0 for n, x in converted.items())
     assert len(converted) == len(counters)
 
@@ -394,7 +399,7 @@ def test_anchors_of_older_detectron2_are_ignored():
     convert({**numbered(detectron2()), **anchors}, "detectron2", make_cfg())
 
 
-def test_moving_average_of_the_loss_starts_anew():
+def test_moving_average_of_the_loss_starts_from_scratch():
     converted, _ = convert(numbered(adelaidet()), "adelaidet", make_cfg(LOSS_NORMALIZER="ema_fg"))
     fresh = build_model(make_cfg(LOSS_NORMALIZER="ema_fg")).loss.ema_num_positives
     assert converted["loss.ema_num_positives"] == fresh > 0

@@ -1,4 +1,4 @@
-"""Reading foreign files, and tools/convert_checkpoint.py from file to evaluation."""
+"""Reading files of other implementations, and tools/convert_checkpoint.py up to an evaluation."""
 
 import importlib.util
 import io
@@ -25,7 +25,7 @@ SMALL = ["MODEL.FCOS.NUM_CLS_CONVS", "1", "MODEL.FCOS.NUM_BOX_CONVS", "1"]
 
 
 class Payload:
-    """What an attacker would put into a file: here, it makes a folder."""
+    """An object that runs code when it is unpickled: it creates a folder."""
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -69,8 +69,8 @@ def test_arrays_are_read_without_trust(tmp_path, suffix, protocol, dtype):
         Path(path).write_bytes(pickle.dumps(data, protocol=protocol))
     else:
         torch.save(data, path, pickle_protocol=protocol)
-    read = read_checkpoint(path)["model"]["a"]
-    assert read.dtype == dtype and (read == array).all()
+    actual = read_checkpoint(path)["model"]["a"]
+    assert actual.dtype == dtype and (actual == array).all()
 
 
 def test_files_of_pytorch_before_1_6_are_read(tmp_path):
@@ -89,23 +89,23 @@ def test_arrays_of_numpy_1_are_read(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_objects_are_read_only_with_trust(tmp_path, suffix):
-    path, made = str(tmp_path / f"model{suffix}"), tmp_path / "made"
+    path, created = str(tmp_path / f"model{suffix}"), tmp_path / "created"
     if suffix == ".pkl":
-        Path(path).write_bytes(pickle.dumps({"model": {"a": np.ones(2)}, "meta": Payload(made)}))
+        Path(path).write_bytes(pickle.dumps({"model": {"a": np.ones(2)}, "meta": Payload(created)}))
     else:
-        torch.save({"model": {"a": torch.ones(2)}, "meta": Payload(made)}, path)
-    with pytest.raises(ValueError, match=r"--trust-pickle.*stopped it: a posix\.mkdir$"):
+        torch.save({"model": {"a": torch.ones(2)}, "meta": Payload(created)}, path)
+    with pytest.raises(ValueError, match=r"--trust-pickle.*The cause: an object posix\.mkdir$"):
         read_checkpoint(path)
-    assert not made.exists()
+    assert not created.exists()
     assert (read_checkpoint(path, trust_pickle=True)["model"]["a"] == 1).all()
-    assert made.exists()
+    assert created.exists()
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 @pytest.mark.parametrize("trust", [False, True])
 def test_damaged_files_are_refused(tmp_path, suffix, trust):
     path = tmp_path / f"model{suffix}"
-    for content in (b"", b"<html>404</html>", whole_file()[:900]):
+    for content in (b"", b"<html>404</html>", complete_file()[:900]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"model{suffix}"):
             read_checkpoint(str(path), trust)
@@ -113,7 +113,7 @@ def test_damaged_files_are_refused(tmp_path, suffix, trust):
         read_checkpoint(str(tmp_path / "none.pth"))
 
 
-def whole_file():
+def complete_file():
     buffer = io.BytesIO()
     torch.save({"a": torch.ones(99)}, buffer)
     return buffer.getvalue()
@@ -145,13 +145,13 @@ def test_converted_file_loads_without_running_code(tool, adelaidet_file, tmp_pat
     cfg.MODEL.DEVICE = "cpu"
     loaded = build_model(cfg).eval()
     DetectionCheckpointer(loaded).load(cfg.MODEL.WEIGHTS)
-    expected, found = model.state_dict(), loaded.state_dict()
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[k], v) for k, v in expected.items() if "num_batches" not in k)
-    image = [{"image": make_input(size=(128, 128))["image"]}]
+    expected, actual = model.state_dict(), loaded.state_dict()
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[k], v) for k, v in expected.items() if "num_batches" not in k)
+    batch = [{"image": make_input(size=(128, 128))["image"]}]
     with torch.no_grad():
-        a, b = model(image)[0]["instances"], loaded(image)[0]["instances"]
-    torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=0, atol=0)
+        expected_boxes, boxes = (m(batch)[0]["instances"].pred_boxes for m in (model, loaded))
+    torch.testing.assert_close(boxes.tensor, expected_boxes.tensor, rtol=0, atol=0)
 
 
 def test_from_the_command_line_to_the_evaluation(adelaidet_file, shapes_folder, tmp_path):
@@ -174,8 +174,8 @@ def test_from_the_command_line_to_the_evaluation(adelaidet_file, shapes_folder, 
     assert refused.returncode == 1 and not dst.exists()
     assert "It looks like one of 'adelaidet'" in refused.stderr
     assert "Traceback" not in refused.stderr
-    done = run(*command, "--source", "adelaidet", *SMALL, "OUTPUT_DIR", tmp_path / "output")
-    assert done.returncode == 0, done.stderr
+    converted = run(*command, "--source", "adelaidet", *SMALL, "OUTPUT_DIR", tmp_path / "output")
+    assert converted.returncode == 0, converted.stderr
     evaluated = run("train_net.py", "--config-file", dst.with_suffix(".yaml"), "--eval-only")
     output = evaluated.stdout + evaluated.stderr
     assert evaluated.returncode == 0, output[-3000:]
@@ -200,7 +200,7 @@ def test_a_failed_write_leaves_the_old_files(tool, adelaidet_file, tmp_path, mon
 
 
 @pytest.mark.parametrize("dst", ["fcos.pkl", "fcos.yaml", "FCOS_published.pth"])
-def test_destinations_that_would_not_work(tool, adelaidet_file, tmp_path, dst):
+def test_unusable_destinations_are_refused(tool, adelaidet_file, tmp_path, dst):
     src, _ = adelaidet_file
     before = src.read_bytes()
     with pytest.raises(SystemExit, match=r"must be a \.pth file other than SRC"):

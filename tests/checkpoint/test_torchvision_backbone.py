@@ -15,13 +15,13 @@ from fcos_d2.checkpoint import convert_torchvision_resnet
 def test_weights_give_torchvisions_features(depth, on_disk, tmp_path, monkeypatch):
     source = getattr(torchvision.models, f"resnet{depth}")().eval()
     for m in source.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):  # statistics as of a trained network
+        if isinstance(m, torch.nn.BatchNorm2d):  # statistics like those of a trained network
             torch.nn.init.uniform_(m.running_mean, -0.1, 0.1)
             torch.nn.init.uniform_(m.running_var, 0.5, 1.5)
-    asked = []
+    requested = []
 
     def get_weight(name):
-        asked.append(name)
+        requested.append(name)
         return SimpleNamespace(get_state_dict=lambda check_hash: source.state_dict())
 
     monkeypatch.setattr(torchvision.models, "get_weight", get_weight)
@@ -36,7 +36,7 @@ def test_weights_give_torchvisions_features(depth, on_disk, tmp_path, monkeypatc
     weights = f"torchvision://{tmp_path}/resnet.pth" if on_disk else cfg.MODEL.WEIGHTS
     DetectionCheckpointer(model).load(weights)
 
-    # In float64, so that 34 layers do not add up to a rounding error that could hide another.
+    # In float64, so that the rounding of 34 layers cannot hide an error.
     source, bottom_up = source.double(), model.backbone.bottom_up.double()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     expected = source.maxpool(source.relu(source.bn1(source.conv1(x))))
@@ -48,7 +48,7 @@ def test_weights_give_torchvisions_features(depth, on_disk, tmp_path, monkeypatc
         ):
             expected = layer(expected)
             torch.testing.assert_close(features[stage], expected)
-    assert asked == ([] if on_disk else [f"ResNet{depth}_Weights.IMAGENET1K_V1"])
+    assert requested == ([] if on_disk else [f"ResNet{depth}_Weights.IMAGENET1K_V1"])
 
 
 def test_names_in_the_configs_are_known_to_torchvision():
@@ -56,7 +56,7 @@ def test_names_in_the_configs_are_known_to_torchvision():
         cfg = model_zoo.get_config(f"COCO-Detection/fcos_R_{depth}_FPN_1x.yaml")
         name = cfg.MODEL.WEIGHTS.removeprefix("torchvision://")
         weights = torchvision.models.get_weight(name)
-        # The config's normalisation is the one the weights were trained with.
+        # The config's normalisation must be the one that the weights were trained with.
         transforms = weights.transforms()
         torch.testing.assert_close([m * 255 for m in transforms.mean], list(cfg.MODEL.PIXEL_MEAN))
         torch.testing.assert_close([s * 255 for s in transforms.std], list(cfg.MODEL.PIXEL_STD))

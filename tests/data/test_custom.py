@@ -63,7 +63,7 @@ def test_voc(register, datasets_folder):
     assert MetadataCatalog.get("pets").evaluator_type == "coco"
 
 
-def test_what_the_pascal_voc_evaluator_cannot_read_is_said_at_once(register, datasets_folder):
+def test_loading_reports_what_the_pascal_voc_evaluator_cannot_read(register, datasets_folder):
     write_voc(datasets_folder / "pets", [(1, 1, 10, 20)])
     register(pets=voc(EVALUATOR="pascal_voc"))
     assert MetadataCatalog.get("pets").evaluator_type == "pascal_voc"
@@ -137,7 +137,7 @@ def test_errors_say_what_is_wrong(register, entry, message):
 
 
 def test_name_of_a_built_in_data_set(register):
-    with pytest.raises(ValueError, match="voc_2007_train: a data set of this name"):
+    with pytest.raises(ValueError, match="voc_2007_train: a data set with this name"):
         register(voc_2007_train=voc())
 
 

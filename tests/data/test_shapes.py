@@ -25,7 +25,7 @@ def test_is_the_same_each_time(folder, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_is_a_sound_coco_file(folder, split):
+def test_is_a_valid_coco_file(folder, split):
     data = json.loads((folder / f"{split}.json").read_text())
     sizes = {i["id"]: (i["width"], i["height"]) for i in data["images"]}
     assert len(set(sizes.values())) > 2

@@ -2,14 +2,14 @@
 
 from .adelaidet import ADELAIDET
 from .detectron2 import DETECTRON2
-from .fcos import FCOS
 from .mmdet import MMDET
+from .original_fcos import ORIGINAL_FCOS
 from .source import Source
 from .torchvision import TORCHVISION
 
 SOURCES: dict[str, Source] = {
     "adelaidet": ADELAIDET,
-    "fcos": FCOS,
+    "fcos": ORIGINAL_FCOS,
     "detectron2": DETECTRON2,
     "torchvision": TORCHVISION,
     "mmdet": MMDET,

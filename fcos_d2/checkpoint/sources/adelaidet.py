@@ -1,4 +1,4 @@
-"""AdelaiDet's FCOS: the model this project follows, with its head below another name."""
+"""AdelaiDet's FCOS, whose names are ours but for the prefix of the head."""
 
 from .source import BATCH_COUNTER, DETECTRON2_BACKBONE, Rules, Source
 
@@ -26,7 +26,7 @@ ADELAIDET = Source(
         "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
         "TEST.DETECTIONS_PER_IMAGE": 100,
     },
-    # Its X-101-32x8d models divide by a standard deviation, the others do not.
+    # Its X-101-32x8d models divide by a standard deviation; the others do not.
     not_in_file=("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"),
     ignored=(BATCH_COUNTER,),
 )

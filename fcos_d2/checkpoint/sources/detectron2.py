@@ -14,7 +14,7 @@ DETECTRON2 = Source(
     signature=r"head\.cls_subnet\..+",
     rules=lambda names: _RULES,
     cfg={
-        # The model of its configs. Their data loader gives BGR.
+        # The settings of its configs, whose data loader gives BGR.
         "INPUT.FORMAT": "BGR",
         "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
         "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
@@ -32,8 +32,8 @@ DETECTRON2 = Source(
     },
     ignored=(
         BATCH_COUNTER,
-        # A box per level whose middle is the location; LOCATION_OFFSET says the same. Versions
-        # before 0.6 kept it in checkpoints.
+        # Checkpoints of versions before 0.6 contain one box per level, centred on the location.
+        # LOCATION_OFFSET replaces it.
         r"anchor_generator\.cell_anchors\.\d+",
     ),
 )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 _multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-# What a pickle of plain arrays is made of, under the names of NumPy 1 and 2.
+# Everything that a pickle of plain arrays refers to, under the names of NumPy 1 and 2.
 _ARRAY_PARTS: dict[str, Callable] = {
     "numpy.ndarray": np.ndarray,
     "numpy.dtype": np.dtype,
@@ -21,7 +21,7 @@ _ARRAY_PARTS: dict[str, Callable] = {
     "numpy.core.multiarray.scalar": _multiarray.scalar,
     "numpy._core.multiarray.scalar": _multiarray.scalar,
     "collections.OrderedDict": OrderedDict,
-    # How Python 2 and protocol 2 write the bytes of an array.
+    # Python 2 and protocol 2 use it for the bytes of an array.
     "_codecs.encode": codecs.encode,
 }
 _DTYPES = [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64")]
@@ -31,13 +31,14 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> dict[str, Any]:
     """The content of a ``.pth`` file of PyTorch or a ``.pkl`` file of Detectron2, on CPU.
 
     Args:
-        trust_pickle: also build other objects than tensors, arrays, numbers, text, lists and
-            dictionaries. Such a file can run any code: only for files whose makers you trust.
+        trust_pickle: also read objects other than tensors, arrays, numbers, text, lists and
+            dictionaries. Such a file can run any code: set it only for files whose makers you
+            trust.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds other objects and ``trust_pickle`` is not set, is damaged, or
-            holds no dictionary.
+        ValueError: if the file holds other objects and ``trust_pickle`` is not set, if it is
+            damaged, or if it holds no dictionary.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}")
@@ -48,24 +49,23 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> dict[str, Any]:
         if trust_pickle:
             raise ValueError(f"{path} cannot be read: {e}") from e
         raise ValueError(
-            f"{path} is damaged, or holds pickled objects beside tensors, which can run any code "
-            "when they are read. If you trust its makers, pass --trust-pickle (trust_pickle=True). "
-            f"What stopped it: {_object_in(str(e))}"
+            f"{path} is damaged, or holds pickled objects other than tensors, which can run any "
+            "code when they are read. If you trust its makers, pass --trust-pickle "
+            f"(trust_pickle=True). The cause: {_cause(str(e))}"
         ) from e
     except ImportError as e:
         raise ValueError(f"{path} holds objects of a package that is not installed: {e}") from e
     except (EOFError, RuntimeError, LookupError, AttributeError, ValueError) as e:
-        what = f"{type(e).__name__}: {e}"
-        raise ValueError(f"{path} is damaged or no checkpoint ({what})") from e
+        raise ValueError(f"{path} is damaged or not a checkpoint ({type(e).__name__}: {e})") from e
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
 
 
-def _object_in(message: str) -> str:
-    """The object that PyTorch's long message is about, or the message's first line."""
-    found = re.search(r"GLOBAL (\S+)", message)
-    return f"a {found[1]}" if found else message.splitlines()[0]
+def _cause(message: str) -> str:
+    """The object that PyTorch's long message names, or else the message's first line."""
+    match = re.search(r"GLOBAL (\S+)", message)
+    return f"an object {match[1]}" if match else message.splitlines()[0]
 
 
 def _read_pth(path: str, trust_pickle: bool) -> Any:

@@ -18,7 +18,7 @@ _RULES: Rules = [
     (r"neck\.fpn_convs\.2\.conv\.(weight|bias)", r"backbone.fpn_output5.\1"),
     (r"neck\.fpn_convs\.3\.conv\.(weight|bias)", r"backbone.top_block.p6.\1"),
     (r"neck\.fpn_convs\.4\.conv\.(weight|bias)", r"backbone.top_block.p7.\1"),
-    # fcos_cls and so on before version 2.1.
+    # Before version 2.1, the names were fcos_cls, fcos_reg and fcos_centerness.
     (r"bbox_head\.(?:conv|fcos)_cls\.(.+)", r"head.cls_logits.\1"),
     (r"bbox_head\.(?:conv|fcos)_reg\.(.+)", r"head.bbox_pred.\1"),
     (r"bbox_head\.(?:conv|fcos)_centerness\.(.+)", r"head.ctrness.\1"),
@@ -28,7 +28,7 @@ _RULES: Rules = [
 
 
 def _rules(names: Collection[str]) -> Rules:
-    """With those of the towers, whose layers are numbered without norms and activations."""
+    """The rules, with those of the towers, whose numbers count convolutions only."""
     convs = [re.match(r"bbox_head\.(?:cls|reg)_convs\.(\d+)\.", name) for name in names]
     depth = 1 + max((int(match[1]) for match in convs if match), default=-1)
     has_norm = any(re.match(r"bbox_head\.(cls|reg)_convs\.\d+\.(gn|bn)\.", name) for name in names)
@@ -47,12 +47,12 @@ def _rules(names: Collection[str]) -> Rules:
 
 
 def _adapt(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
-    """With its conv_bias "auto", convolutions before a norm have no bias: ours is 0."""
-    convs = r"(head\.(?:cls|bbox)_tower\.\d+\.(?:conv\.)?)weight"
-    weights = [re.fullmatch(convs, name) for name, x in tensors.items() if x.dim() == 4]
-    biases = {match[1] + "bias": tensors[match[0]] for match in weights if match}
+    """Add zero biases to the towers where ``conv_bias="auto"`` left them out before a norm."""
+    pattern = r"(head\.(?:cls|bbox)_tower\.\d+\.(?:conv\.)?)weight"
+    matches = [re.fullmatch(pattern, name) for name, x in tensors.items() if x.dim() == 4]
+    biases = {m[1] + "bias": torch.zeros(len(tensors[m[0]])) for m in matches if m}
     if not biases.keys() & tensors.keys():
-        tensors.update((name, torch.zeros(len(weight))) for name, weight in biases.items())
+        tensors.update(biases)
 
 
 MMDET = Source(
@@ -67,7 +67,8 @@ MMDET = Source(
         "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,
         "TEST.DETECTIONS_PER_IMAGE": 100,
     },
-    # norm_on_bbox, centerness_on_reg, nms, the data preprocessor and the backbone's style.
+    # Its own config sets these: norm_on_bbox, centerness_on_reg, nms, the data preprocessor and
+    # the backbone's style.
     not_in_file=(
         "MODEL.FCOS.BOX_ACTIVATION",
         "MODEL.FCOS.QUALITY_ON",

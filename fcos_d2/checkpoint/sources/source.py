@@ -1,7 +1,7 @@
-"""What the layouts of other implementations have in common.
+"""Describes the checkpoints of another implementation.
 
-A source is data: patterns of its parameters' names with ours, and the config keys that reproduce
-its arithmetic; and one function for what neither can say.
+A source has patterns that map the names of its parameters to ours, the config keys that reproduce
+its arithmetic, and a function for what patterns and keys cannot express.
 """
 
 import re
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..torchvision_backbone import convert_torchvision_resnet
 
-# (pattern of a whole source name, our name with the pattern's groups as \1, \2, ...)
+# Pairs of a pattern for a source's whole name, and our name with the groups as \1, \2, ...
 Rules = Sequence[tuple[str, str]]
 
-# Counts batches for a BatchNorm whose momentum is None, which no detector here uses.
+# BatchNorm uses this counter only if its momentum is None, which no source has.
 BATCH_COUNTER = r".*\.num_batches_tracked"
 
 
@@ -26,14 +26,14 @@ class Source:
     """The layout of an implementation's checkpoints.
 
     Attributes:
-        signature: a pattern that names of this source have, and no other's.
-        rules: from all names of a checkpoint to the rules for them; the first that fits counts.
+        signature: a pattern that matches some names of this source, and none of the others.
+        rules: returns the rules for all names of a checkpoint; the first that matches counts.
         cfg: config keys and values that reproduce the source's arithmetic.
-        not_in_file: config keys that change the detections, but neither follow from the source nor
-            show in its checkpoints: whoever converts must choose a config that has them right.
-        ignored: patterns of names that have no counterpart, each with its reason beside it.
-        resnet: a pattern of what stands before the names of a torchvision ResNet, if it has one.
-        adapt: changes the renamed tensors in place to compute the same in our model.
+        not_in_file: config keys that change the detections, but follow neither from the source nor
+            from its checkpoints: the user must choose a config with the right values.
+        ignored: patterns of names that our model does not need.
+        resnet: a pattern of the prefix of its ResNet, if that has torchvision's names.
+        adapt: changes the renamed tensors in place so that our model computes the same.
     """
 
     signature: str
@@ -48,7 +48,7 @@ class Source:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
     def our_names(self, names: Collection[str]) -> dict[str, str | None]:
-        """Our name of each name that is not ignored, None where there is none."""
+        """Map each name that is not ignored to our name, or to None if it has none."""
         rules = self.rules(names)
         return {n: self._our_name(n, rules) for n in names if not self.is_ignored(n)}
 
@@ -62,21 +62,22 @@ class Source:
 
 
 def _our_resnet_name(name: str) -> str | None:
-    # Offsets of deformable convolutions: "conv2.offset" in the original FCOS, "conv2.conv_offset"
-    # or, in its first versions, "conv2_offset" in mmdetection.
-    name, offset = re.subn(r"\.conv2[._](conv_)?offset\.", ".conv2.offset.", name)
+    # The offsets of deformable convolutions are "conv2.offset" in the original FCOS, and
+    # "conv2.conv_offset" or, in its first versions, "conv2_offset" in mmdetection.
+    name, is_offset = re.subn(r"\.conv2[._](conv_)?offset\.", ".conv2.offset.", name)
     name = name.replace(".conv2.conv.", ".conv2.")
     try:
-        converted = convert_torchvision_resnet({name: None})
-    except ValueError:
+        (resnet_name,) = convert_torchvision_resnet({name: None})
+    except ValueError:  # not a name of a ResNet, or of its classifier, which is left out
         return None
-    ours = "backbone.bottom_up." + next(iter(converted), "")
-    return ours.replace(".conv2.offset.", ".conv2_offset.") if offset else ours
+    if is_offset:
+        resnet_name = resnet_name.replace(".conv2.offset.", ".conv2_offset.")
+    return "backbone.bottom_up." + resnet_name
 
 
-# Detectron2's ResNet and FPN, which ours are, with their prefix.
+# Our backbone is Detectron2's ResNet and FPN, so that the names are the same.
 DETECTRON2_BACKBONE: Rules = [
     (r"(backbone\.(?:bottom_up|fpn_lateral\d|fpn_output\d|top_block)\..+)", r"\1"),
-    # Buffers of the checkpoints of older versions; they become PIXEL_MEAN and PIXEL_STD.
+    # Checkpoints of older versions have these buffers, which become PIXEL_MEAN and PIXEL_STD.
     (r"(pixel_mean|pixel_std)", r"\1"),
 ]

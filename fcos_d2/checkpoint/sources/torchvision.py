@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .source import BATCH_COUNTER, Rules, Source
 
-# Versions before 0.13 lack the second number.
+# "inner_blocks.0.0.weight"; before version 0.13, "inner_blocks.0.weight".
 _CONV = r"(?:\.0)?\.(weight|bias)"
 _RULES: Rules = [
     (r"backbone\.fpn\.inner_blocks\.0" + _CONV, r"backbone.fpn_lateral3.\1"),
@@ -23,19 +23,20 @@ _RULES: Rules = [
     (r"head\.regression_head\.bbox_ctrness\.(.+)", r"head.ctrness.\1"),
 ]
 
-# Its classes are the category numbers of COCO's files, 0 to 90, of which 80 are in use.
+# Its classes are the category numbers of COCO's files, 0 to 90, of which 80 are used.
 _COCO_NUMBERS = 91
 
 
 def _adapt(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
-    """Give the class channels our order: 80 of COCO's numbers, or all but the background."""
+    """Select our classes: the 80 used numbers of COCO, or all but the background."""
     num_classes = cfg.MODEL.FCOS.NUM_CLASSES
     for name in ("head.cls_logits.weight", "head.cls_logits.bias"):
         channels = tensors[name].shape[:1] if name in tensors else ()
         if num_classes == 80 and channels == (_COCO_NUMBERS,):
             metadata = MetadataCatalog.get("coco_2017_val")
-            to_class = metadata.thing_dataset_id_to_contiguous_id
-            tensors[name] = tensors[name][sorted(to_class, key=to_class.get)]
+            class_of_number = metadata.thing_dataset_id_to_contiguous_id
+            numbers = sorted(class_of_number, key=class_of_number.get)
+            tensors[name] = tensors[name][numbers]
         elif channels == (num_classes + 1,):
             tensors[name] = tensors[name][1:]
 
@@ -45,7 +46,7 @@ TORCHVISION = Source(
     rules=lambda names: _RULES,
     cfg={
         "INPUT.FORMAT": "RGB",
-        # Its 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 of images in [0, 1].
+        # 255 times its 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 for images in [0, 1].
         "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
         "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
         "MODEL.RESNETS.STRIDE_IN_1X1": False,

@@ -1,4 +1,4 @@
-"""The authors' first code, tianzhi0549/FCOS, on maskrcnn-benchmark."""
+"""The authors' original code, tianzhi0549/FCOS, built on maskrcnn-benchmark."""
 
 import torch
 from detectron2.config import CfgNode
@@ -7,7 +7,7 @@ from torch import Tensor
 from .source import BATCH_COUNTER, Rules, Source
 
 _RULES: Rules = [
-    # Numbered from res2, which has no lateral here.
+    # Its FPN numbers the stages from res2, which has no lateral: 2 is res3.
     (r"backbone\.fpn\.fpn_inner2\.(weight|bias)", r"backbone.fpn_lateral3.\1"),
     (r"backbone\.fpn\.fpn_inner3\.(weight|bias)", r"backbone.fpn_lateral4.\1"),
     (r"backbone\.fpn\.fpn_inner4\.(weight|bias)", r"backbone.fpn_lateral5.\1"),
@@ -19,19 +19,19 @@ _RULES: Rules = [
     (r"rpn\.head\.centerness\.(.+)", r"head.ctrness.\1"),
 ]
 
-# What Detectron2's frozen and trained BatchNorm add to the variance.
+# Detectron2's frozen and trained BatchNorm add this to the variance.
 _EPS = 1e-5
 
 
 def _adapt(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
-    """Its frozen BatchNorm divides by sqrt(variance), Detectron2's by sqrt(variance + 1e-5)."""
+    """Scale the norms: ours divide by sqrt(variance + 1e-5), its frozen ones by sqrt(variance)."""
     for name in [n for n in tensors if n.endswith(".norm.weight")]:
         weight, variance = tensors[name], tensors.get(name.replace(".weight", ".running_var"))
-        if variance is not None and variance.shape == weight.shape:  # else the caller reports it
+        if variance is not None and variance.shape == weight.shape:  # else it is reported later
             tensors[name] = weight * torch.sqrt((variance + _EPS) / variance)
 
 
-FCOS = Source(
+ORIGINAL_FCOS = Source(
     signature=r"rpn\.head\.(cls_tower|bbox_tower|centerness)\..+",
     rules=lambda names: _RULES,
     cfg={
@@ -47,7 +47,7 @@ FCOS = Source(
         "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
         "TEST.DETECTIONS_PER_IMAGE": 100,
     },
-    # NORM_REG_TARGETS, CENTERNESS_ON_REG and STRIDE_IN_1X1 of its own config.
+    # Its own config sets these: NORM_REG_TARGETS, CENTERNESS_ON_REG and STRIDE_IN_1X1.
     not_in_file=(
         "MODEL.FCOS.BOX_ACTIVATION",
         "MODEL.FCOS.QUALITY_ON",
