@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turns, peak memory, weights as of a trained detector."""
+"""Timing in turns, peak memory, and weights as of a trained detector, for all benchmarks."""
 
 import platform
 import random
@@ -72,11 +72,11 @@ def peak_megabytes(function: Callable[[], object], device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     with torch.profiler.profile(profile_memory=True) as profiler:
         function()
-    held = peak = 0
+    in_use = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+            in_use += event.nbytes()
+            peak = max(peak, in_use)
     return peak / 2**20
 
 
@@ -138,27 +138,27 @@ def normalize_activations(model: nn.Module, run: Callable[[], object]) -> None:
         hook.remove()
 
 
-def agreement(found: Instances, expected: Instances, iou: float, score: float) -> float:
-    """Share of the better half of ``expected`` that has its like in ``found``.
+def agreement(detections: Instances, expected: Instances, iou: float, score: float) -> float:
+    """Share of the better half of ``expected`` that has its like in ``detections``.
 
     Its like: the same class, an IoU and a difference of scores within the bounds. Of the worse
     half rounding may leave out some, at the limit of detections per image.
     """
     expected = expected[: (len(expected) + 1) // 2]
-    overlap = pairwise_iou(expected.pred_boxes, found.pred_boxes)
+    overlap = pairwise_iou(expected.pred_boxes, detections.pred_boxes)
     alike = overlap >= iou
-    alike &= expected.pred_classes[:, None] == found.pred_classes[None]
-    alike &= (expected.scores[:, None] - found.scores[None]).abs() <= score
+    alike &= expected.pred_classes[:, None] == detections.pred_classes[None]
+    alike &= (expected.scores[:, None] - detections.scores[None]).abs() <= score
     return alike.any(dim=1).float().mean().item()
 
 
-def check_agreement(name: str, found: list, expected: list, iou=0.99, score=1e-3) -> float:
+def check_agreement(name: str, detections: list, expected: list, iou=0.99, score=1e-3) -> float:
     """Mean agreement of the images' detections.
 
     Raises:
         SystemExit: below 0.95: a speed-up that changes detections does not count.
     """
-    shares = [agreement(a, b, iou, score) for a, b in zip(found, expected, strict=True)]
+    shares = [agreement(a, b, iou, score) for a, b in zip(detections, expected, strict=True)]
     share = sum(shares) / len(shares)
     if not share >= 0.95 or min(len(x) for x in expected) < 20:
         raise SystemExit(f"{name}: only {share:.1%} of the detections agree")

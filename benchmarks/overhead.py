@@ -71,7 +71,7 @@ class FixedMaps(Backbone):
 
 
 def build_ours(images: int, device: str, radius: float) -> nn.Module:
-    # Our backbone's maps are channels-last on CPU: FCOS.predict makes its input so.
+    # Our backbone's maps are channels-last on CPU: the model's execution makes its input so.
     layout = torch.channels_last if device == "cpu" else torch.contiguous_format
     backbone = FixedMaps(images, device, layout)
     shapes = list(backbone.output_shape().values())
@@ -164,7 +164,7 @@ def infer(model: nn.Module) -> list:
     predictions = model.head(features)
     sizes = [SIZE] * len(features[0])
     if isinstance(model, FCOS):
-        return model.post_processor(*predictions, model.strides, sizes)
+        return model.post_processor(predictions, model.levels, sizes)
     images = torch.empty(len(sizes), 3, *SIZE, device="meta")
     if not isinstance(model, TorchvisionFCOS):
         return model.forward_inference(ImageList(images, sizes), features, predictions)
@@ -254,9 +254,11 @@ def main() -> None:
             model.eval()
         share = check_agreement("Detectron2's FCOS", infer(ours), infer(detectrons))
         with torch.no_grad():
-            maps = ours.head(list(ours.backbone.maps.values()))
-            found = ours.post_processor.candidates(*maps, ours.strides, [SIZE] * args.images)
-        rows = [[sum(map(len, found)) / args.images, *row(models, infer, args.repeats, device)]]
+            outputs = ours.head(list(ours.backbone.maps.values()))
+            candidates = ours.post_processor.candidates(outputs, ours.levels, [SIZE] * args.images)
+        rows = [
+            [sum(map(len, candidates)) / args.images, *row(models, infer, args.repeats, device)]
+        ]
         title = f"Inference of {args.images} images ({share:.0%} of the better detections agree)"
         print_table(title, "candidates", rows, models, args.repeats)
 

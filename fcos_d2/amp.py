@@ -10,7 +10,7 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def amp_dtype(cfg: CfgNode) -> torch.dtype:
-    """What ``SOLVER.AMP.DTYPE`` asks for on ``MODEL.DEVICE``.
+    """The type that ``SOLVER.AMP.DTYPE`` means on ``MODEL.DEVICE``.
 
     Raises:
         ValueError: for another value than "auto", "float16" and "bfloat16", and for float16 on
@@ -36,14 +36,14 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype:
 
 
 class AutocastTrainer(AMPTrainer):
-    """Detectron2's AMPTrainer, which demands CUDA and float16's loss scaling, without demands."""
+    """Detectron2's AMPTrainer on any device, in float16 or bfloat16. Its own needs CUDA."""
 
     def __init__(self, model, data_loader, optimizer, device: str, dtype: torch.dtype):
         """
         Args:
             model, data_loader, optimizer: as of AMPTrainer.
             device: of the model.
-            dtype: what to compute in. The loss is scaled only for float16.
+            dtype: of the computations. The loss is scaled only for float16.
         """
         self.device_type = torch.device(device).type
         scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
@@ -64,7 +64,7 @@ class AutocastTrainer(AMPTrainer):
         self.grad_scaler.update()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        # Of a run in bfloat16 or float32 there is no scale to go on with.
+        # A run in bfloat16 or float32 has saved no scale.
         scale = state_dict.get("grad_scaler")
         super().load_state_dict(
             {**state_dict, "grad_scaler": scale or self.grad_scaler.state_dict()}

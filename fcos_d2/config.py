@@ -1,6 +1,6 @@
 """Every config key of fcos_d2, with its reason and the source of its default."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode as CN
@@ -18,8 +18,8 @@ def add_fcos_config(cfg: CN) -> None:
     if "FCOS" not in cfg.MODEL:
         cfg.MODEL.FCOS = _fcos_defaults()
     if "DTYPE" not in cfg.SOLVER.AMP:
-        # What SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling), "bfloat16", or
-        # "auto": bfloat16 on CPU and, for FCOS, on GPUs that have it (Ampere and later), else
+        # The type that SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling), "bfloat16",
+        # or "auto": bfloat16 on CPU and, for FCOS, on GPUs that have it (Ampere and later), else
         # float16. Detectron2's RoI heads, in R-CNN, round their boxes in bfloat16.
         cfg.SOLVER.AMP.DTYPE = "auto"
     if "CUSTOM" not in cfg.DATASETS:
@@ -50,6 +50,25 @@ def load_cfg(config_file: str, opts: Sequence = ()) -> CN:
     cfg.merge_from_file(config_file)
     cfg.merge_from_list(list(opts))
     return cfg
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless the value of ``MODEL.FCOS``'s key is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"MODEL.FCOS.{key} must be one of {list(choices)}, got {value!r}")
+
+
+def check_same(name: str, values: Mapping[str, object]) -> None:
+    """Raise a ValueError unless all parts of a detector were built with the same value.
+
+    Args:
+        name: of the parameter.
+        values: part and its value.
+    """
+    first = next(iter(values.values()))
+    if any(value != first for value in values.values()):
+        built = ", ".join(f"{part} {value!r}" for part, value in values.items())
+        raise ValueError(f"The parts must be built with the same {name}, got {built}")
 
 
 def _fcos_defaults() -> CN:
@@ -130,9 +149,9 @@ def _fcos_defaults() -> CN:
     fcos.NMS_THRESH_TEST = 0.6
     # "sqrt": sqrt(class * quality) (2006.09214, eq. 4); "product": class * quality (1904.01355).
     fcos.SCORE_FUSION = "sqrt"
-    # What the backbone and the head compute in at test time: "float32", "bfloat16" or "float16".
-    # The weights stay float32, and the boxes are decoded in it. This and COMPILE are read by
-    # META_ARCHITECTURE "FCOS" alone, not by R-CNN with FCOS proposals or RetinaNet.
+    # The type that the backbone and the head compute in at test time: "float32", "bfloat16" or
+    # "float16". The weights stay float32, and the boxes are decoded in it. This and COMPILE are
+    # read by META_ARCHITECTURE "FCOS" alone, not by R-CNN with FCOS proposals or RetinaNet.
     fcos.PRECISION_TEST = "float32"
 
     # ---- Speed ----

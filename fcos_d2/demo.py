@@ -50,7 +50,7 @@ def draw_predictions(cfg, dataset_name: str, num_images: int = 10) -> np.ndarray
     pairs = []
     for record in shown:
         image = cv2.imread(record["file_name"])
-        found = predict(image)["instances"].to("cpu")
+        detections = predict(image)["instances"].to("cpu")
         truth = Instances(
             image.shape[:2],
             pred_boxes=np.array(
@@ -61,10 +61,10 @@ def draw_predictions(cfg, dataset_name: str, num_images: int = 10) -> np.ndarray
             ).reshape(-1, 4),
             pred_classes=np.array([a["category_id"] for a in record["annotations"]], dtype=int),
         )
-        found = found[found.scores > _SHOWN_SCORE]
+        detections = detections[detections.scores > _SHOWN_SCORE]
         titled = [
             _titled(image, truth, dataset_name, f"ground truth: {len(truth)}"),
-            _titled(image, found, dataset_name, f"predicted: {len(found)}"),
+            _titled(image, detections, dataset_name, f"predicted: {len(detections)}"),
         ]
         pairs.append(np.hstack(titled))
     width = max(p.shape[1] for p in pairs) + _GAP

@@ -1,4 +1,4 @@
-"""Detectron2's DefaultTrainer with what an FCOS run needs beyond it."""
+"""Training and evaluation: Detectron2's DefaultTrainer, adapted to FCOS."""
 
 import logging
 import math
@@ -59,8 +59,9 @@ class Trainer(DefaultTrainer):
     """DefaultTrainer with atomic checkpoints, the best one kept, and DDP on CPU too."""
 
     def __init__(self, cfg: CfgNode):
-        # DefaultTrainer.__init__ has no hook for the checkpointer or for DDP's arguments, so this
-        # builds the same parts in the same order.
+        # Follows DefaultTrainer.__init__ of Detectron2's commit 02b5c4e, with another checkpointer,
+        # AMP on every device, and DDP on CPU. The last cannot be had through a hook: DefaultTrainer
+        # names a device to DDP, which raises an error for a model on CPU.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
@@ -83,7 +84,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list:
-        built = super().build_hooks()
+        all_hooks = super().build_hooks()
         if comm.is_main_process() and len(self.cfg.DATASETS.TEST):
             # With several data sets their names stand before the metric; the first one decides.
             prefix = f"{self.cfg.DATASETS.TEST[0]}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
@@ -92,14 +93,14 @@ class Trainer(DefaultTrainer):
             best = BestCheckpointer(
                 self.cfg.TEST.EVAL_PERIOD, self.checkpointer, f"{prefix}{metric}"
             )
-            after_eval = [isinstance(h, hooks.EvalHook) for h in built].index(True) + 1
-            built.insert(after_eval, best)
+            evaluation = [isinstance(h, hooks.EvalHook) for h in all_hooks].index(True)
+            all_hooks.insert(evaluation + 1, best)
         if self.cfg.TEST.AUG.ENABLED:
             # At the end of training only, before the writers.
             evaluate_augmented = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
-            writers = [i for i, h in enumerate(built) if isinstance(h, hooks.PeriodicWriter)]
-            built.insert(writers[0] if writers else len(built), evaluate_augmented)
-        return built
+            writers = [i for i, h in enumerate(all_hooks) if isinstance(h, hooks.PeriodicWriter)]
+            all_hooks.insert(writers[0] if writers else len(all_hooks), evaluate_augmented)
+        return all_hooks
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> dict:

@@ -11,11 +11,14 @@ from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 
+from .modeling import FCOS
 from .modeling.backbone import padded_size
+from .modeling.images import check_finite
+from .ordered_batches import run_in_batches
 
 _IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Images that may be held back, in batches, so that more of one size come together.
-_BATCHES_AHEAD = 4
+# An image may wait for others of its size until this many full batches of images are held.
+_BATCHES_HELD = 4
 
 
 class Predictor:
@@ -27,25 +30,35 @@ class Predictor:
     of the images.
     """
 
-    def __init__(self, cfg: CfgNode, batch_size: int = 8, channels: str = "BGR"):
+    def __init__(
+        self, cfg: CfgNode, batch_size: int = 8, channels: str = "BGR", optimize: bool = False
+    ):
         """
         Args:
             cfg: of any detector of Detectron2; ``MODEL.WEIGHTS`` are loaded. Left as it is.
             batch_size: the most images that run together.
             channels: of arrays that are given: "BGR", as OpenCV reads them, or "RGB". Files and
                 videos know their own. What the model wants, ``INPUT.FORMAT``, is seen to.
+            optimize: compile the detector with its weights frozen into the code; only FCOS. The
+                first image, and the first one of another size, take up to a minute. Images of any
+                size give the same results up to rounding; those of the first one's size are the
+                fastest. The weights must not change later. Where no compiler is found there is a
+                warning, and the detector runs as without.
 
         Raises:
-            ValueError: for a batch size below 1 or another order of channels.
+            ValueError: for a batch size below 1, another order of channels, or to optimize another
+                detector or one whose weights are not finite.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if channels not in ("BGR", "RGB"):
             raise ValueError(f"channels must be 'BGR' or 'RGB', got {channels!r}")
-        one_by_one = DefaultPredictor(cfg)
-        self.model, self.resize = one_by_one.model, one_by_one.aug
-        self.model_channels = one_by_one.input_format
+        default = DefaultPredictor(cfg)
+        self.model, self.resize = default.model, default.aug
+        self.model_channels = default.input_format
         self.batch_size, self.channels = batch_size, channels
+        if optimize:
+            self._optimize()
 
     def __call__(self, images: np.ndarray | str | os.PathLike | Iterable) -> dict | list[dict]:
         """Detections of an image, or of each image of a list.
@@ -71,7 +84,7 @@ class Predictor:
         At most a few batches of images are held at a time. If one cannot be read, the detections
         of all before it are yielded first.
         """
-        return (found for _, found in self._run(images, self._load))
+        return (detections for _, detections in self._run(images, self._load))
 
     def directory(self, folder: str | os.PathLike) -> Iterator[tuple[str, dict]]:
         """File and detections of each image in a folder, by name.
@@ -101,6 +114,17 @@ class Predictor:
             raise OSError(f"OpenCV cannot open the video {source}")
         return self._run(_frames(capture), lambda frame: (frame, "BGR"))
 
+    def _optimize(self) -> None:
+        if not isinstance(self.model, FCOS):
+            raise ValueError(
+                f"optimize=True is offered for FCOS, not for {type(self.model).__name__}"
+            )
+        # Compiled kernels may turn NaN into 0, so that a diverged model would look healthy.
+        bad = [n for n, x in self.model.state_dict().items() if not x.isfinite().all()]
+        if bad:
+            raise ValueError(f"The weights have NaN or infinite values, e.g. in {bad[0]}")
+        self.model.execution.freeze()
+
     def _load(self, image: np.ndarray | str | os.PathLike) -> tuple[np.ndarray, str]:
         """Pixels, and the order of their channels."""
         if isinstance(image, str | os.PathLike):
@@ -111,36 +135,15 @@ class Predictor:
         self, items: Iterable, load: Callable[[Any], tuple[np.ndarray, str]]
     ) -> Iterator[tuple[Any, dict]]:
         """Each item with the detections of its image, in order."""
-        # Groups by size; the first one holds the image that has waited longest.
-        waiting: dict[tuple[int, int], list[tuple[int, dict]]] = {}
-        held, found, first, error = {}, {}, 0, None
-        numbered = enumerate(items)
-        while error is None:
-            try:
-                index, item = next(numbered)
-                model_input = self._prepare(*load(item), index)
-            except StopIteration:
-                break
-            except Exception as e:
-                error = e
-                break
-            size = self._padded_size(model_input["image"])
-            group = waiting.setdefault(size, [])
-            group.append((index, model_input))
-            held[index] = item
-            if len(group) == self.batch_size:
-                found.update(self._detect(waiting.pop(size)))
-            elif index - first >= _BATCHES_AHEAD * self.batch_size:
-                found.update(self._detect(waiting.pop(next(iter(waiting)))))
-            while first in found:
-                yield held.pop(first), found.pop(first)
-                first += 1
-        for group in waiting.values():
-            found.update(self._detect(group))
-        for index in sorted(found):
-            yield held[index], found[index]
-        if error is not None:
-            raise error
+        inputs = ((item, self._prepare(*load(item), index)) for index, item in enumerate(items))
+        results = run_in_batches(
+            inputs,
+            kind_of=lambda pair: self._padded_size(pair[1]["image"]),
+            run=lambda pairs: self._detect([model_input for _, model_input in pairs]),
+            batch_size=self.batch_size,
+            max_held=_BATCHES_HELD * self.batch_size,
+        )
+        return ((item, detections) for (item, _), detections in results)
 
     def _prepare(self, image: np.ndarray, channels: str, index: int) -> dict:
         """The model's input, as DefaultPredictor makes it."""
@@ -153,8 +156,8 @@ class Predictor:
                 f"Image {index} must have pixels of uint8 or floating point, got {image.dtype} of "
                 f"shape {image.shape}"
             )
-        if floating and not np.isfinite(image).all():
-            raise ValueError(f"Image {index} has NaN or infinite pixels")
+        if floating:  # before it is resized, where a large image may lose the bad pixels
+            check_finite(torch.from_numpy(np.ascontiguousarray(image)), f"number {index}")
         if channels != self.model_channels:
             image = image[:, :, ::-1]
         height, width = image.shape[:2]
@@ -170,14 +173,13 @@ class Predictor:
         return (height, width) if backbone is None else padded_size(backbone, height, width)
 
     @torch.no_grad()
-    def _detect(self, group: list[tuple[int, dict]]) -> dict[int, dict]:
-        indices, inputs = zip(*group, strict=True)
-        return dict(zip(indices, self.model(list(inputs)), strict=True))
+    def _detect(self, model_inputs: list[dict]) -> list[dict]:
+        return self.model(model_inputs)
 
 
 def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
     while True:
-        there_is_one, frame = capture.read()
-        if not there_is_one:
+        success, frame = capture.read()
+        if not success:
             return
         yield frame

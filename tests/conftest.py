@@ -41,25 +41,3 @@ def shapes_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("datasets")
     make_shapes_dataset(folder / "shapes")
     return folder
-
-
-@pytest.fixture
-def in_place(monkeypatch):
-    """The sizes of the convolutions that oneDNN adds to their residual."""
-    from fcos_d2.modeling import fused_blocks
-
-    calls = []
-    plain = fused_blocks._onednn_add_conv
-
-    def count(residual, *args):
-        calls.append(tuple(residual.shape))
-        return plain(residual, *args)
-
-    monkeypatch.setattr(fused_blocks, "_onednn_add_conv", count)
-    fused_blocks._onednn_adds.cache_clear()
-    # Probes are not to be counted.
-    fused_blocks._onednn_adds(torch.float32)
-    fused_blocks._onednn_adds(torch.bfloat16)
-    calls.clear()
-    yield calls
-    fused_blocks._onednn_adds.cache_clear()

@@ -7,10 +7,11 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 import fcos_d2
-from fcos_d2.modeling.points import cell_locations
+from fcos_d2.modeling import Levels
 
 RANGES = [(0, 64), (64, 128), (128, 256), (256, 512), (512, math.inf)]
 STRIDES = [8, 16, 32, 64, 128]
+LEVELS = Levels(tuple(STRIDES))
 
 
 def tiny_cfg(**fcos_keys):
@@ -43,8 +44,8 @@ def make_input(boxes=((10.0, 8.0, 50.0, 40.0),), classes=(1,), size=(64, 96), se
 
 def level_locations(height, width, stride):
     """(height * width, 2) locations of all cells of a level, row by row."""
-    cell = torch.arange(height * width)
-    return cell_locations(cell % width, cell // width, stride)
+    cells = [((x + 0.5) * stride, (y + 0.5) * stride) for y in range(height) for x in range(width)]
+    return torch.tensor(cells).reshape(-1, 2)
 
 
 def level_shapes(height, width, strides=STRIDES):
@@ -84,8 +85,10 @@ def assign_by_loops(shapes, strides, ranges, radius, boxes_per_image, offset=0.5
     return owners
 
 
-def as_dict(positives):
-    keys = zip(
-        positives.image.tolist(), positives.level.tolist(), positives.cell.tolist(), strict=True
-    )
-    return dict(zip(keys, positives.gt.tolist(), strict=True))
+def as_dict(positives, shapes):
+    """{(image, level, cell): index of the box in the batch}; cells are counted row by row."""
+    columns = (positives.image, positives.level, positives.x, positives.y, positives.gt)
+    entries = zip(*(c.tolist() for c in columns), strict=True)
+    owners = {(i, level, y * shapes[level][1] + x): gt for i, level, x, y, gt in entries}
+    assert len(owners) == len(positives)
+    return owners

@@ -13,7 +13,8 @@ KEYS = {
     "IN_FEATURES": (
         ["p3", "p4"],
         {"TOP_LEVELS": 0, "REGRESSION_RANGES": [[0, 64], [64, 999]]},
-        lambda m: (m.head_in_features, m.strides, len(m.head.scales)) == (["p3", "p4"], [8, 16], 2),
+        lambda m: (m.head_in_features, m.levels.strides, len(m.head.scales))
+        == (["p3", "p4"], (8, 16), 2),
     ),
     "TOP_LEVELS": (
         1,
@@ -36,9 +37,7 @@ KEYS = {
         lambda m: m.loss.quality == "iou" and m.head.ctrness is not None,
     ),
     "PROPOSAL_NUM_CLASSES": None,  # only of the proposal generator: test_proposal_generator.py
-    "LOCATION_OFFSET": (
-        0.0, {}, lambda m: m.assigner.location_offset == m.post_processor.location_offset == 0,
-    ),
+    "LOCATION_OFFSET": (0.0, {}, lambda m: m.levels.offset == 0),
     "SCORE_THRESH_ON": ("score", {}, lambda m: m.post_processor.score_thresh_on == "score"),
     "QUALITY_ON": ("cls", {}, lambda m: m.head.quality_on == "cls"),
     "REGRESSION_RANGES": (
@@ -56,8 +55,8 @@ KEYS = {
     "SCORE_THRESH_TEST": (0.2, {}, lambda m: m.post_processor.score_thresh == 0.2),
     "TOPK_CANDIDATES_TEST": (50, {}, lambda m: m.post_processor.topk_candidates == 50),
     "NMS_THRESH_TEST": (0.5, {}, lambda m: m.post_processor.nms_thresh == 0.5),
-    "PRECISION_TEST": ("bfloat16", {}, lambda m: m.dtype_test == torch.bfloat16),
-    "COMPILE": (True, {}, lambda m: m.to_compile),
+    "PRECISION_TEST": ("bfloat16", {}, lambda m: m.execution.dtype_test == torch.bfloat16),
+    "COMPILE": (True, {}, lambda m: m.execution.compile),
     "SCORE_FUSION": ("product", {}, lambda m: m.post_processor.score_fusion == "product"),
 }  # fmt: skip
 
@@ -75,7 +74,7 @@ def test_key_reaches_its_part(key):
 
 def test_computed_centerness():
     model = build_model(tiny_cfg(QUALITY="computed", BOX_LOSS_WEIGHTING="none"))
-    assert model.head.ctrness is None and model.post_processor.computed_centerness
+    assert model.head.ctrness is None and model.post_processor.quality == "computed"
 
 
 def test_detections_per_image_is_detectron2s_key():

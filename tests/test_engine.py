@@ -62,9 +62,9 @@ def test_resumed_run_continues_from_the_last_checkpoint(cfg, monkeypatch):
     assert resumed.start_iter == 4
     ema, lr, momentum, weights = states[3]
     assert resumed.model.loss.ema_num_positives.item() == ema != 100
-    found = [s["momentum_buffer"] for s in resumed.optimizer.state.values()]
-    assert len(found) == len(momentum) > 10
-    assert all(torch.equal(a, b) for a, b in zip(found, momentum, strict=True))
+    buffers = [s["momentum_buffer"] for s in resumed.optimizer.state.values()]
+    assert len(buffers) == len(momentum) > 10
+    assert all(torch.equal(a, b) for a, b in zip(buffers, momentum, strict=True))
     for key, value in weights.items():
         assert torch.equal(value, resumed.model.state_dict()[key])
 

@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage
 from helpers import make_input
 
 from fcos_d2 import model_zoo
+from fcos_d2.acceleration.norm_folding import FoldedConv2d
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -40,8 +41,8 @@ def test_every_config_trains_and_infers_a_step(name):
     # All but those that had no part in this picture, as the levels whose size no box has.
     assert sum(not torch.equal(before[n], after[n]) for n in trained) > 0.5 * len(trained)
     with torch.no_grad():
-        (found,) = model.eval()([make_input(size=(64, 64))])[0].values()
-    assert len(found) <= max(cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.RPN.POST_NMS_TOPK_TEST)
+        (results,) = model.eval()([make_input(size=(64, 64))])[0].values()
+    assert len(results) <= max(cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.RPN.POST_NMS_TOPK_TEST)
 
 
 def reduced(cfg):
@@ -68,9 +69,9 @@ def behaviour(cfg):
     batch = [make_input(((10.0, 8.0, 100.0, 90.0), (20.0, 20.0, 60.0, 40.0)), (1, 2), (128, 128))]
     losses = {k: round(v.item(), 5) for k, v in model.train()(batch).items()}
     with torch.no_grad():
-        (found,) = model.eval()(batch)[0].values()
-    assert len(found) > 10
-    fields = found.get_fields()
+        (results,) = model.eval()(batch)[0].values()
+    assert len(results) > 10
+    fields = results.get_fields()
     scores = fields.get("scores", fields.get("objectness_logits"))
     boxes = fields.get("pred_boxes", fields.get("proposal_boxes")).tensor
     return losses, scores.tolist(), boxes.tolist(), sorted(model.state_dict())
@@ -135,6 +136,11 @@ def test_lazy_config_builds_the_model_of_the_yaml():
     batch = [make_input(size=(64, 64))]
     for key, value in yaml.train()(batch).items():
         torch.testing.assert_close(ours.train()(batch)[key], value)
+    folded = [m for m in ours.modules() if isinstance(m, FoldedConv2d)]
+    assert len(folded) == 53  # as many as in the YAML's model, and all of ResNet-50
+    lazy.head.quality = "iou"
+    with pytest.raises(ValueError, match="the same quality, got head 'iou', loss 'centerness'"):
+        instantiate(lazy)
 
 
 def test_unknown_config_lists_what_there_is():

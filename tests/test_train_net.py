@@ -91,9 +91,9 @@ def test_killed_run_resumes_and_its_weights_predict(train_net, tmp_path):
     cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.001
     image = cv2.imread(str(next((tmp_path.parent).rglob("shapes/val/0001.png"))))
-    found = DefaultPredictor(cfg)(image)["instances"]
-    assert found.image_size == image.shape[:2]
-    assert len(found) > 0
+    detections = DefaultPredictor(cfg)(image)["instances"]
+    assert detections.image_size == image.shape[:2]
+    assert len(detections) > 0
 
 
 def test_eval_only(train_net, tmp_path):

@@ -38,8 +38,9 @@ from detectron2.structures import Boxes, BoxMode
 from torch import Tensor
 from tqdm import tqdm
 
-from ..modeling import FCOS, LocationAssigner
+from ..modeling import FCOS, Levels, LocationAssigner
 from ..modeling.backbone import padded_size
+from ..modeling.target_assignment import cell_numbers
 from .statistics import AssignmentStatistics, LevelStatistics, SizeStatistics
 
 # COCO's sizes, and the areas in pixels of the original image that the second and third begin at.
@@ -81,15 +82,15 @@ def analyze_assignment(
     # device it has shapes but no weights, and takes no time.
     with torch.device("meta"):
         detector = FCOS(cfg)
-    strides = detector.strides
-    counts = _Counts(detector.assigner, strides)
+    levels = detector.levels
+    counts = _Counts(detector.assigner, levels)
     crowd = no_area = 0
     waiting: dict[tuple, list[_Image]] = defaultdict(list)
     for record in tqdm(records, unit=" images", disable=not progress):
         image = _prepare(cfg, record, include_crowd)
         crowd += image.crowd_left_out
         no_area += image.no_area_left_out
-        shapes = level_shapes(detector.backbone, strides, *image.size)
+        shapes = level_shapes(detector.backbone, levels, *image.size)
         group = waiting[shapes]
         group.append(image)
         if len(group) == _BATCH:
@@ -99,27 +100,27 @@ def analyze_assignment(
         if group:
             counts.add(shapes, group)
     names = cfg.MODEL.FCOS.IN_FEATURES
-    levels = zip(names, strides, *counts.by_level.tolist(), strict=True)
-    sizes = zip(SIZES, *counts.by_size.tolist(), strict=True)
+    by_level = zip(names, levels.strides, *counts.by_level.tolist(), strict=True)
+    by_size = zip(SIZES, *counts.by_size.tolist(), strict=True)
     return AssignmentStatistics(
         images=len(records),
         crowd_left_out=crowd,
         no_area_left_out=no_area,
-        levels=tuple(LevelStatistics(*level) for level in levels),
-        sizes=tuple(SizeStatistics(*size) for size in sizes),
-        settings=_settings(cfg, detector.assigner),
+        levels=tuple(LevelStatistics(*level) for level in by_level),
+        sizes=tuple(SizeStatistics(*size) for size in by_size),
+        settings=_settings(cfg, detector),
     )
 
 
 def level_shapes(
-    backbone: Backbone, strides: Sequence[int], height: int, width: int
+    backbone: Backbone, levels: Levels, height: int, width: int
 ) -> tuple[tuple[int, int], ...]:
     """(height, width) in cells of each level, for an image of (height, width) pixels.
 
     Exact for ResNet and FPN: their strided convolutions and poolings halve, rounding up.
     """
     height, width = padded_size(backbone, height, width)
-    return tuple((-(-height // stride), -(-width // stride)) for stride in strides)
+    return tuple((-(-height // stride), -(-width // stride)) for stride in levels.strides)
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,10 @@ class _Counts:
         by_size: (3, 3) boxes, those that own a location, and their locations; columns are SIZES.
     """
 
-    def __init__(self, assigner: LocationAssigner, strides: Sequence[int]):
+    def __init__(self, assigner: LocationAssigner, levels: Levels):
         self.assigner = assigner
-        self.strides = strides
-        self.by_level = torch.zeros(3, len(strides), dtype=torch.int64)
+        self.levels = levels
+        self.by_level = torch.zeros(3, len(levels), dtype=torch.int64)
         self.by_size = torch.zeros(3, len(SIZES), dtype=torch.int64)
 
     def add(self, shapes: Sequence[tuple[int, int]], images: Sequence[_Image]) -> None:
@@ -205,20 +206,20 @@ class _Counts:
         boxes = [image.boxes for image in images]
         classes = torch.cat([image.classes for image in images])  # (M,)
         sizes = torch.cat([image.sizes for image in images])  # (M,)
-        candidates = self.assigner.candidates(shapes, self.strides, boxes)
+        candidates = self.assigner.candidates(self.levels, shapes, boxes)
         positives = self.assigner.resolve(candidates, shapes, boxes)
-        place = self.assigner.place(positives, shapes, len(images))  # (P,)
-        candidate_place = self.assigner.place(candidates, shapes, len(images))  # (C,)
+        cell = cell_numbers(positives, shapes, len(images))  # (P,)
+        candidate_cell = cell_numbers(candidates, shapes, len(images))  # (C,)
 
-        cells = len(images) * sum(height * width for height, width in shapes)
-        eligible = torch.bincount(candidate_place, minlength=cells)
+        num_cells = len(images) * sum(height * width for height, width in shapes)
+        eligible = torch.bincount(candidate_cell, minlength=num_cells)
         # A location is ambiguous between classes if any box is of another class than the owner.
-        owner_class = torch.zeros(cells, dtype=torch.int64)
-        owner_class[place] = classes[positives.gt]
-        differs = classes[candidates.gt] != owner_class[candidate_place]
-        others = torch.bincount(candidate_place[differs], minlength=cells)
+        owner_class = torch.zeros(num_cells, dtype=torch.int64)
+        owner_class[cell] = classes[positives.gt]
+        differs = classes[candidates.gt] != owner_class[candidate_cell]
+        others = torch.bincount(candidate_cell[differs], minlength=num_cells)
         level, num_levels = positives.level, len(shapes)
-        for row, chosen in enumerate((level, level[eligible[place] > 1], level[others[place] > 0])):
+        for row, chosen in enumerate((level, level[eligible[cell] > 1], level[others[cell] > 0])):
             self.by_level[row] += torch.bincount(chosen, minlength=num_levels)
 
         owned = torch.bincount(positives.gt, minlength=len(classes))  # (M,) locations of each box
@@ -226,15 +227,15 @@ class _Counts:
             self.by_size[row] += torch.bincount(chosen, minlength=len(SIZES))
 
 
-def _settings(cfg: CfgNode, assigner: LocationAssigner) -> dict:
+def _settings(cfg: CfgNode, detector: FCOS) -> dict:
     """The config's part in the numbers, for JSON, which has no infinity: null there."""
     return {
         "regression_ranges": [
             [low, None if high == float("inf") else high]
-            for low, high in assigner.regression_ranges
+            for low, high in detector.assigner.regression_ranges
         ],
-        "center_sampling_radius": assigner.radius,
-        "location_offset": assigner.location_offset,
+        "center_sampling_radius": detector.assigner.radius,
+        "location_offset": detector.levels.offset,
         "min_size_test": cfg.INPUT.MIN_SIZE_TEST,
         "max_size_test": cfg.INPUT.MAX_SIZE_TEST,
     }

@@ -2,21 +2,26 @@
 
 from .backbone import build_fcos_resnet_fpn_backbone
 from .fcos import FCOS
-from .head import FCOSHead
+from .head import FCOSHead, HeadOutputs
 from .losses import FCOSLoss
+from .points import Levels
 from .post_processing import FCOSPostProcessor
-from .proposal_generator import FCOS as FCOSProposalGenerator
-from .target_assignment import LocationAssigner, Positives
+from .proposal_generator import FCOSProposalGenerator
+from .target_assignment import Candidates, LocationAssigner, Positives, Targets
 from .test_time_augmentation import FCOSWithTTA
 
 __all__ = [
     "FCOS",
+    "Candidates",
     "FCOSHead",
     "FCOSLoss",
     "FCOSPostProcessor",
     "FCOSProposalGenerator",
     "FCOSWithTTA",
+    "HeadOutputs",
+    "Levels",
     "LocationAssigner",
     "Positives",
+    "Targets",
     "build_fcos_resnet_fpn_backbone",
 ]

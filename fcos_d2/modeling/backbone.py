@@ -12,7 +12,6 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from .deform_conv import use_portable_deform_convs
-from .fused_blocks import fuse_blocks
 
 
 class LastLevelP6(nn.Module):
@@ -66,7 +65,6 @@ def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
-    fuse_blocks(fpn)
     if cfg.MODEL.META_ARCHITECTURE == "FCOS":
         _freeze_unused_outputs(fpn, cfg.MODEL.FCOS.IN_FEATURES)
     return fpn

@@ -9,18 +9,41 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 
-class PortableDeformConv(DeformConv):
-    """Detectron2's deformable convolution (v1): same parameters, same result, any device."""
+class PortableDeformConv(nn.Module):
+    """The same convolution as one of Detectron2's, with the same parameters, on any device."""
 
-    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        return _deform_conv(self, x, offset, None)
+    def __init__(self, conv: DeformConv | ModulatedDeformConv):
+        """
+        Args:
+            conv: whose parameters and norm are shared.
+        """
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.norm, self.activation = conv.norm, conv.activation
+        self.train(conv.training)
 
-
-class PortableModulatedDeformConv(ModulatedDeformConv):
-    """Detectron2's modulated deformable convolution (v2): same parameters and result."""
-
-    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        return _deform_conv(self, x, offset, mask)
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: (N, C, H, W).
+            offset: (N, 2 * G * kernel cells, Ho, Wo) for G groups of channels.
+            mask: (N, G * kernel cells, Ho, Wo) for a modulated convolution.
+        """
+        # Under autocast the inputs arrive in different precisions; the operator wants one.
+        with torch.autocast(x.device.type, enabled=False):
+            y = deform_conv2d(
+                x.float(),
+                offset.float(),
+                self.weight,
+                self.bias,
+                self.stride,
+                self.padding,
+                self.dilation,
+                None if mask is None else mask.float(),
+            ).to(x.dtype)
+        y = y if self.norm is None else self.norm(y)
+        return y if self.activation is None else self.activation(y)
 
 
 class SelfModulatedDeformConv(nn.Module):
@@ -32,7 +55,8 @@ class SelfModulatedDeformConv(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.offset = nn.Conv2d(channels, 3 * 9, kernel_size=3, padding=1)
-        self.conv = PortableModulatedDeformConv(channels, channels, kernel_size=3, padding=1)
+        conv = ModulatedDeformConv(channels, channels, kernel_size=3, padding=1)
+        self.conv = PortableDeformConv(conv)
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)
         nn.init.normal_(self.conv.weight, std=0.01)
@@ -43,27 +67,11 @@ class SelfModulatedDeformConv(nn.Module):
 
 
 def use_portable_deform_convs(module: nn.Module) -> None:
-    """Give the deformable convolutions inside a module, made by Detectron2, the portable class.
+    """Exchange Detectron2's deformable convolutions inside a module for portable ones.
 
     Detectron2's ResNet builder has no hook for another operator. Parameters and names stay.
     """
-    portable = {DeformConv: PortableDeformConv, ModulatedDeformConv: PortableModulatedDeformConv}
-    for child in module.modules():
-        child.__class__ = portable.get(type(child), type(child))
-
-
-def _deform_conv(conv: nn.Module, x: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
-    # Under autocast the inputs arrive in different precisions; the operator wants one.
-    with torch.autocast(x.device.type, enabled=False):
-        y = deform_conv2d(
-            x.float(),
-            offset.float(),
-            conv.weight,
-            conv.bias,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            None if mask is None else mask.float(),
-        ).to(x.dtype)
-    y = y if conv.norm is None else conv.norm(y)
-    return y if conv.activation is None else conv.activation(y)
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, DeformConv | ModulatedDeformConv):
+                setattr(parent, name, PortableDeformConv(child))

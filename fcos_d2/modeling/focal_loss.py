@@ -4,7 +4,7 @@ The loss of RetinaNet (arXiv 1708.02002, eq. 5), summed over all cells and class
 the background term over everything, plus a correction where a class is present. So no one-hot
 target is needed, and as a sum does not care about order, no permutation of the logits either.
 
-Shapes: N images, K classes, (Hi, Wi) cells of level i, P positives.
+Shapes: N images, K classes, (Hi, Wi) cells of level i.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .target_assignment import Positives
+from .target_assignment import Targets
 
 # Elements that are processed at once. On CPU the temporaries then stay in the cache; on GPU it
 # only bounds their size, in few kernel launches.
@@ -21,7 +21,7 @@ _CHUNK_CPU, _CHUNK_GPU = 2**17, 2**22
 
 
 def sparse_sigmoid_focal_loss(
-    logits: Sequence[Tensor], positives: Positives, classes: Tensor, alpha: float, gamma: float
+    logits: Sequence[Tensor], targets: Targets, alpha: float, gamma: float
 ) -> Tensor:
     """Sum of the focal loss over all levels, images, cells and classes.
 
@@ -31,41 +31,38 @@ def sparse_sigmoid_focal_loss(
 
     Args:
         logits: (N, K, Hi, Wi) for each level, in any memory layout.
-        positives: the locations that own a box.
-        classes: (P,) int64 class in [0, K) of each positive.
+        targets: the positives and their classes.
         alpha: weight of the present classes, 1 - alpha of the absent ones; negative: no weights.
         gamma: focusing exponent, >= 0.
 
     Returns:
         a scalar, connected to all logits also where there is no positive.
     """
-    num_classes = logits[0].shape[1]
     dense = [_dense(x) for x in logits]
-    places = []
-    parts = (t.split(positives.per_level) for t in (positives.image, positives.cell, classes))
-    for x, image, cell, cls in zip(dense, *parts, strict=True):
-        num_cells = x.shape[2] * x.shape[3]
-        if x.is_contiguous():
-            places.append((image * num_classes + cls) * num_cells + cell)
-        else:  # channels last
-            places.append((image * num_cells + cell) * num_classes + cls)
-    return _SparseFocalLoss.apply(alpha, gamma, places, *dense)
+    fields = (targets.image, targets.classes, targets.y, targets.x)
+    by_level = zip(*(field.split(targets.per_level) for field in fields), strict=True)
+    present = [_memory_index(x, *entries) for x, entries in zip(dense, by_level, strict=True)]
+    return _SparseFocalLoss.apply(alpha, gamma, present, *dense)
 
 
 class _SparseFocalLoss(torch.autograd.Function):
-    """See :func:`sparse_sigmoid_focal_loss`; ``places`` index the logits in memory order."""
+    """See :func:`sparse_sigmoid_focal_loss`.
+
+    ``present`` holds, for each level, the indices in memory order of the logits whose class is
+    present.
+    """
 
     @staticmethod
-    def forward(ctx, alpha: float, gamma: float, places: list[Tensor], *logits: Tensor) -> Tensor:
+    def forward(ctx, alpha: float, gamma: float, present: list[Tensor], *logits: Tensor) -> Tensor:
         ctx.weight_present, ctx.weight_absent = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
-        ctx.gamma, ctx.places = gamma, places
+        ctx.gamma, ctx.present = gamma, present
         ctx.save_for_backward(*logits)
         total = 0.0
-        for x, place in zip(logits, places, strict=True):
+        for x, indices in zip(logits, present, strict=True):
             flat = _flat(x)
             for chunk in flat.split(_chunk_size(x)):
                 total = total + ctx.weight_absent * _absent_term(_upcast(chunk), gamma).sum()
-            z = _upcast(flat[place])
+            z = _upcast(flat[indices])
             correction = ctx.weight_present * _absent_term(-z, gamma)
             total = total + (correction - ctx.weight_absent * _absent_term(z, gamma)).sum()
         return total
@@ -74,7 +71,7 @@ class _SparseFocalLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: Tensor):
         grads = []
-        for x, place in zip(ctx.saved_tensors, ctx.places, strict=True):
+        for x, indices in zip(ctx.saved_tensors, ctx.present, strict=True):
             layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
             grad = torch.empty_like(x, memory_format=layout)
             flat, flat_grad = _flat(x), _flat(grad)
@@ -82,8 +79,8 @@ class _SparseFocalLoss(torch.autograd.Function):
             for chunk, out in zip(flat.split(size), flat_grad.split(size), strict=True):
                 slope = _absent_slope(_upcast(chunk), ctx.gamma)
                 out.copy_(slope.mul_(ctx.weight_absent * grad_output))
-            slope = -_absent_slope(-_upcast(flat[place]), ctx.gamma)
-            flat_grad[place] = (slope * (ctx.weight_present * grad_output)).to(grad.dtype)
+            slope = -_absent_slope(-_upcast(flat[indices]), ctx.gamma)
+            flat_grad[indices] = (slope * (ctx.weight_present * grad_output)).to(grad.dtype)
             grads.append(grad)
         return None, None, None, *grads
 
@@ -123,6 +120,14 @@ def _dense(x: Tensor) -> Tensor:
 def _flat(x: Tensor) -> Tensor:
     """(numel,) view in memory order."""
     return x.view(-1) if x.is_contiguous() else x.permute(0, 2, 3, 1).view(-1)
+
+
+def _memory_index(logits: Tensor, image: Tensor, cls: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Indices into :func:`_flat` of the logits of the classes ``cls`` at the cells (x, y)."""
+    _, num_classes, height, width = logits.shape
+    if logits.is_contiguous():
+        return ((image * num_classes + cls) * height + y) * width + x
+    return ((image * height + y) * width + x) * num_classes + cls
 
 
 def _chunk_size(x: Tensor) -> int:

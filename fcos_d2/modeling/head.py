@@ -6,16 +6,40 @@ returns lists with an entry for each level.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, get_norm
 from torch import Tensor, nn
 
+from ..config import check_choice
 from .deform_conv import SelfModulatedDeformConv
 
 # exp(20) is 5e8 pixels: no image is so large, and the square of it is far from float32's end.
 _MAX_EXPONENT = 20.0
+
+# What QUALITY offers; the first two have a branch of the head.
+QUALITIES = ("centerness", "iou", "computed", "none")
+
+
+class HeadOutputs(NamedTuple):
+    """What a head says of a batch, a map for each level.
+
+    Attributes:
+        class_logits: (N, K, Hi, Wi) for each level.
+        ltrb: (N, 4, Hi, Wi) for each level, float32, in pixels, never negative.
+        quality_logits: (N, 1, Hi, Wi) for each level, or None without a quality branch.
+    """
+
+    class_logits: list[Tensor]
+    ltrb: list[Tensor]
+    quality_logits: list[Tensor] | None
+
+    @property
+    def level_shapes(self) -> list[tuple[int, int]]:
+        """(Hi, Wi) of each level."""
+        return [tuple(x.shape[-2:]) for x in self.class_logits]
 
 
 class PerLevelNorm(nn.ModuleList):
@@ -83,7 +107,7 @@ class FCOSHead(nn.Module):
         super().__init__()
         check_choice("NORM", norm, ("GN", "BN", "SyncBN", ""))
         check_choice("BOX_ACTIVATION", box_activation, ("relu", "exp"))
-        check_choice("QUALITY", quality, ("centerness", "iou", "computed", "none"))
+        check_choice("QUALITY", quality, QUALITIES)
         check_choice("QUALITY_ON", quality_on, ("box", "cls"))
         channels = {shape.channels for shape in input_shape}
         if len(channels) != 1:
@@ -92,7 +116,9 @@ class FCOSHead(nn.Module):
         if norm == "GN" and channels % 32:
             raise ValueError(f"NORM 'GN' has 32 groups, which do not divide {channels} channels")
         self.strides = [shape.stride for shape in input_shape]
+        self.num_classes = num_classes
         self.box_activation = box_activation
+        self.quality = quality
         self.quality_on = quality_on
 
         def tower(num_convs: int, deformable: bool) -> Tower:
@@ -135,17 +161,10 @@ class FCOSHead(nn.Module):
             "quality_on": fcos.QUALITY_ON,
         }
 
-    def forward(
-        self, features: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+    def forward(self, features: list[Tensor]) -> HeadOutputs:
         """
         Args:
             features: (N, C, Hi, Wi) for each level.
-
-        Returns:
-            class_logits: (N, K, Hi, Wi) for each level.
-            ltrb: (N, 4, Hi, Wi) for each level, float32, in pixels, never negative.
-            quality_logits: (N, 1, Hi, Wi) for each level, or None without a quality branch.
         """
         features = self.share_tower(features)
         cls_features = self.cls_tower(features)
@@ -153,9 +172,9 @@ class FCOSHead(nn.Module):
         class_logits = [self.cls_logits(x) for x in cls_features]
         ltrb = [self._to_pixels(self.bbox_pred(x), i) for i, x in enumerate(box_features)]
         if self.ctrness is None:
-            return class_logits, ltrb, None
+            return HeadOutputs(class_logits, ltrb, None)
         quality_features = box_features if self.quality_on == "box" else cls_features
-        return class_logits, ltrb, [self.ctrness(x) for x in quality_features]
+        return HeadOutputs(class_logits, ltrb, [self.ctrness(x) for x in quality_features])
 
     def _to_pixels(self, x: Tensor, level: int) -> Tensor:
         x = x.float()
@@ -193,8 +212,3 @@ def _norm(name: str, channels: int, num_levels: int) -> nn.Module:
     if name == "SyncBN" and not torch.cuda.is_available():
         name = "naiveSyncBN"  # same parameters; nn.SyncBatchNorm runs on GPU only
     return PerLevelNorm(get_norm(name, channels) for _ in range(num_levels))
-
-
-def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"MODEL.FCOS.{key} must be one of {list(choices)}, got {value!r}")

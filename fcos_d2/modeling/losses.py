@@ -5,88 +5,26 @@ entry for each level; they are read where they lie, in any memory layout.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from ..config import check_choice
 from .box_losses import box_losses, iou_of_ltrb
 from .focal_loss import sparse_sigmoid_focal_loss
-from .head import check_choice
-from .points import boxes_to_ltrb, cell_locations, centerness
-from .target_assignment import LocationAssigner, Positives
-from .transfer import to_device
+from .head import QUALITIES, HeadOutputs
+from .points import centerness
+from .target_assignment import Targets
 
 _EMA_MOMENTUM = 0.9
 _EMA_START = 100.0
 _LOG_PERIOD = 20  # iterations; what is logged less often costs no GPU synchronisation in between
 _MIN_DISTANCE = 1e-6  # pixels; keeps -ln IoU and the aspect ratio finite for a box without area
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the positives of a batch shall learn.
-
-    Attributes:
-        positives: where they are.
-        classes: (P,) int64 in [0, K).
-        ltrb: (P, 4) float32 distances in pixels, all > 0.
-    """
-
-    positives: Positives
-    classes: Tensor
-    ltrb: Tensor
-
-    def to(self, device: torch.device) -> "Targets":
-        classes, ltrb = (to_device(x, device) for x in (self.classes, self.ltrb))
-        return Targets(self.positives.to(device), classes, ltrb)
-
-
-def check_classes(instances: Sequence[Instances], num_classes: int) -> None:
-    """Raise a ValueError for class numbers on CPU outside [0, num_classes)."""
-    for i, x in enumerate(instances):
-        classes = x.gt_classes
-        if len(classes) == 0 or classes.is_cuda:
-            continue
-        lowest, highest = int(classes.min()), int(classes.max())
-        if lowest < 0 or highest >= num_classes:
-            raise ValueError(
-                f"Image number {i} of the batch has classes from {lowest} to {highest}, but the "
-                f"model has {num_classes}: classes are numbered from 0"
-            )
-
-
-def make_targets(
-    assigner: LocationAssigner,
-    level_shapes: Sequence[tuple[int, int]],
-    strides: Sequence[int],
-    instances: Sequence[Instances],
-) -> Targets:
-    """Assign the boxes of a batch, and look up what each positive learns.
-
-    Args:
-        assigner: decides which locations are positive.
-        level_shapes: (height, width) in cells of each level.
-        strides: pixels per cell of each level.
-        instances: for each image, with ``gt_boxes`` and ``gt_classes``; the targets are made on
-            their device.
-    """
-    boxes = [x.gt_boxes.tensor for x in instances]
-    positives = assigner(level_shapes, strides, boxes)
-    device = positives.cell.device
-    width = torch.tensor([width for _, width in level_shapes], device=device)[positives.level]
-    stride = torch.tensor(strides, device=device)[positives.level]
-    x, y = positives.cell % width, positives.cell // width
-    locations = cell_locations(x, y, stride, assigner.location_offset)
-    ltrb = boxes_to_ltrb(locations, torch.cat(boxes)[positives.gt])
-    classes = torch.cat([x.gt_classes for x in instances])[positives.gt]
-    return Targets(positives, classes, ltrb)
 
 
 class FCOSLoss(nn.Module):
@@ -118,6 +56,7 @@ class FCOSLoss(nn.Module):
                 than centerness: by the IoU of the prediction, bad boxes would learn least.
         """
         super().__init__()
+        check_choice("QUALITY", quality, QUALITIES)
         check_choice("BOX_LOSS_TYPE", box_loss_type, ("iou", "linear_iou", "giou", "diou", "ciou"))
         check_choice("BOX_LOSS_WEIGHTING", box_loss_weighting, ("quality", "none"))
         check_choice("LOSS_NORMALIZER", loss_normalizer, ("fg", "ema_fg"))
@@ -154,16 +93,10 @@ class FCOSLoss(nn.Module):
             "quality_loss_weight": fcos.QUALITY_LOSS_WEIGHT,
         }
 
-    def forward(
-        self,
-        class_logits: Sequence[Tensor],
-        ltrb: Sequence[Tensor],
-        quality_logits: Sequence[Tensor] | None,
-        targets: Targets,
-    ) -> dict[str, Tensor]:
+    def forward(self, outputs: HeadOutputs, targets: Targets) -> dict[str, Tensor]:
         """
         Args:
-            class_logits, ltrb, quality_logits: what the head returns.
+            outputs: of a head with the same ``quality``.
             targets: on the same device.
 
         Returns:
@@ -171,31 +104,33 @@ class FCOSLoss(nn.Module):
             ``loss_fcos_iou``: float32 scalars, finite and connected to the maps also without
             positives. Averaged over processes, their gradients are those of the whole batch.
         """
-        positives = targets.positives
         cls_loss = sparse_sigmoid_focal_loss(
-            class_logits, positives, targets.classes, self.focal_loss_alpha, self.focal_loss_gamma
+            outputs.class_logits, targets, self.focal_loss_alpha, self.focal_loss_gamma
         )
-        predicted = gather(ltrb, positives).clamp(min=_MIN_DISTANCE)
+        predicted = gather(outputs.ltrb, targets).clamp(min=_MIN_DISTANCE)
         box_loss = box_losses(predicted, targets.ltrb, self.box_loss_type)
-
-        if self.quality == "centerness":
-            quality = centerness(targets.ltrb)
-        elif self.quality == "iou":
-            quality = iou_of_ltrb(predicted.detach(), targets.ltrb)
+        quality = self._quality(predicted, targets)
         weights = quality if self.box_loss_weighting == "quality" else torch.ones_like(box_loss)
-        num_positives, sum_of_weights = self._normalizers(len(positives), weights)
-
+        num_positives, sum_of_weights = self._normalizers(len(targets), weights)
         losses = {
             "loss_fcos_cls": self.cls_loss_weight * cls_loss / num_positives,
             "loss_fcos_loc": self.box_loss_weight * (box_loss * weights).sum() / sum_of_weights,
         }
-        if quality_logits is not None:
-            logits = gather(quality_logits, positives)[:, 0].float()
+        if quality is not None:
+            logits = gather(outputs.quality_logits, targets)[:, 0].float()
             quality_loss = F.binary_cross_entropy_with_logits(logits, quality, reduction="sum")
             name = "loss_fcos_ctr" if self.quality == "centerness" else "loss_fcos_iou"
             losses[name] = self.quality_loss_weight * quality_loss / num_positives
             self._log_quality_loss(name, quality_loss, quality, num_positives)
         return losses
+
+    def _quality(self, predicted: Tensor, targets: Targets) -> Tensor | None:
+        """(P,) what the quality branch learns; None without a branch."""
+        if self.quality == "centerness":
+            return centerness(targets.ltrb)
+        if self.quality == "iou":
+            return iou_of_ltrb(predicted.detach(), targets.ltrb)
+        return None
 
     def _normalizers(self, num_positives: int, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Mean number of positives, and mean sum of box weights, per process."""
@@ -231,7 +166,9 @@ class FCOSLoss(nn.Module):
         get_event_storage().put_scalar(f"fcos/{name}_above_floor", above_floor)
 
 
-def gather(maps: Sequence[Tensor], positives: Positives) -> Tensor:
+def gather(maps: Sequence[Tensor], targets: Targets) -> Tensor:
     """(P, C) entries of the (N, C, Hi, Wi) maps at the positives."""
-    parts = (t.split(positives.per_level) for t in (positives.image, positives.cell))
-    return torch.cat([x.flatten(2)[i, :, cell] for x, i, cell in zip(maps, *parts, strict=True)])
+    fields = (targets.image, targets.y, targets.x)
+    by_level = zip(*(field.split(targets.per_level) for field in fields), strict=True)
+    entries = [m[image, :, y, x] for m, (image, y, x) in zip(maps, by_level, strict=True)]
+    return torch.cat(entries)

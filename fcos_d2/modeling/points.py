@@ -1,28 +1,56 @@
 """Geometry of locations: where the cells of a feature map lie, and boxes seen from there.
 
-A cell (x, y) of a level with stride s sees the image at the location (s/2 + x*s, s/2 + y*s), or
-with another offset than 1/2 at ((offset + x) * s, (offset + y) * s).
 Seen from a location, a box is ltrb: its distances in pixels to the left, top, right and bottom
 side (1904.01355, eq. 1), all positive where the location is inside the box.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def cell_locations(x: Tensor, y: Tensor, stride: float | Tensor, offset: float = 0.5) -> Tensor:
-    """Locations of the cells in columns ``x`` and rows ``y`` of a level.
+@dataclass(frozen=True)
+class Levels:
+    """Where the cells of each feature level lie in the image.
 
-    Args:
-        x: (...) integer column of each cell.
-        y: (...) integer row of each cell.
-        stride: pixels per cell, a number or a tensor of the shape of ``x``.
+    The cell in column x and row y of a level with stride s sees the image at the location
+    ((offset + x) * s, (offset + y) * s); with the default offset that is the middle of the cell
+    (1904.01355, section 3.1).
+
+    Attributes:
+        strides: pixels per cell of each level, finest first.
         offset: where in its cell a location is, in strides.
-
-    Returns:
-        (..., 2) float32 locations (x, y) in pixels.
     """
-    return torch.stack([(x + offset) * stride, (y + offset) * stride], dim=-1).float()
+
+    strides: tuple[int, ...]
+    offset: float = 0.5
+
+    def __len__(self) -> int:
+        return len(self.strides)
+
+    def locations(self, level: int | Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Locations of the cells in columns ``x`` and rows ``y``.
+
+        Args:
+            level: the level of all cells, or (...) int64 level of each.
+            x, y: (...) integer column and row of each cell.
+
+        Returns:
+            (..., 2) float32 locations (x, y) in pixels.
+        """
+        if isinstance(level, int):
+            stride = self.strides[level]
+        else:
+            stride = torch.tensor(self.strides, device=level.device)[level]
+        return torch.stack([(x + self.offset) * stride, (y + self.offset) * stride], dim=-1).float()
+
+    def all_locations(self, level: int, height: int, width: int, device: torch.device) -> Tensor:
+        """(height * width, 2) locations of all cells of a level, row by row."""
+        y, x = torch.meshgrid(
+            torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+        )
+        return self.locations(level, x.flatten(), y.flatten())
 
 
 def boxes_to_ltrb(locations: Tensor, boxes: Tensor) -> Tensor:

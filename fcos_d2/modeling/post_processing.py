@@ -1,10 +1,17 @@
-"""From dense maps to detections.
+"""From the head's maps to detections: threshold, score, top-k, decode, clip, NMS.
 
-Shapes: N images, L levels, K classes, (Hi, Wi) cells of level i, C candidates of the batch.
+Shapes: N images, L levels, K classes, (Hi, Wi) cells of level i, S selected cells of the batch,
+C candidates of the batch.
+
+Candidate: a location and a class whose probability is above the threshold. A cell with several
+such classes makes several candidates with the same box.
+
+Every step is safe to trace and to export: sizes that depend on the data stay in tensors.
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from detectron2.config import configurable
@@ -12,15 +19,24 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from .head import check_choice
-from .points import cell_locations, centerness, ltrb_to_boxes
+from ..config import check_choice
+from .head import QUALITIES, HeadOutputs
+from .points import Levels, centerness, ltrb_to_boxes
 
-# NMS starts with so many times the wanted detections, and goes on with so many times more.
-_NMS_FIRST = 4
+
+class _Cells(NamedTuple):
+    """Cells with at least one candidate, and the head's maps there."""
+
+    image: Tensor  # (S,) int64
+    level: Tensor  # (S,) int64
+    locations: Tensor  # (S, 2) pixels
+    class_logits: Tensor  # (S, K)
+    ltrb: Tensor  # (S, 4) pixels
+    quality: Tensor  # (S,) in [0, 1]; all 1 with QUALITY "none"
 
 
 class FCOSPostProcessor:
-    """Threshold, top-k per level, decode, class-wise NMS (1904.01355, section 3.1)."""
+    """Turns what the head returns into detections (1904.01355, section 3.1)."""
 
     @configurable
     def __init__(
@@ -32,16 +48,17 @@ class FCOSPostProcessor:
         nms_thresh: float = 0.6,
         max_detections_per_image: int = 100,
         score_fusion: str = "sqrt",
-        computed_centerness: bool = False,
-        location_offset: float = 0.5,
+        quality: str = "centerness",
     ):
         """
         Args:
-            computed_centerness: without a quality branch, take the centerness of the predicted
-                distances for the quality.
             max_detections_per_image: ``TEST.DETECTIONS_PER_IMAGE``; negative for no limit.
             Others: see the keys of ``MODEL.FCOS`` in :mod:`fcos_d2.config`.
+
+        Raises:
+            ValueError: for a value that its key does not offer.
         """
+        check_choice("QUALITY", quality, QUALITIES)
         check_choice("SCORE_FUSION", score_fusion, ("sqrt", "product"))
         check_choice("SCORE_THRESH_ON", score_thresh_on, ("class", "score"))
         self.score_thresh = score_thresh
@@ -50,8 +67,7 @@ class FCOSPostProcessor:
         self.nms_thresh = nms_thresh
         self.max_detections_per_image = max_detections_per_image
         self.score_fusion = score_fusion
-        self.computed_centerness = computed_centerness
-        self.location_offset = location_offset
+        self.quality = quality
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -62,92 +78,107 @@ class FCOSPostProcessor:
             "nms_thresh": cfg.MODEL.FCOS.NMS_THRESH_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "score_fusion": cfg.MODEL.FCOS.SCORE_FUSION,
-            "computed_centerness": cfg.MODEL.FCOS.QUALITY == "computed",
-            "location_offset": cfg.MODEL.FCOS.LOCATION_OFFSET,
+            "quality": cfg.MODEL.FCOS.QUALITY,
         }
 
     def __call__(
-        self,
-        class_logits: Sequence[Tensor],
-        ltrb: Sequence[Tensor],
-        quality_logits: Sequence[Tensor] | None,
-        strides: Sequence[int],
-        image_sizes: Sequence[tuple[int, int]],
+        self, outputs: HeadOutputs, levels: Levels, image_sizes: Sequence[tuple[int, int]]
     ) -> list[Instances]:
         """
         Args:
-            class_logits, ltrb, quality_logits: what the head returns; left as they are.
-            strides: pixels per cell of each level.
+            outputs: of the head; left as they are.
+            levels: the geometry of the levels.
             image_sizes: (height, width) of each image without padding.
 
         Returns:
             for each image its detections, best first: ``pred_boxes`` inside the image and not
             empty, ``scores`` float32, ``pred_classes``.
         """
-        found = self.candidates(class_logits, ltrb, quality_logits, strides, image_sizes)
-        return [self.suppress(x) for x in found]
+        return [self.suppress(x) for x in self.candidates(outputs, levels, image_sizes)]
 
     def candidates(
-        self,
-        class_logits: Sequence[Tensor],
-        ltrb: Sequence[Tensor],
-        quality_logits: Sequence[Tensor] | None,
-        strides: Sequence[int],
-        image_sizes: Sequence[tuple[int, int]],
+        self, outputs: HeadOutputs, levels: Levels, image_sizes: Sequence[tuple[int, int]]
     ) -> list[Instances]:
         """What goes into NMS: all steps but the last. Arguments and fields as of the call."""
-        num_levels = len(class_logits)
-        quality = [None] * num_levels if quality_logits is None else quality_logits
-        maps = zip(range(num_levels), class_logits, ltrb, quality, strides, strict=True)
-        cells = [torch.cat(x) for x in zip(*(self._cells_of_level(*x) for x in maps), strict=True)]
-        image, level, locations, logits, distances, *quality = cells
+        # 1. Threshold.
+        cells = self._select_cells(outputs, levels)
+        cell, classes = (cells.class_logits > self._logit_thresh).nonzero(as_tuple=True)
+
         # 2. Score.
-        cell, classes = (logits > self._logit_thresh).nonzero(as_tuple=True)
-        scores = logits[cell, classes].sigmoid()
-        if quality:
-            scores = self._fuse(scores, quality[0].sigmoid()[cell])
-        elif self.computed_centerness:
-            # A box without extent on an axis is dropped later; its centerness is 0 / 0 till then.
-            scores = self._fuse(scores, centerness(distances).nan_to_num(0.0)[cell])
+        scores = self._score(cells.class_logits[cell, classes].sigmoid(), cells.quality[cell])
         if self.score_thresh_on == "score":
             above = _where(scores > self.score_thresh)
             cell, classes, scores = cell[above], classes[above], scores[above]
-        # 3. Top-k per level.
-        group = (image * num_levels + level)[cell]
-        keep = top_k_per_group(scores, group, len(image_sizes) * num_levels, self.topk_candidates)
-        cell, classes, scores = cell[keep], classes[keep], scores[keep]
+
+        # 3. Top-k of each image and level.
+        group = (cells.image * len(levels) + cells.level)[cell]
+        num_groups = len(image_sizes) * len(levels)
+        best = top_k_per_group(scores, group, num_groups, self.topk_candidates)
+        cell, classes, scores = cell[best], classes[best], scores[best]
+
         # 4. Decode.
-        boxes = ltrb_to_boxes(locations[cell], distances[cell])
-        per_image = torch.bincount(image[cell], minlength=len(image_sizes)).tolist()
-        parts = (t.split(per_image) for t in (boxes, scores, classes))
-        return [_inside_image(*x) for x in zip(*parts, image_sizes, strict=True)]
+        image, boxes = cells.image[cell], ltrb_to_boxes(cells.locations[cell], cells.ltrb[cell])
 
-    def _cells_of_level(
-        self,
-        level: int,
-        class_logits: Tensor,
-        ltrb: Tensor,
-        quality_logits: Tensor | None,
-        stride: int,
-    ) -> tuple[Tensor, ...]:
-        """Image and level (C,), location (C, 2) and the maps' values of cells with candidates."""
-        # 1. Threshold. The sigmoid is monotone: compare logits, and take it of candidates only.
-        # Few cells have a class above the threshold, so find these first. A cell with NaN has none.
-        best = class_logits.amax(dim=1).float()
-        found = best > self._logit_thresh
-        if self.score_thresh_on == "score" and quality_logits is not None:
-            quality = quality_logits[:, 0].float().sigmoid()
-            found &= self._fuse(best.sigmoid(), quality) > self.score_thresh
-        image, y, x = found.nonzero(as_tuple=True)
-        locations = cell_locations(x, y, stride, self.location_offset)
-        values = [class_logits[image, :, y, x].float(), ltrb[image, :, y, x].float()]
-        if quality_logits is not None:
-            values.append(quality_logits[image, 0, y, x].float())
-        return image, torch.full_like(image, level), locations, *values
+        # 5. Clip.
+        results = []
+        for i, image_size in enumerate(image_sizes):
+            here = _where(image == i)
+            results.append(_clip(boxes[here], scores[here], classes[here], image_size))
+        return results
 
-    def _fuse(self, scores: Tensor, quality: Tensor) -> Tensor:
-        fused = scores * quality
-        return fused.sqrt() if self.score_fusion == "sqrt" else fused
+    def suppress(self, candidates: Instances) -> Instances:
+        """6. Class-wise NMS of the candidates of one image; keeps the best of what is left."""
+        # In float64: to keep the classes apart batched_nms may move their boxes by several image
+        # sizes, which in float32 would round them by up to 1/128 pixel.
+        keep = batched_nms(
+            candidates.pred_boxes.tensor.double(),
+            candidates.scores.double(),
+            candidates.pred_classes,
+            self.nms_thresh,
+        )
+        if self.max_detections_per_image >= 0:
+            keep = keep[: self.max_detections_per_image]
+        return candidates[keep]
+
+    def _select_cells(self, outputs: HeadOutputs, levels: Levels) -> _Cells:
+        """The cells of all levels that have a class above the threshold.
+
+        These are few, so that all that follows touches little memory. The sigmoid is monotone:
+        logits are compared, and it is taken of candidates alone. A cell with NaN has none.
+        """
+        selected = []
+        for level, class_logits in enumerate(outputs.class_logits):
+            best = class_logits.amax(dim=1).float()
+            above = best > self._logit_thresh
+            if self.score_thresh_on == "score" and outputs.quality_logits is not None:
+                quality = outputs.quality_logits[level][:, 0].float().sigmoid()
+                above &= self._score(best.sigmoid(), quality) > self.score_thresh
+            image, y, x = above.nonzero(as_tuple=True)
+            ltrb = outputs.ltrb[level][image, :, y, x].float()
+            if outputs.quality_logits is not None:
+                quality = outputs.quality_logits[level][image, 0, y, x].float().sigmoid()
+            elif self.quality == "computed":
+                # A box without extent on an axis has a centerness of 0 / 0; clipping drops it.
+                quality = centerness(ltrb).nan_to_num(0.0)
+            else:
+                quality = torch.ones_like(ltrb[:, 0])
+            selected.append(
+                _Cells(
+                    image=image,
+                    level=torch.full_like(image, level),
+                    locations=levels.locations(level, x, y),
+                    class_logits=class_logits[image, :, y, x].float(),
+                    ltrb=ltrb,
+                    quality=quality,
+                )
+            )
+        return _Cells(*(torch.cat(tensors) for tensors in zip(*selected, strict=True)))
+
+    def _score(self, class_probability: Tensor, quality: Tensor) -> Tensor:
+        if self.quality == "none":
+            return class_probability
+        scores = class_probability * quality
+        return scores.sqrt() if self.score_fusion == "sqrt" else scores
 
     @property
     def _logit_thresh(self) -> float:
@@ -159,31 +190,14 @@ class FCOSPostProcessor:
             return -math.inf if thresh <= 0 else math.inf
         return math.log(thresh / (1 - thresh))
 
-    def suppress(self, candidates: Instances) -> Instances:
-        """Class-wise NMS of the candidates of one image; keeps the best of what is left."""
-        # In float64: batched_nms moves the classes apart, which in float32 would round boxes by up
-        # to 1/128 pixel, by another amount in each part.
-        boxes, scores = candidates.pred_boxes.tensor.double(), candidates.scores.double()
-        classes = candidates.pred_classes
-        order = scores.argsort(descending=True, stable=True)
-        limit = self.max_detections_per_image
-        # What NMS keeps of the best candidates does not depend on the others: where enough of a
-        # part is left, the rest need not be compared.
-        tried = _NMS_FIRST * limit if limit >= 0 else len(order)
-        while True:
-            part = order[:tried]
-            keep = part[batched_nms(boxes[part], scores[part], classes[part], self.nms_thresh)]
-            if len(keep) >= limit >= 0 or tried >= len(order):
-                return candidates[keep[:limit] if limit >= 0 else keep]
-            tried *= _NMS_FIRST
 
-
-def _inside_image(
-    boxes: Tensor, scores: Tensor, classes: Tensor, image_size: tuple[int, int]
-) -> Instances:
-    """Clip the candidates of one image, and leave out what is empty then, or NaN."""
-    height, width = image_size
-    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+def _clip(boxes: Tensor, scores: Tensor, classes: Tensor, image_size: tuple[int, int]) -> Instances:
+    """Clip the boxes of one image to it, and leave out what is empty then, or NaN."""
+    height, width = image_size[0], image_size[1]  # a tensor in a trace, which is not unpacked
+    x0, y0, x1, y1 = boxes.unbind(dim=1)
+    # Boxes.clip does the same, but raises an error for NaN.
+    clipped = [x0.clamp(0, width), y0.clamp(0, height), x1.clamp(0, width), y1.clamp(0, height)]
+    boxes = torch.stack(clipped, dim=1)
     # NaN fails both comparisons, so a box of NaN counts as empty.
     valid = _where((boxes[:, 2:] > boxes[:, :2]).all(dim=1) & ~scores.isnan())
     return Instances(
@@ -195,7 +209,7 @@ def _inside_image(
 
 
 def _where(mask: Tensor) -> Tensor:
-    # A mask as an index would be searched anew for each tensor, and waited for on GPU.
+    """Indices of the true entries. A mask as an index would be searched for each tensor anew."""
     return mask.nonzero().squeeze(1)
 
 
@@ -211,7 +225,8 @@ def top_k_per_group(scores: Tensor, group: Tensor, num_groups: int, k: int) -> T
     """
     order = scores.argsort(descending=True, stable=True)
     order = order[group[order].argsort(stable=True)]
-    per_group = torch.bincount(group, minlength=num_groups)
-    begin = per_group.cumsum(0) - per_group
-    rank = torch.arange(len(order), device=order.device) - begin[group[order]]
+    group = group[order]
+    group_sizes = torch.bincount(group, minlength=num_groups)
+    group_begin = group_sizes.cumsum(0) - group_sizes
+    rank = torch.ones_like(order).cumsum(0) - 1 - group_begin[group]
     return order[rank < k]

@@ -11,18 +11,24 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from .head import FCOSHead, select_levels
-from .losses import FCOSLoss, check_classes, make_targets
-from .points import cell_locations, ltrb_to_boxes
-from .target_assignment import LocationAssigner
+from ..config import check_same
+from .head import FCOSHead, HeadOutputs, select_levels
+from .losses import FCOSLoss
+from .points import Levels, ltrb_to_boxes
+from .target_assignment import LocationAssigner, make_targets
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
-class FCOS(nn.Module):
+def FCOS(cfg, input_shape: dict[str, ShapeSpec]) -> "FCOSProposalGenerator":
+    """``MODEL.PROPOSAL_GENERATOR.NAME: "FCOS"``. Detectron2 registers by the function's name."""
+    return FCOSProposalGenerator(cfg, input_shape)
+
+
+class FCOSProposalGenerator(nn.Module):
     """The same head, assignment and losses; proposals are selected as the RPN's are.
 
-    ``MODEL.PROPOSAL_GENERATOR.NAME: "FCOS"`` in GeneralizedRCNN or ProposalNetwork. The objectness
-    of a proposal is the logarithm of its score; with several classes, of its best class.
+    For GeneralizedRCNN and ProposalNetwork. The objectness of a proposal is the logarithm of its
+    score; with several classes, of its best class.
     """
 
     @configurable
@@ -34,6 +40,7 @@ class FCOS(nn.Module):
         assigner: LocationAssigner,
         loss: FCOSLoss,
         num_classes: int = 1,
+        location_offset: float = 0.5,
         pre_nms_topk: tuple[int, int] = (2000, 1000),
         post_nms_topk: tuple[int, int] = (1000, 1000),
         nms_thresh: float = 0.7,
@@ -45,14 +52,22 @@ class FCOS(nn.Module):
             head, assigner, loss: the stages, as in the detector.
             in_features: the maps that the head takes, finest first.
             num_classes: 1 learns any object against background.
+            location_offset: where in its cell a location is, in strides.
             pre_nms_topk: in training and in testing, proposals of a level that go into NMS.
             post_nms_topk: in training and in testing, proposals of an image that come out.
             nms_thresh, min_box_size: as of the RPN; the size in pixels.
             score_fusion: "sqrt" or "product", of class and quality.
+
+        Raises:
+            ValueError: if the parts were built with different classes or kinds of quality, or if
+                there are not as many regression ranges as levels.
         """
         super().__init__()
         assigner.check_levels(in_features)
+        check_same("quality", {"head": head.quality, "loss": loss.quality})
+        check_same("num_classes", {"head": head.num_classes, "proposals": num_classes})
         self.head = head
+        self.levels = Levels(tuple(head.strides), location_offset)
         self.in_features = list(in_features)
         self.assigner = assigner
         self.loss = loss
@@ -75,6 +90,7 @@ class FCOS(nn.Module):
             "assigner": LocationAssigner(cfg),
             "loss": FCOSLoss(cfg),
             "num_classes": fcos.PROPOSAL_NUM_CLASSES,
+            "location_offset": fcos.LOCATION_OFFSET,
             "pre_nms_topk": (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
             "post_nms_topk": (rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
             "nms_thresh": rpn.NMS_THRESH,
@@ -98,45 +114,44 @@ class FCOS(nn.Module):
             proposals: for each image ``proposal_boxes`` and ``objectness_logits``, best first.
             losses: in training those of the detector, else empty.
         """
-        predictions = self.head([features[f] for f in self.in_features])
-        losses = self._losses(predictions, gt_instances) if self.training else {}
-        return self._proposals(*predictions, images.image_sizes), losses
+        outputs = self.head([features[f] for f in self.in_features])
+        losses = self._losses(outputs, gt_instances) if self.training else {}
+        return self._proposals(outputs, images.image_sizes), losses
 
-    def _losses(self, predictions, gt_instances: list[Instances]) -> dict[str, Tensor]:
-        level_shapes = [x.shape[-2:] for x in predictions[0]]
-        truth = []
-        for x in gt_instances:
-            agnostic = self.num_classes == 1
-            classes = torch.zeros_like(x.gt_classes) if agnostic else x.gt_classes.cpu()
-            truth.append(Instances(x.image_size, gt_boxes=x.gt_boxes, gt_classes=classes))
-        check_classes(truth, self.num_classes)
-        truth = [x.to(predictions[0][0].device) for x in truth]
-        targets = make_targets(self.assigner, level_shapes, self.head.strides, truth)
-        return self.loss(*predictions, targets)
+    def _losses(self, outputs: HeadOutputs, gt_instances: list[Instances]) -> dict[str, Tensor]:
+        targets = make_targets(
+            self.assigner,
+            self.levels,
+            outputs.level_shapes,
+            [self._ground_truth(x) for x in gt_instances],
+            self.num_classes,
+        )
+        return self.loss(outputs, targets.to(outputs.ltrb[0].device))
+
+    def _ground_truth(self, instances: Instances) -> Instances:
+        """Boxes and classes on CPU, where the assignment is checked without waiting for a GPU."""
+        instances = Instances(
+            instances.image_size, gt_boxes=instances.gt_boxes, gt_classes=instances.gt_classes
+        ).to("cpu")
+        if self.num_classes == 1:
+            instances.gt_classes = torch.zeros_like(instances.gt_classes)
+        return instances
 
     @torch.no_grad()
     def _proposals(
-        self,
-        class_logits: list[Tensor],
-        ltrb: list[Tensor],
-        quality_logits: list[Tensor] | None,
-        image_sizes: list[tuple[int, int]],
+        self, outputs: HeadOutputs, image_sizes: list[tuple[int, int]]
     ) -> list[Instances]:
         boxes, objectness = [], []
-        for level, (logits, distances) in enumerate(zip(class_logits, ltrb, strict=True)):
-            height, width = logits.shape[-2:]
-            cell = torch.arange(height * width, device=logits.device)
-            locations = cell_locations(
-                cell % width,
-                cell // width,
-                self.head.strides[level],
-                self.assigner.location_offset,
-            )
-            boxes.append(ltrb_to_boxes(locations, distances.flatten(2).transpose(1, 2)))
-            # The logarithm of the score: in the order of the score, and exact at its small end.
+        for level, (logits, ltrb) in enumerate(
+            zip(outputs.class_logits, outputs.ltrb, strict=True)
+        ):
+            locations = self.levels.all_locations(level, *logits.shape[-2:], logits.device)
+            boxes.append(ltrb_to_boxes(locations, ltrb.flatten(2).transpose(1, 2)))
+            # The logarithm of the score has its order, and is exact at its small end.
             log_score = logsigmoid(logits.flatten(2).amax(dim=1).float())
-            if quality_logits is not None:
-                log_score = log_score + logsigmoid(quality_logits[level].flatten(1).float())
+            if outputs.quality_logits is not None:
+                log_quality = logsigmoid(outputs.quality_logits[level].flatten(1).float())
+                log_score = log_score + log_quality
                 log_score = log_score / 2 if self.score_fusion == "sqrt" else log_score
             objectness.append(log_score)
         return find_top_rpn_proposals(

@@ -1,6 +1,11 @@
-"""Which location learns which box.
+"""Which location learns which box: boxes -> candidates -> positives -> targets.
 
-Shapes: N images, L levels, M boxes in the batch, P positives, R cells of all levels of an image.
+Shapes: N images, L levels, M boxes in the batch, C candidates, P positives, R cells of all levels
+of an image, (Hi, Wi) cells of level i.
+
+Candidate: a location and a box that it may learn.
+Positive: a candidate that won its location. Background is everything that is not positive.
+Target: what a positive learns.
 
 Every box proposes the few cells it could own, instead of every cell looking at every box. A box
 can only own cells in a window: within the centre sampling radius, and near enough to its far
@@ -9,47 +14,75 @@ few cells, never with R * M.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from detectron2.config import configurable
+from detectron2.structures import Instances
 from torch import Tensor
 
-from .points import boxes_to_ltrb, cell_locations
-from .transfer import to_device
+from ..acceleration.transfer import to_device
+from .points import Levels, boxes_to_ltrb
 
 # Widens each window by a hundredth of a cell, so that float rounding cannot lose a cell that the
-# exact test would accept. What the wider window proposes in excess, the exact test rejects.
+# exact test would accept. The exact test rejects what the wider window proposes in excess.
 _WINDOW_MARGIN = 0.01
 
 
 @dataclass(frozen=True)
-class Positives:
-    """The positive locations of a batch. Background is everything that is not listed.
+class Candidates:
+    """Pairs of a location and a box that it may learn, ordered by level.
 
-    Ordered by level; no cell of an image is listed twice.
+    An ambiguous location is listed once for each of its boxes.
 
     Attributes:
-        image: (P,) int64 index of the image in the batch.
-        level: (P,) int64 index of the level, 0 is the finest.
-        cell: (P,) int64 y * width + x of the cell on its level.
-        gt: (P,) int64 index of the box that the location learns, into the boxes of all images
-            concatenated.
-        per_level: how many there are on each level; on the host, so that a GPU need not be asked.
+        image: (C,) int64 index of the image in the batch.
+        level: (C,) int64 index of the level, 0 is the finest.
+        x, y: (C,) int64 column and row of the cell on its level.
+        gt: (C,) int64 index of the box, into the boxes of all images concatenated.
+        ltrb: (C, 4) float32 distances from the location to the sides of the box, in pixels.
     """
 
     image: Tensor
     level: Tensor
-    cell: Tensor
+    x: Tensor
+    y: Tensor
     gt: Tensor
-    per_level: list[int]
+    ltrb: Tensor
 
     def __len__(self) -> int:
         return len(self.gt)
 
-    def to(self, device: torch.device) -> "Positives":
-        tensors = (self.image, self.level, self.cell, self.gt)
-        return Positives(*(to_device(x, device) for x in tensors), self.per_level)
+
+@dataclass(frozen=True)
+class Positives(Candidates):
+    """The candidates that won their location: no cell of an image is listed twice."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where the positives of a batch are and what they learn, level by level.
+
+    Attributes:
+        image, x, y: (P,) int64 image, column and row of each positive.
+        classes: (P,) int64 in [0, K).
+        ltrb: (P, 4) float32 distances in pixels, all > 0.
+        per_level: how many positives each level has; on the host, so that nothing waits for a GPU.
+    """
+
+    image: Tensor
+    x: Tensor
+    y: Tensor
+    classes: Tensor
+    ltrb: Tensor
+    per_level: list[int]
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def to(self, device: torch.device) -> "Targets":
+        tensors = (self.image, self.x, self.y, self.classes, self.ltrb)
+        return Targets(*(to_device(t, device) for t in tensors), self.per_level)
 
 
 class LocationAssigner:
@@ -67,13 +100,11 @@ class LocationAssigner:
         self,
         regression_ranges: Sequence[tuple[float, float]],
         center_sampling_radius: float,
-        location_offset: float = 0.5,
     ):
         """
         Args:
             regression_ranges: (lower, upper) in pixels for each level, finest first.
             center_sampling_radius: in strides; 0 takes all locations in the box.
-            location_offset: where in its cell a location is, in strides.
 
         Raises:
             ValueError: for a range with lower >= upper, or a negative radius.
@@ -87,128 +118,80 @@ class LocationAssigner:
             raise ValueError(f"CENTER_SAMPLING_RADIUS must be >= 0, got {center_sampling_radius}")
         self.regression_ranges = [(float(low), float(high)) for low, high in regression_ranges]
         self.radius = float(center_sampling_radius)
-        self.location_offset = float(location_offset)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        fcos = cfg.MODEL.FCOS
         return {
-            "regression_ranges": fcos.REGRESSION_RANGES,
-            "center_sampling_radius": fcos.CENTER_SAMPLING_RADIUS,
-            "location_offset": fcos.LOCATION_OFFSET,
+            "regression_ranges": cfg.MODEL.FCOS.REGRESSION_RANGES,
+            "center_sampling_radius": cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS,
         }
 
-    def check_levels(self, in_features: Sequence[str]) -> None:
+    def check_levels(self, names: Sequence[str]) -> None:
         """Raise a ValueError unless there are as many regression ranges as levels."""
-        if len(self.regression_ranges) != len(in_features):
+        if len(self.regression_ranges) != len(names):
             raise ValueError(
-                f"{len(self.regression_ranges)} REGRESSION_RANGES for the {len(in_features)} "
-                f"levels {list(in_features)}: they must be as many"
+                f"{len(self.regression_ranges)} REGRESSION_RANGES for the {len(names)} "
+                f"levels {list(names)}: they must be as many"
             )
 
     @torch.no_grad()
     def __call__(
-        self,
-        level_shapes: Sequence[tuple[int, int]],
-        strides: Sequence[int],
-        boxes: Sequence[Tensor],
+        self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
     ) -> Positives:
         """Assign the boxes of a batch. Runs on the device of the boxes; on CPU no GPU waits.
 
         Arguments and errors are those of :meth:`candidates`.
         """
-        return self.resolve(self.candidates(level_shapes, strides, boxes), level_shapes, boxes)
-
-    @torch.no_grad()
-    def resolve(
-        self, found: Positives, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
-    ) -> Positives:
-        """Give each location that :meth:`candidates` lists to one of its boxes.
-
-        Args:
-            found: the candidates of the same levels and boxes.
-        """
-        place = self.place(found, level_shapes, len(boxes))
-        # The smallest area wins, then the lowest box number. The bits of a non-negative float32,
-        # read as an integer, are ordered like the float: area and number make one exact key.
-        all_boxes = torch.cat(list(boxes)).float()
-        size = all_boxes[:, 2:] - all_boxes[:, :2]
-        area = (size[:, 0] * size[:, 1])[found.gt]
-        key = (area.view(torch.int32).long() << 32) | found.gt
-        num_places = len(boxes) * sum(height * width for height, width in level_shapes)
-        smallest = torch.full((num_places,), torch.iinfo(torch.int64).max, device=place.device)
-        smallest.scatter_reduce_(0, place, key, reduce="amin")
-        won = smallest[place] == key
-        level = found.level[won]
-        per_level = torch.bincount(level, minlength=len(level_shapes)).tolist()
-        return Positives(found.image[won], level, found.cell[won], found.gt[won], per_level)
+        return self.resolve(self.candidates(levels, level_shapes, boxes), level_shapes, boxes)
 
     @torch.no_grad()
     def candidates(
-        self,
-        level_shapes: Sequence[tuple[int, int]],
-        strides: Sequence[int],
-        boxes: Sequence[Tensor],
-    ) -> Positives:
+        self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
+    ) -> Candidates:
         """All pairs of a location and a box that it may learn.
 
-        An ambiguous location is listed once for each of its boxes; the assignment keeps one.
-
         Args:
+            levels: the geometry of the levels.
             level_shapes: (height, width) in cells of each level.
-            strides: pixels per cell of each level.
             boxes: for each image (Mi, 4) as x0, y0, x1, y1 in pixels of the network input.
 
         Raises:
             ValueError: if the number of levels is not that of the regression ranges, or if a box
                 is not finite.
         """
-        if not len(level_shapes) == len(strides) == len(self.regression_ranges):
+        if not len(level_shapes) == len(levels) == len(self.regression_ranges):
             raise ValueError(
                 f"{len(self.regression_ranges)} REGRESSION_RANGES for {len(level_shapes)} levels "
-                f"with {len(strides)} strides: IN_FEATURES and REGRESSION_RANGES must be as many"
+                f"with {len(levels)} strides: IN_FEATURES and REGRESSION_RANGES must be as many"
             )
         all_boxes = torch.cat(list(boxes)).float()
         device = all_boxes.device
-        per_image = torch.tensor([len(b) for b in boxes], device=device)
-        image_of_box = torch.arange(len(boxes), device=device).repeat_interleave(per_image)
+        boxes_per_image = torch.tensor([len(b) for b in boxes], device=device)
+        image_of_box = torch.arange(len(boxes), device=device).repeat_interleave(boxes_per_image)
         bad = ~torch.isfinite(all_boxes).all(dim=1)
         if bad.any():
             raise ValueError(
                 "Ground-truth boxes must be finite; not so in the image(s) number "
                 f"{image_of_box[bad].unique().tolist()} of the batch: {all_boxes[bad].tolist()}"
             )
-
-        level, box, x, y = self._propose(level_shapes, strides, all_boxes)
-        keep = self._is_candidate(all_boxes[box], strides, level, x, y)
-        level, box, x, y = level[keep], box[keep], x[keep], y[keep]
-
-        widths = torch.tensor([width for _, width in level_shapes], device=device)
-        per_level = torch.bincount(level, minlength=len(level_shapes)).tolist()
-        return Positives(image_of_box[box], level, y * widths[level] + x, box, per_level)
-
-    @staticmethod
-    def place(
-        positives: Positives, level_shapes: Sequence[tuple[int, int]], num_images: int
-    ) -> Tensor:
-        """(P,) int64 number of each cell among those of all levels and images of the batch."""
-        sizes = [height * width for height, width in level_shapes]
-        cells = torch.tensor(sizes, device=positives.cell.device)
-        level_begin = num_images * (cells.cumsum(0) - cells)
-        level = positives.level
-        return level_begin[level] + positives.image * cells[level] + positives.cell
+        level, gt, x, y = self._propose(levels, level_shapes, all_boxes)
+        locations = levels.locations(level, x, y)
+        ltrb = boxes_to_ltrb(locations, all_boxes[gt])
+        accepted = self._may_learn(levels, level, locations, all_boxes[gt], ltrb)
+        proposals = Candidates(image_of_box[gt], level, x, y, gt, ltrb)
+        return Candidates(*_select(proposals, accepted))
 
     def _propose(
-        self, level_shapes: Sequence[tuple[int, int]], strides: Sequence[int], boxes: Tensor
+        self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """List (level, box, x, y) for a window of cells of every box, level by level.
+        """List (level, gt, x, y) for a window of cells of every box, level by level.
 
-        Each is (C,) int64. The windows hold every cell that :meth:`_is_candidate` accepts.
+        Each is (C,) int64. The windows hold every cell that :meth:`_may_learn` accepts.
         """
         device = boxes.device
         ranges = torch.tensor(self.regression_ranges, dtype=torch.float64, device=device)
         lower, upper = ranges[:, :, None].unbind(dim=1)  # (L, 1)
-        stride = torch.tensor(strides, dtype=torch.float64, device=device)[:, None]
+        stride = torch.tensor(levels.strides, dtype=torch.float64, device=device)[:, None]
         num_cells = torch.tensor(level_shapes, device=device)[:, None].flip(2)  # (L, 1, 2) as W, H
         begin_box, end_box = boxes.double().split(2, dim=1)  # (M, 2) as x, y
 
@@ -224,35 +207,121 @@ class LocationAssigner:
             high = torch.minimum(high, center + reach[..., None])
             largest = torch.minimum(largest, largest / 2 + reach)  # (L, M)
 
-        offset = self.location_offset
-        first = torch.ceil(low / stride[..., None] - offset - _WINDOW_MARGIN).clamp(min=0)
-        last = torch.floor(high / stride[..., None] - offset + _WINDOW_MARGIN)
+        first = torch.ceil(low / stride[..., None] - levels.offset - _WINDOW_MARGIN).clamp(min=0)
+        last = torch.floor(high / stride[..., None] - levels.offset + _WINDOW_MARGIN)
         last = torch.minimum(last, num_cells - 1.0)
         count = (last - first + 1).clamp(min=0)  # (L, M, 2) cells per axis
         reachable = largest >= lower - _WINDOW_MARGIN * stride
-        per_pair = (count.prod(dim=2) * reachable).long()
+        cells_per_pair = (count.prod(dim=2) * reachable).long()
 
-        level, box = per_pair.nonzero(as_tuple=True)
-        per_pair = per_pair[level, box]
-        pair = torch.arange(len(level), device=device).repeat_interleave(per_pair)
-        number = torch.arange(len(pair), device=device) - (per_pair.cumsum(0) - per_pair)[pair]
-        first, columns = first[level, box].long()[pair], count[level, box, 0].long()[pair]
+        # One row for each cell of each window.
+        level, gt = cells_per_pair.nonzero(as_tuple=True)
+        cells_per_pair = cells_per_pair[level, gt]
+        pair = torch.arange(len(level), device=device).repeat_interleave(cells_per_pair)
+        first_of_pair = cells_per_pair.cumsum(0) - cells_per_pair
+        number = torch.arange(len(pair), device=device) - first_of_pair[pair]
+        first, columns = first[level, gt].long()[pair], count[level, gt, 0].long()[pair]
         row = torch.div(number, columns, rounding_mode="floor")
         x, y = first[:, 0] + number - row * columns, first[:, 1] + row
-        return level[pair], box[pair], x, y
+        return level[pair], gt[pair], x, y
 
-    def _is_candidate(
-        self, boxes: Tensor, strides: Sequence[int], level: Tensor, x: Tensor, y: Tensor
+    def _may_learn(
+        self, levels: Levels, level: Tensor, locations: Tensor, boxes: Tensor, ltrb: Tensor
     ) -> Tensor:
-        """(C,) bool: may the cell (x, y) of the level learn the box beside it? In float32."""
-        stride = torch.tensor(strides, dtype=torch.float32, device=boxes.device)[level]
-        ranges = torch.tensor(self.regression_ranges, device=boxes.device)[level]
-        locations = cell_locations(x, y, stride, self.location_offset)
-        ltrb = boxes_to_ltrb(locations, boxes)
+        """(C,) bool: may each location learn the box beside it? In float32."""
+        lower, upper = torch.tensor(self.regression_ranges, device=level.device)[level].unbind(1)
         farthest = ltrb.amax(dim=1)
-        accepted = (ltrb.amin(dim=1) > 0) & (farthest >= ranges[:, 0]) & (farthest <= ranges[:, 1])
+        accepted = (ltrb.amin(dim=1) > 0) & (farthest >= lower) & (farthest <= upper)
         if self.radius > 0:
+            stride = torch.tensor(levels.strides, device=level.device)[level]
             center = (boxes[:, :2] + boxes[:, 2:]) / 2
             off_center = (locations - center).abs().amax(dim=1)
             accepted &= off_center < self.radius * stride
         return accepted
+
+    @torch.no_grad()
+    def resolve(
+        self,
+        candidates: Candidates,
+        level_shapes: Sequence[tuple[int, int]],
+        boxes: Sequence[Tensor],
+    ) -> Positives:
+        """Give each location that :meth:`candidates` lists to one of its boxes.
+
+        Args:
+            candidates: of the same levels and boxes.
+        """
+        cell = cell_numbers(candidates, level_shapes, len(boxes))
+        # The smallest area wins, then the lowest box number. The bits of a non-negative float32,
+        # read as an integer, are ordered like the float: area and number make one exact key.
+        all_boxes = torch.cat(list(boxes)).float()
+        size = all_boxes[:, 2:] - all_boxes[:, :2]
+        area = (size[:, 0] * size[:, 1])[candidates.gt]
+        key = (area.view(torch.int32).long() << 32) | candidates.gt
+        num_cells = len(boxes) * sum(height * width for height, width in level_shapes)
+        smallest = torch.full((num_cells,), torch.iinfo(torch.int64).max, device=cell.device)
+        smallest.scatter_reduce_(0, cell, key, reduce="amin")
+        return Positives(*_select(candidates, smallest[cell] == key))
+
+
+def cell_numbers(
+    candidates: Candidates, level_shapes: Sequence[tuple[int, int]], num_images: int
+) -> Tensor:
+    """(C,) int64 number of each candidate's cell among those of all levels and images."""
+    device, level = candidates.x.device, candidates.level
+    height, width = torch.tensor(level_shapes, device=device).unbind(dim=1)
+    size = height * width
+    level_begin = num_images * (size.cumsum(0) - size)
+    in_level = candidates.image * size[level] + candidates.y * width[level] + candidates.x
+    return level_begin[level] + in_level
+
+
+def _select(candidates: Candidates, mask: Tensor) -> list[Tensor]:
+    """The fields of those candidates that the mask selects."""
+    return [getattr(candidates, field.name)[mask] for field in fields(candidates)]
+
+
+def make_targets(
+    assigner: LocationAssigner,
+    levels: Levels,
+    level_shapes: Sequence[tuple[int, int]],
+    instances: Sequence[Instances],
+    num_classes: int,
+) -> Targets:
+    """Assign the boxes of a batch, and look up what each positive learns.
+
+    Args:
+        assigner: decides which locations are positive.
+        levels: the geometry of the levels.
+        level_shapes: (height, width) in cells of each level.
+        instances: for each image, with ``gt_boxes`` and ``gt_classes``; the targets are made on
+            their device.
+        num_classes: what ``gt_classes`` must be below.
+
+    Raises:
+        ValueError: for a box that is not finite, or a class number on CPU outside
+            [0, num_classes).
+    """
+    _check_classes(instances, num_classes)
+    positives = assigner(levels, level_shapes, [x.gt_boxes.tensor for x in instances])
+    return Targets(
+        image=positives.image,
+        x=positives.x,
+        y=positives.y,
+        classes=torch.cat([x.gt_classes for x in instances])[positives.gt],
+        ltrb=positives.ltrb,
+        per_level=torch.bincount(positives.level, minlength=len(levels)).tolist(),
+    )
+
+
+def _check_classes(instances: Sequence[Instances], num_classes: int) -> None:
+    for i, x in enumerate(instances):
+        classes = x.gt_classes
+        if len(classes) == 0 or classes.is_cuda:
+            continue
+        lowest, highest = int(classes.min()), int(classes.max())
+        if lowest < 0 or highest >= num_classes:
+            raise ValueError(
+                f"Image number {i} of the batch has classes from {lowest} to {highest}, but the "
+                f"model has {num_classes}: classes are numbered from 0"
+            )

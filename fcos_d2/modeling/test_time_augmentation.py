@@ -46,7 +46,7 @@ class FCOSWithTTA(nn.Module):
             )
         self.model = model
         self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper
-        # Evaluation puts a model back into the mode that it found; so this must be the model's.
+        # Evaluation restores the mode that this module had before it: it must be the model's.
         self.train(model.training)
 
     @torch.no_grad()
@@ -57,10 +57,10 @@ class FCOSWithTTA(nn.Module):
     def _detect(self, image_input: dict) -> Instances:
         image = self._image(image_input)
         height, width = image.shape[-2:]
-        # Told the size of the image as it is, the mapper's transforms start from there: boxes
-        # come back to where the model alone would have them.
+        # The mapper's transforms start from the "height" and "width" that it is told. With those
+        # of the image, boxes come back to where the model alone would have them.
         versions = self.tta_mapper({"image": image, "height": height, "width": width})
-        found = []
+        candidates_of_all = []
         # Only versions of one size, as an image and its mirror image, run at once: padding to a
         # common size would change the result.
         for _, same_size in groupby(versions, key=lambda version: version["image"].shape):
@@ -70,7 +70,7 @@ class FCOSWithTTA(nn.Module):
                 back = version["transforms"].inverse().apply_box(boxes.cpu().numpy())
                 boxes = Boxes(torch.as_tensor(back, dtype=boxes.dtype, device=boxes.device))
                 boxes.clip((height, width))
-                found.append(
+                candidates_of_all.append(
                     Instances(
                         (height, width),
                         pred_boxes=boxes,
@@ -78,7 +78,7 @@ class FCOSWithTTA(nn.Module):
                         pred_classes=candidates.pred_classes,
                     )
                 )
-        merged = self.model.post_processor.suppress(Instances.cat(found))
+        merged = self.model.post_processor.suppress(Instances.cat(candidates_of_all))
         return detector_postprocess(
             merged, image_input.get("height", height), image_input.get("width", width)
         )
@@ -86,9 +86,8 @@ class FCOSWithTTA(nn.Module):
     def _candidates(self, batch: list[dict]) -> list[Instances]:
         model = self.model
         images = model.preprocess_image(batch)
-        return model.post_processor.candidates(
-            *model.predict(images), model.strides, images.image_sizes
-        )
+        outputs = model.head_outputs(images)
+        return model.post_processor.candidates(outputs, model.levels, images.image_sizes)
 
     def _image(self, image_input: dict) -> Tensor:
         if "image" in image_input:

@@ -11,7 +11,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
-from helpers import RANGES, STRIDES, assign_by_loops, tiny_cfg
+from helpers import LEVELS, RANGES, STRIDES, assign_by_loops, tiny_cfg
 from helpers import level_shapes as expected_level_shapes
 
 from fcos_d2.analysis import AssignmentStatistics, analyze_assignment, load_coco_json, load_dataset
@@ -62,36 +62,36 @@ def test_two_boxes_by_hand(second_class, between):
     # The first box holds all four locations, the second, smaller one (48, 16) only, and wins it.
     # Both areas are medium: 64 * 64 and 32 * 32, which is where small ends.
     boxes = [(0, 0, 64, 64), (32, 0, 64, 32)]
-    found = analyze(one_level_cfg(), record(boxes, [0, second_class]))
-    (level,) = found.levels
+    statistics = analyze(one_level_cfg(), record(boxes, [0, second_class]))
+    (level,) = statistics.levels
     assert (level.name, level.stride) == ("p5", 32)
     assert (level.positives, level.ambiguous, level.ambiguous_classes) == (4, 1, between)
-    assert (found.best_possible_recall, found.ambiguous) == (1.0, 0.25)
-    assert found.ambiguous_classes == between / 4
-    assert [(s.boxes, s.recalled, s.positives) for s in found.sizes] == [
+    assert (statistics.best_possible_recall, statistics.ambiguous) == (1.0, 0.25)
+    assert statistics.ambiguous_classes == between / 4
+    assert [(s.boxes, s.recalled, s.positives) for s in statistics.sizes] == [
         (0, 0, 0), (2, 2, 4), (0, 0, 0),
     ]  # fmt: skip
-    assert [s.recall for s in found.sizes] == [None, 1.0, None]
+    assert [s.recall for s in statistics.sizes] == [None, 1.0, None]
 
 
 def test_a_box_whose_only_location_goes_to_a_smaller_one_is_not_recalled():
     # Both boxes hold (16, 16) alone; 12 * 12 is smaller than 22 * 22. The third holds nothing.
     boxes = [(8, 8, 30, 30), (10, 10, 22, 22), (0, 0, 10, 10)]
-    found = analyze(one_level_cfg(), record(boxes))
-    assert (found.boxes, found.recalled, found.positives) == (3, 1, 1)
-    assert found.best_possible_recall == 1 / 3
-    assert (found.ambiguous, found.ambiguous_classes) == (1.0, 0.0)
+    statistics = analyze(one_level_cfg(), record(boxes))
+    assert (statistics.boxes, statistics.recalled, statistics.positives) == (3, 1, 1)
+    assert statistics.best_possible_recall == 1 / 3
+    assert (statistics.ambiguous, statistics.ambiguous_classes) == (1.0, 0.0)
 
 
 def test_sizes_are_those_of_the_original_image():
     # Four times as large at the test resize: 80 x 80, medium there, and 128 x 128, large there.
     cfg = one_level_cfg()
     cfg.INPUT.MIN_SIZE_TEST = 128
-    found = analyze(cfg, record([(0, 0, 20, 20), (0, 0, 32, 32)], size=(32, 64)))
+    statistics = analyze(cfg, record([(0, 0, 20, 20), (0, 0, 32, 32)], size=(32, 64)))
     # The first holds the locations at 16 and 48, 2 * 2 of them (80 is on its side); the second
     # those at 16, 48, 80 and 112, 4 * 4 without these 4.
-    assert [s.boxes for s in found.sizes] == [1, 1, 0]
-    assert [s.positives for s in found.sizes] == [4, 12, 0]
+    assert [s.boxes for s in statistics.sizes] == [1, 1, 0]
+    assert [s.positives for s in statistics.sizes] == [4, 12, 0]
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_sizes_are_those_of_the_original_image():
     ],
 )
 def test_the_config_decides(key, value, positives):
-    found = analyze(one_level_cfg(**{key: value}), record([(0, 0, 64, 64)]))
-    assert found.positives == positives
-    assert found.recalled == (positives > 0)
-    assert found.ambiguous == (0.0 if positives else None)
-    assert found.settings[key.lower()] == value
+    statistics = analyze(one_level_cfg(**{key: value}), record([(0, 0, 64, 64)]))
+    assert statistics.positives == positives
+    assert statistics.recalled == (positives > 0)
+    assert statistics.ambiguous == (0.0 if positives else None)
+    assert statistics.settings[key.lower()] == value
 
 
 def test_crowds_are_left_out_unless_asked_for():
@@ -127,17 +127,17 @@ def test_crowds_are_left_out_unless_asked_for():
 def test_boxes_without_area_are_left_out_and_counted():
     # No width; no height; outside of the image, so nothing is left when it is clipped.
     boxes = [(5, 5, 5, 30), (5, 5, 30, 5), (70, 5, 90, 30), (0, 0, 64, 64)]
-    found = analyze(one_level_cfg(), record(boxes))
-    assert (found.boxes, found.no_area_left_out, found.recalled) == (1, 3, 1)
+    statistics = analyze(one_level_cfg(), record(boxes))
+    assert (statistics.boxes, statistics.no_area_left_out, statistics.recalled) == (1, 3, 1)
 
 
 def test_nothing_to_count(tmp_path):
-    found = analyze(one_level_cfg(), record([]), {"height": 64, "width": 64})
-    assert (found.images, found.boxes, found.positives) == (2, 0, 0)
-    numbers = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    statistics = analyze(one_level_cfg(), record([]), {"height": 64, "width": 64})
+    assert (statistics.images, statistics.boxes, statistics.positives) == (2, 0, 0)
+    numbers = json.loads(json.dumps(statistics.to_dict(), allow_nan=False))
     assert numbers["best_possible_recall"] is None and numbers["ambiguous"] is None
-    assert "best possible recall" in found.table()
-    assert len(save_plots(found, tmp_path)) == 3
+    assert "best possible recall" in statistics.table()
+    assert len(save_plots(statistics, tmp_path)) == 3
 
 
 @pytest.mark.parametrize("short, longest", [(128, 1333), (800, 1333), (600, 640), (0, 1333)])
@@ -159,21 +159,21 @@ def test_boxes_and_cells_are_those_of_the_detector(shapes_folder, monkeypatch):
     model = build_model(cfg)
     resize = T.ResizeShortestEdge([100, 100], cfg.INPUT.MAX_SIZE_TEST, "choice")
     mapper = DatasetMapper(is_train=True, augmentations=[resize], image_format="BGR")
-    seen = []
+    calls = []
     candidates = type(model.assigner).candidates
 
-    def spy(self, shapes, strides, boxes):
-        seen.append((shapes, strides, boxes))
-        return candidates(self, shapes, strides, boxes)
+    def spy(self, levels, shapes, boxes):
+        calls.append((levels, shapes, boxes))
+        return candidates(self, levels, shapes, boxes)
 
     monkeypatch.setattr(type(model.assigner), "candidates", spy)
     for image in load_coco_json_with_files(shapes_folder)[:6]:
         mapped = mapper(image)
         features = model.backbone(model.preprocess_image([mapped]).tensor)
         analyze(cfg, image)
-        shapes, strides, (boxes,) = seen.pop()
+        levels, shapes, (boxes,) = calls.pop()
         assert list(shapes) == [tuple(features[f].shape[-2:]) for f in model.head_in_features]
-        assert strides == model.strides == STRIDES
+        assert levels == model.levels == LEVELS
         assert torch.equal(boxes, mapped["instances"].gt_boxes.tensor)
 
 
@@ -193,7 +193,7 @@ def test_level_shapes(height, width):
     model = build_model(tiny_cfg())
     features = model.backbone(model.preprocess_image(
         [{"image": torch.zeros(3, height, width)}]).tensor)  # fmt: skip
-    assert level_shapes(model.backbone, model.strides, height, width) == tuple(
+    assert level_shapes(model.backbone, model.levels, height, width) == tuple(
         tuple(features[f].shape[-2:]) for f in model.head_in_features
     )
 
@@ -222,8 +222,8 @@ def count_by_loops(records, radius):
         classes = [a["category_id"] for a in image["annotations"]]
         eligible = {}
         for number, box in enumerate(boxes):
-            for place in assign_by_loops(shapes, STRIDES, RANGES, radius, [box[None]]):
-                eligible.setdefault(place, []).append(number)
+            for cell in assign_by_loops(shapes, STRIDES, RANGES, radius, [box[None]]):
+                eligible.setdefault(cell, []).append(number)
         owners = assign_by_loops(shapes, STRIDES, RANGES, radius, [boxes])
         assert owners.keys() == eligible.keys()
         recalled = set(owners.values())
@@ -246,16 +246,16 @@ def test_random_boxes_against_loops(radius):
     cfg.INPUT.MIN_SIZE_TEST = 0
     records = random_records(12, [(64, 96), (70, 64), (160, 190)])
     expected = count_by_loops(records, radius)
-    found = analyze(cfg, *records)
-    for i, level in enumerate(found.levels):
+    statistics = analyze(cfg, *records)
+    for i, level in enumerate(statistics.levels):
         for key in ("positives", "ambiguous", "ambiguous_classes"):
             assert getattr(level, key) == expected[i, key], (level.name, key)
-    for size in found.sizes:
+    for size in statistics.sizes:
         for key in ("boxes", "recalled", "positives"):
             assert getattr(size, key) == expected[size.name, key], (size.name, key)
     # The sample is not trivial: each kind of number occurs, and differs from the next.
-    assert 0 < found.ambiguous_classes < found.ambiguous < 1
-    assert 0 < found.best_possible_recall < 1
+    assert 0 < statistics.ambiguous_classes < statistics.ambiguous < 1
+    assert 0 < statistics.best_possible_recall < 1
     assert all(expected[name, "boxes"] > 0 for name in SIZES)
 
 

@@ -4,7 +4,7 @@ from detectron2.layers import DeformConv, ModulatedDeformConv, ShapeSpec
 from detectron2.modeling import build_backbone
 from helpers import tiny_cfg
 
-from fcos_d2.modeling.deform_conv import use_portable_deform_convs
+from fcos_d2.modeling.deform_conv import PortableDeformConv
 
 
 @pytest.mark.parametrize("keys", [
@@ -76,8 +76,8 @@ def test_deformable_convolution_equals_detectron2s_operator(modulated):
     offset = torch.randn(2, 18, 5, 6, device="cuda") * 2
     rest = (torch.rand(2, 9, 5, 6, device="cuda"),) if modulated else ()
     expected = conv(x, offset, *rest)
-    use_portable_deform_convs(conv)
-    torch.testing.assert_close(conv(x, offset, *rest), expected, rtol=1e-4, atol=1e-4)
+    actual = PortableDeformConv(conv)(x, offset, *rest)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("modulated", [True, False])
@@ -86,9 +86,8 @@ def test_deformable_convolution_by_loops(modulated):
     conv = (ModulatedDeformConv if modulated else DeformConv)(
         4, 2, kernel_size=3, padding=1, bias=False
     )
-    use_portable_deform_convs(conv)
     x, offset, mask = torch.randn(1, 4, 5, 6), torch.randn(1, 18, 5, 6), torch.rand(1, 9, 5, 6)
-    out = conv(x, offset, *((mask,) if modulated else ()))
+    out = PortableDeformConv(conv)(x, offset, *((mask,) if modulated else ()))
 
     def sample(y, x_):
         total = torch.zeros(4)

@@ -3,10 +3,13 @@ import math
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.events import EventStorage
 from helpers import make_input, tiny_cfg
+
+from fcos_d2.modeling import FCOS, FCOSHead, FCOSLoss, FCOSPostProcessor
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +72,8 @@ def test_autocast(model, dtype, objects):
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     with torch.autocast("cpu", dtype=dtype):
-        found = detections(model, batch)[0]
-    assert found.pred_boxes.tensor.dtype == found.scores.dtype == torch.float32
+        instances = detections(model, batch)[0]
+    assert instances.pred_boxes.tensor.dtype == instances.scores.dtype == torch.float32
 
 
 def test_logs_positives_per_image(model):
@@ -113,10 +116,10 @@ def test_wrong_or_missing_annotations(model):
 
 def test_detections_fit_the_requested_output_size(model):
     batch = [make_input() | {"height": 128, "width": 192}]
-    found = detections(spread_logits(model), batch)[0]
-    assert found.image_size == (128, 192)
-    assert len(found) > 5
-    boxes = found.pred_boxes.tensor
+    instances = detections(spread_logits(model), batch)[0]
+    assert instances.image_size == (128, 192)
+    assert len(instances) > 5
+    boxes = instances.pred_boxes.tensor
     assert (boxes >= 0).all() and (boxes <= torch.tensor([192, 128, 192, 128])).all()
     # The same image at its own size: boxes half as large.
     plain = detections(model, [make_input()])[0].pred_boxes.tensor
@@ -147,12 +150,12 @@ def test_overfits_one_image():
         optimizer.zero_grad()
         sum(model(batch).values()).backward()
         optimizer.step()
-    found = detections(model, batch)[0]
-    found = found[found.scores > 0.4]
+    instances = detections(model, batch)[0]
+    instances = instances[instances.scores > 0.4]
     truth = Boxes(batch[0]["instances"].gt_boxes.tensor)
-    iou, which = pairwise_iou(truth, found.pred_boxes).max(dim=1)
+    iou, which = pairwise_iou(truth, instances.pred_boxes).max(dim=1)
     assert (iou > 0.75).all()
-    assert found.pred_classes[which].tolist() == [1, 2]
+    assert instances.pred_classes[which].tolist() == [1, 2]
 
 
 def test_ranges_must_be_as_many_as_levels():
@@ -163,6 +166,40 @@ def test_ranges_must_be_as_many_as_levels():
 def test_unknown_feature_is_named():
     with pytest.raises(ValueError, match=r"IN_FEATURES names \['p8'\], but the backbone makes"):
         build_model(tiny_cfg(IN_FEATURES=["p3", "p8"], TOP_LEVELS=0))
+
+
+@pytest.mark.parametrize(
+    "part, other, message",
+    [
+        ("head", {"quality": "iou"}, r"quality, got head 'iou', loss 'centerness', post-proc"),
+        (
+            "loss",
+            {"quality": "none", "box_loss_weighting": "none"},
+            r"quality, got head 'centerness', loss 'none', post-processor 'centerness'",
+        ),
+        ("post_processor", {"quality": "computed"}, r"quality, .*post-processor 'computed'"),
+        ("head", {"num_classes": 20}, r"num_classes, got head 20, detector 3"),
+        (
+            "head",
+            {"input_shape": [ShapeSpec(channels=64, stride=4 * 2**i) for i in range(5)]},
+            r"strides, got head \(4, 8, 16, 32, 64\), backbone \(8, 16, 32, 64, 128\)",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(part, other, message):
+    parts = FCOS.from_config(tiny_cfg())
+    shapes = list(parts["backbone"].output_shape().values())
+    kinds = {
+        "head": (FCOSHead, {"input_shape": shapes, "num_classes": 3}),
+        "loss": (FCOSLoss, {}),
+        "post_processor": (FCOSPostProcessor, {}),
+    }
+    kind, arguments = kinds[part]
+    parts[part] = kind(**arguments)
+    FCOS(**parts)
+    parts[part] = kind(**(arguments | other))
+    with pytest.raises(ValueError, match=message):
+        FCOS(**parts)
 
 
 @pytest.mark.gpu

@@ -3,25 +3,26 @@ import torch
 from fvcore.nn import sigmoid_focal_loss
 from torch.autograd import gradcheck
 
-from fcos_d2.modeling import Positives
+from fcos_d2.modeling import Targets
 from fcos_d2.modeling.focal_loss import sparse_sigmoid_focal_loss
 
 SHAPES = [(5, 6), (3, 3), (1, 1)]  # cells of each level
 NUM_IMAGES, NUM_CLASSES = 2, 4
 
 
-def make_positives():
-    # image, level, cell, class
+def make_targets():
+    # image, level, y, x, class
     rows = torch.tensor(
-        [[0, 0, 7, 1], [0, 0, 8, 3], [1, 0, 29, 0], [1, 1, 4, 2], [0, 2, 0, 3], [1, 2, 0, 0]]
-    )
-    image, level, cell, classes = rows.unbind(dim=1)
-    return Positives(image, level, cell, torch.arange(len(rows)), [3, 1, 2]), classes
+        [[0, 0, 1, 1, 1], [0, 0, 1, 2, 3], [1, 0, 4, 5, 0], [1, 1, 1, 1, 2], [0, 2, 0, 0, 3],
+         [1, 2, 0, 0, 0]]
+    )  # fmt: skip
+    image, _, y, x, classes = rows.unbind(dim=1)
+    return Targets(image, x, y, classes, torch.ones(len(rows), 4), [3, 1, 2])
 
 
-def no_positives():
+def no_targets(num_levels=3):
     none = torch.zeros(0, dtype=torch.int64)
-    return Positives(none, none, none, none, [0, 0, 0]), none
+    return Targets(none, none, none, none, torch.zeros(0, 4), [0] * num_levels)
 
 
 def make_logits(dtype=torch.float64, scale=4.0, channels_last=False):
@@ -31,25 +32,25 @@ def make_logits(dtype=torch.float64, scale=4.0, channels_last=False):
     return [x.requires_grad_() for x in logits]
 
 
-def dense_loss(logits, positives, classes, alpha, gamma):
+def dense_loss(logits, targets, alpha, gamma):
     """fvcore's loss on one-hot targets, which it computes in float32."""
     total = 0
-    for level, x in enumerate(logits):
-        target = torch.zeros_like(x).flatten(2)
-        here = positives.level == level
-        target[positives.image[here], classes[here], positives.cell[here]] = 1
-        total = total + sigmoid_focal_loss(x.flatten(2), target, alpha, gamma, reduction="sum")
+    level_of = torch.arange(len(SHAPES)).repeat_interleave(torch.tensor(targets.per_level))
+    for level, logits_of_level in enumerate(logits):
+        one_hot, here = torch.zeros_like(logits_of_level), level_of == level
+        one_hot[targets.image[here], targets.classes[here], targets.y[here], targets.x[here]] = 1
+        total = total + sigmoid_focal_loss(logits_of_level, one_hot, alpha, gamma, reduction="sum")
     return total
 
 
 @pytest.mark.parametrize("alpha, gamma", [(0.25, 2.0), (0.6, 1.5), (-1, 2.0), (0.25, 0.0)])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("make", [make_positives, no_positives])
+@pytest.mark.parametrize("make", [make_targets, no_targets])
 def test_value_and_gradient_equal_fvcores(alpha, gamma, channels_last, make):
-    positives, classes = make()
+    targets = make()
     logits = make_logits(channels_last=channels_last)
-    ours = sparse_sigmoid_focal_loss(logits, positives, classes, alpha, gamma)
-    theirs = dense_loss(logits, positives, classes, alpha, gamma)
+    ours = sparse_sigmoid_focal_loss(logits, targets, alpha, gamma)
+    theirs = dense_loss(logits, targets, alpha, gamma)
     torch.testing.assert_close(ours, theirs.double(), rtol=1e-5, atol=0)
     our_grads = torch.autograd.grad(3 * ours, logits)
     their_grads = torch.autograd.grad(3 * theirs, logits)
@@ -59,9 +60,9 @@ def test_value_and_gradient_equal_fvcores(alpha, gamma, channels_last, make):
 
 
 def test_gradcheck():
-    positives, classes = make_positives()
+    targets = make_targets()
     assert gradcheck(
-        lambda *logits: sparse_sigmoid_focal_loss(logits, positives, classes, 0.25, 2.0),
+        lambda *logits: sparse_sigmoid_focal_loss(logits, targets, 0.25, 2.0),
         make_logits(),
     )
 
@@ -70,18 +71,18 @@ def test_hand_computed():
     # One cell, two classes, the second present, both logits 0: p = 1/2, -ln(1/2) = ln 2.
     # Absent: (1 - 0.25) * 0.5^2 * ln 2; present: 0.25 * 0.5^2 * ln 2; the sum is 0.25 ln 2.
     zero = torch.zeros(1, dtype=torch.int64)
-    positives = Positives(zero, zero, zero, zero, [1])
-    loss = sparse_sigmoid_focal_loss([torch.zeros(1, 2, 1, 1)], positives, zero + 1, 0.25, 2.0)
+    targets = Targets(zero, zero, zero, zero + 1, torch.ones(1, 4), [1])
+    loss = sparse_sigmoid_focal_loss([torch.zeros(1, 2, 1, 1)], targets, 0.25, 2.0)
     assert loss.item() == pytest.approx(0.25 * 0.693147, rel=1e-5)
 
 
 def test_any_strides():
-    positives, classes = make_positives()
+    targets = make_targets()
     wide = [torch.randn(NUM_IMAGES, NUM_CLASSES, h, 2 * w).double() for h, w in SHAPES]
     strided = [x[..., ::2].requires_grad_() for x in wide]
     copied = [x.detach().contiguous().requires_grad_() for x in strided]
-    ours = sparse_sigmoid_focal_loss(strided, positives, classes, 0.25, 2.0)
-    theirs = sparse_sigmoid_focal_loss(copied, positives, classes, 0.25, 2.0)
+    ours = sparse_sigmoid_focal_loss(strided, targets, 0.25, 2.0)
+    theirs = sparse_sigmoid_focal_loss(copied, targets, 0.25, 2.0)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(
         torch.autograd.grad(ours, strided), torch.autograd.grad(theirs, copied)
@@ -90,11 +91,11 @@ def test_any_strides():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_extreme_logits_stay_finite(dtype):
-    positives, classes = make_positives()
+    targets = make_targets()
     logits = [
         (torch.rand_like(x) * 2 - 1).mul(200).to(dtype).requires_grad_() for x in make_logits()
     ]
-    loss = sparse_sigmoid_focal_loss(logits, positives, classes, 0.25, 2.0)
+    loss = sparse_sigmoid_focal_loss(logits, targets, 0.25, 2.0)
     assert loss.dtype == torch.float32
     assert loss.isfinite()
     loss.backward()
@@ -102,17 +103,17 @@ def test_extreme_logits_stay_finite(dtype):
 
 
 def test_half_precision_logits_are_summed_in_float32():
-    positives, classes = make_positives()
+    targets = make_targets()
     logits = make_logits(torch.bfloat16)
-    exact = dense_loss([x.detach().double() for x in logits], positives, classes, 0.25, 2.0)
-    ours = sparse_sigmoid_focal_loss(logits, positives, classes, 0.25, 2.0)
+    exact = dense_loss([x.detach().double() for x in logits], targets, 0.25, 2.0)
+    ours = sparse_sigmoid_focal_loss(logits, targets, 0.25, 2.0)
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=0)
 
 
 def test_backward_twice_through_a_kept_graph():
-    positives, classes = make_positives()
+    targets = make_targets()
     logits = make_logits()
-    loss = sparse_sigmoid_focal_loss(logits, positives, classes, 0.25, 2.0)
+    loss = sparse_sigmoid_focal_loss(logits, targets, 0.25, 2.0)
     first = torch.autograd.grad(loss, logits, retain_graph=True)
     torch.testing.assert_close(first, torch.autograd.grad(loss, logits))
 
@@ -120,14 +121,12 @@ def test_backward_twice_through_a_kept_graph():
 def test_memory_beside_the_logits_is_one_gradient():
     """Counts bytes that the operators hold at once, through PyTorch's profiler."""
     x = torch.randn(2, 80, 160, 160, requires_grad=True)  # 16 MB
-    none = torch.zeros(0, dtype=torch.int64)
-    positives = Positives(none, none, none, none, [0])
     with torch.profiler.profile(profile_memory=True) as profiler:
-        sparse_sigmoid_focal_loss([x], positives, none, 0.25, 2.0).backward()
-    held = peak = 0
+        sparse_sigmoid_focal_loss([x], no_targets(1), 0.25, 2.0).backward()
+    in_use = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+            in_use += event.nbytes()
+            peak = max(peak, in_use)
     size = x.numel() * 4
     assert size <= peak <= 1.25 * size

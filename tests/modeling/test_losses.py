@@ -8,13 +8,14 @@ from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import EventStorage
 from fvcore.nn import giou_loss, sigmoid_focal_loss
-from helpers import RANGES, STRIDES, level_locations, level_shapes
+from helpers import LEVELS, RANGES, level_shapes, make_instances
 from torch.autograd import gradcheck
 
-from fcos_d2.modeling import FCOSLoss, LocationAssigner
+from fcos_d2.modeling import FCOSLoss, HeadOutputs, LocationAssigner
 from fcos_d2.modeling.box_losses import box_losses, iou_of_ltrb
-from fcos_d2.modeling.losses import Targets, gather
-from fcos_d2.modeling.points import boxes_to_ltrb, centerness
+from fcos_d2.modeling.losses import gather
+from fcos_d2.modeling.points import centerness
+from fcos_d2.modeling.target_assignment import make_targets
 
 NUM_CLASSES = 3
 SIZE = (64, 96)
@@ -28,17 +29,10 @@ def make_case(images=2, objects=True, dtype=torch.float32):
         for c in (NUM_CLASSES, 4, 1)
     ]
     maps[1] = [x.detach().float().abs().mul(20).requires_grad_() for x in maps[1]]
-    boxes = [torch.tensor([[5.0, 6, 60, 50], [20, 10, 90, 60]])] * images
-    boxes = boxes if objects else [torch.zeros(0, 4)] * images
-    positives = LocationAssigner(RANGES, 1.5)(shapes, STRIDES, boxes)
-    locations = [level_locations(*s, stride) for s, stride in zip(shapes, STRIDES, strict=True)]
-    here = [
-        locations[level][cell]
-        for level, cell in zip(positives.level.tolist(), positives.cell.tolist(), strict=True)
-    ]
-    here = torch.stack(here) if here else torch.zeros(0, 2)
-    ltrb = boxes_to_ltrb(here, torch.cat(boxes)[positives.gt])
-    return maps, Targets(positives, positives.gt % NUM_CLASSES, ltrb)
+    boxes = [[5, 6, 60, 50], [20, 10, 90, 60]] if objects else []
+    instances = [make_instances(boxes, [0, 1][: len(boxes)])] * images
+    targets = make_targets(LocationAssigner(RANGES, 1.5), LEVELS, shapes, instances, NUM_CLASSES)
+    return HeadOutputs(*maps), targets
 
 
 def test_iou_hand_computed():
@@ -82,42 +76,42 @@ def test_box_loss_gradients(name):
         assert gradcheck(lambda x: box_losses(x, target, name), predicted)
 
 
+def levels_of(targets):
+    """(P,) level of each positive."""
+    return torch.arange(len(LEVELS)).repeat_interleave(torch.tensor(targets.per_level))
+
+
 def test_gather_reads_the_cells_of_the_positives():
-    maps, targets = make_case()
-    p = targets.positives
-    rows = [
-        maps[1][level][image, :, cell // maps[1][level].shape[3], cell % maps[1][level].shape[3]]
-        for level, image, cell in zip(
-            p.level.tolist(), p.image.tolist(), p.cell.tolist(), strict=True
-        )
-    ]
-    torch.testing.assert_close(gather(maps[1], p), torch.stack(rows))
-    last = [x.to(memory_format=torch.channels_last) for x in maps[1]]
-    torch.testing.assert_close(gather(last, p), torch.stack(rows))
+    outputs, targets = make_case()
+    columns = (levels_of(targets), targets.image, targets.y, targets.x)
+    entries = zip(*(c.tolist() for c in columns), strict=True)
+    rows = [outputs.ltrb[level][image, :, y, x] for level, image, y, x in entries]
+    torch.testing.assert_close(gather(outputs.ltrb, targets), torch.stack(rows))
+    last = [x.to(memory_format=torch.channels_last) for x in outputs.ltrb]
+    torch.testing.assert_close(gather(last, targets), torch.stack(rows))
 
 
 def test_losses_by_definition():
-    maps, targets = make_case()
-    losses = FCOSLoss()(*maps, targets)
-    count = len(targets.positives)
+    outputs, targets = make_case()
+    losses = FCOSLoss()(outputs, targets)
+    count = len(targets)
     weights = centerness(targets.ltrb)
     dense = 0
-    for level, x in enumerate(maps[0]):
-        target, here = torch.zeros_like(x).flatten(2), targets.positives.level == level
-        where = (targets.positives.image[here], targets.classes[here], targets.positives.cell[here])
-        target[where] = 1
-        dense += sigmoid_focal_loss(x.flatten(2), target, 0.25, 2.0, reduction="sum")
+    for level, x in enumerate(outputs.class_logits):
+        target, here = torch.zeros_like(x), levels_of(targets) == level
+        target[targets.image[here], targets.classes[here], targets.y[here], targets.x[here]] = 1
+        dense += sigmoid_focal_loss(x, target, 0.25, 2.0, reduction="sum")
     assert losses["loss_fcos_cls"].item() == pytest.approx((dense / count).item(), rel=1e-5)
-    giou = box_losses(gather(maps[1], targets.positives), targets.ltrb, "giou")
+    giou = box_losses(gather(outputs.ltrb, targets), targets.ltrb, "giou")
     assert losses["loss_fcos_loc"].item() == pytest.approx(
         ((giou * weights).sum() / weights.sum()).item(), rel=1e-5
     )
-    logits = gather(maps[2], targets.positives)[:, 0]
+    logits = gather(outputs.quality_logits, targets)[:, 0]
     ctr = F.binary_cross_entropy_with_logits(logits, weights)
     assert losses["loss_fcos_ctr"].item() == pytest.approx(ctr.item(), rel=1e-5)
 
     unweighted = FCOSLoss(box_loss_weighting="none", box_loss_weight=2.0, cls_loss_weight=3.0)
-    scaled = unweighted(*maps, targets)
+    scaled = unweighted(outputs, targets)
     assert scaled["loss_fcos_loc"].item() == pytest.approx(2 * giou.mean().item(), rel=1e-5)
     assert scaled["loss_fcos_cls"].item() == pytest.approx(
         3 * losses["loss_fcos_cls"].item(), rel=1e-5
@@ -126,73 +120,74 @@ def test_losses_by_definition():
 
 
 def test_iou_as_quality():
-    maps, targets = make_case()
+    outputs, targets = make_case()
     loss = FCOSLoss(quality="iou", box_loss_weighting="none", quality_loss_weight=0.5)
-    losses = loss(*maps, targets)
+    losses = loss(outputs, targets)
     assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_iou"}
-    iou = iou_of_ltrb(gather(maps[1], targets.positives), targets.ltrb).detach()
-    logits = gather(maps[2], targets.positives)[:, 0]
+    iou = iou_of_ltrb(gather(outputs.ltrb, targets), targets.ltrb).detach()
+    logits = gather(outputs.quality_logits, targets)[:, 0]
     expected = 0.5 * F.binary_cross_entropy_with_logits(logits, iou)
     assert losses["loss_fcos_iou"].item() == pytest.approx(expected.item(), rel=1e-5)
     losses["loss_fcos_iou"].backward()
-    assert all(x.grad is None for x in maps[1])  # the target is no path for the gradient
+    assert all(x.grad is None for x in outputs.ltrb)  # the target is no path for the gradient
 
 
 def test_no_quality_branch():
-    maps, targets = make_case()
+    outputs, targets = make_case()
     for quality in ("none", "computed"):
         loss = FCOSLoss(quality=quality, box_loss_weighting="none")
-        losses = loss(maps[0], maps[1], None, targets)
+        losses = loss(outputs._replace(quality_logits=None), targets)
         assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc"}
 
 
 @pytest.mark.parametrize("quality", ["centerness", "iou"])
 @pytest.mark.parametrize("name", ["iou", "giou", "ciou"])
 def test_without_positives_finite_and_connected(quality, name):
-    maps, targets = make_case(objects=False)
+    outputs, targets = make_case(objects=False)
     weighting = "quality" if quality == "centerness" else "none"
     loss = FCOSLoss(quality=quality, box_loss_type=name, box_loss_weighting=weighting)
-    losses = loss(*maps, targets)
+    losses = loss(outputs, targets)
     assert all(v.isfinite() for v in losses.values())
     sum(losses.values()).backward()
-    for x in (*maps[0], *maps[1], *maps[2]):
+    for x in (*outputs.class_logits, *outputs.ltrb, *outputs.quality_logits):
         assert x.grad is not None and x.grad.isfinite().all()
-    assert all((x.grad == 0).all() for x in (*maps[1], *maps[2]))
+    assert all((x.grad == 0).all() for x in (*outputs.ltrb, *outputs.quality_logits))
 
 
 @pytest.mark.parametrize("name", ["iou", "linear_iou", "giou", "diou", "ciou"])
 def test_predicted_boxes_without_area_are_finite(name):
-    maps, targets = make_case()
-    maps[1] = [torch.zeros_like(x).requires_grad_() for x in maps[1]]
-    losses = FCOSLoss(box_loss_type=name)(*maps, targets)
+    outputs, targets = make_case()
+    outputs = outputs._replace(ltrb=[torch.zeros_like(x).requires_grad_() for x in outputs.ltrb])
+    losses = FCOSLoss(box_loss_type=name)(outputs, targets)
     assert all(v.isfinite() for v in losses.values())
     losses["loss_fcos_loc"].backward()
-    assert all(x.grad.isfinite().all() for x in maps[1])
+    assert all(x.grad.isfinite().all() for x in outputs.ltrb)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("objects", [True, False])
 def test_half_precision_maps_give_float32_losses(dtype, objects):
-    maps, targets = make_case(objects=objects, dtype=dtype)
-    losses = FCOSLoss()(*maps, targets)
+    outputs, targets = make_case(objects=objects, dtype=dtype)
+    losses = FCOSLoss()(outputs, targets)
     assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
-    exact = FCOSLoss()(*([x.detach().float() for x in m] for m in maps), targets)
+    exact = HeadOutputs(*([x.detach().float() for x in m] for m in outputs))
+    exact = FCOSLoss()(exact, targets)
     for key, value in losses.items():
         torch.testing.assert_close(value, exact[key], rtol=1e-5, atol=1e-6)
 
 
 def test_ema_normalizer_by_hand():
-    maps, targets = make_case()
+    outputs, targets = make_case()
     loss = FCOSLoss(loss_normalizer="ema_fg")
-    count = len(targets.positives)
-    plain = FCOSLoss()(*maps, targets)
-    first = loss(*maps, targets)
+    count = len(targets)
+    plain = FCOSLoss()(outputs, targets)
+    first = loss(outputs, targets)
     ema = 0.9 * 100 + 0.1 * count  # starts at 100, momentum 0.9
     assert loss.state_dict()["ema_num_positives"].item() == pytest.approx(ema)
     for key in ("loss_fcos_cls", "loss_fcos_ctr"):
         assert (first[key] * ema).item() == pytest.approx((plain[key] * count).item(), rel=1e-5)
     assert first["loss_fcos_loc"].item() == pytest.approx(plain["loss_fcos_loc"].item())
-    loss(*maps, targets)
+    loss(outputs, targets)
     assert loss.ema_num_positives.item() == pytest.approx(0.9 * ema + 0.1 * count)
     sum(first.values()).backward()  # not disturbed by the buffer having moved on
 
@@ -200,15 +195,14 @@ def test_ema_normalizer_by_hand():
 
 
 def test_logged_centerness_loss_can_reach_zero():
-    maps, targets = make_case()
+    outputs, targets = make_case()
     # Logits whose sigmoid is the target: the loss is then its own least value, the entropy.
-    perfect = [torch.zeros_like(x) for x in maps[2]]
+    perfect = [torch.zeros_like(x) for x in outputs.quality_logits]
     ideal = torch.logit(centerness(targets.ltrb), eps=1e-6)
-    p = targets.positives
-    for i in range(len(p)):
-        perfect[p.level[i]].flatten(2)[p.image[i], 0, p.cell[i]] = ideal[i]
+    for i, level in enumerate(levels_of(targets).tolist()):
+        perfect[level][targets.image[i], 0, targets.y[i], targets.x[i]] = ideal[i]
     with EventStorage(0) as storage:
-        losses = FCOSLoss()(maps[0], maps[1], perfect, targets)
+        losses = FCOSLoss()(outputs._replace(quality_logits=perfect), targets)
         above_floor = storage.latest()["fcos/loss_fcos_ctr_above_floor"][0]
     assert losses["loss_fcos_ctr"].item() > 0.3
     assert above_floor == pytest.approx(0, abs=1e-5)

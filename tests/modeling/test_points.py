@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fcos_d2.modeling.points import boxes_to_ltrb, cell_locations, centerness, ltrb_to_boxes
+from fcos_d2.modeling.points import Levels, boxes_to_ltrb, centerness, ltrb_to_boxes
 
 pixel = st.floats(-1000, 1000, width=32)
 
@@ -10,14 +10,25 @@ pixel = st.floats(-1000, 1000, width=32)
 def test_locations_are_cell_centers():
     # Stride 16: 16/2 = 8, 8 + 16 = 24, 8 + 2 * 16 = 40.
     x, y = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 0, 0, 1])
-    assert cell_locations(x, y, 16).tolist() == [[8, 8], [24, 8], [40, 8], [8, 24]]
+    assert Levels((4, 16)).locations(1, x, y).tolist() == [[8, 8], [24, 8], [40, 8], [8, 24]]
 
 
 def test_locations_with_another_offset():
     # At the corner of the cells: 16 * 2 = 32, 16 * 1 = 16; at a quarter: 16 * 2.25 = 36, 20.
     x, y = torch.tensor([2]), torch.tensor([1])
-    assert cell_locations(x, y, 16, 0.0).tolist() == [[32, 16]]
-    assert cell_locations(x, y, 16, 0.25).tolist() == [[36, 20]]
+    assert Levels((16,), 0.0).locations(0, x, y).tolist() == [[32, 16]]
+    assert Levels((16,), 0.25).locations(0, x, y).tolist() == [[36, 20]]
+
+
+def test_locations_of_several_levels_at_once():
+    # Column 1, row 2 at strides 8 and 32: 1.5 * 8 = 12, 2.5 * 8 = 20; 1.5 * 32 = 48, 2.5 * 32 = 80.
+    level, x, y = torch.tensor([0, 2]), torch.tensor([1, 1]), torch.tensor([2, 2])
+    assert Levels((8, 16, 32)).locations(level, x, y).tolist() == [[12, 20], [48, 80]]
+
+
+def test_all_locations_go_row_by_row():
+    locations = Levels((8,)).all_locations(0, 2, 3, torch.device("cpu"))
+    assert locations.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12]]
 
 
 def test_centerness_hand_computed():

@@ -5,11 +5,11 @@ import pytest
 import torch
 from detectron2.layers import nms
 from detectron2.structures import Boxes, Instances
-from helpers import STRIDES, level_locations, level_shapes
+from helpers import LEVELS, STRIDES, level_locations, level_shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcos_d2.modeling import FCOSPostProcessor
+from fcos_d2.modeling import FCOSPostProcessor, HeadOutputs, Levels
 from fcos_d2.modeling.post_processing import top_k_per_group
 
 NUM_CLASSES = 3
@@ -20,15 +20,19 @@ def make_maps(images=2, size=(96, 128), shift=-2.0, dtype=torch.float32):
     logits = [(torch.randn(images, NUM_CLASSES, *s) * 2 + shift).to(dtype) for s in shapes]
     ltrb = [torch.rand(images, 4, *s) * 40 for s in shapes]
     quality = [torch.randn(images, 1, *s).to(dtype) for s in shapes]
-    return logits, ltrb, quality
+    return HeadOutputs(logits, ltrb, quality)
 
 
 def detect_by_loops(
-    maps, image, size, thresh=0.05, topk=1000, best=100, sqrt=True, on_score=False, offset=0.5
+    outputs, image, size, thresh=0.05, topk=1000, best=100, sqrt=True, on_score=False, offset=0.5
 ):
     """The definition: cell by cell, class by class, with plain lists; NMS one class at a time."""
     candidates = []
-    for logits, ltrb, quality, stride in zip(*maps, STRIDES, strict=True):
+    class_logits, all_ltrb, quality_logits = outputs
+    quality_logits = quality_logits or [None] * len(STRIDES)
+    for logits, ltrb, quality, stride in zip(
+        class_logits, all_ltrb, quality_logits, STRIDES, strict=True
+    ):
         locations = level_locations(*logits.shape[2:], stride) + (offset - 0.5) * stride
         locations = locations.tolist()
         on_level = []
@@ -68,7 +72,8 @@ def detect_by_loops(
 @pytest.mark.parametrize("thresh_on", ["class", "score"])
 @pytest.mark.parametrize("computed, offset", [(False, 0.5), (True, 0.5), (False, 0.0)])
 def test_equals_the_slow_reference(fusion, topk, thresh_on, computed, offset):
-    maps = make_maps()
+    outputs = make_maps()
+    outputs = outputs._replace(quality_logits=None) if computed else outputs
     sizes = [(96, 128), (80, 100)]
     process = FCOSPostProcessor(
         score_thresh=0.2,
@@ -76,43 +81,39 @@ def test_equals_the_slow_reference(fusion, topk, thresh_on, computed, offset):
         topk_candidates=topk,
         max_detections_per_image=40,
         score_fusion=fusion,
-        computed_centerness=computed,
-        location_offset=offset,
+        quality="computed" if computed else "centerness",
     )
-    logits, ltrb, quality = maps
-    results = process(logits, ltrb, None if computed else quality, STRIDES, sizes)
-    quality = [None] * len(STRIDES) if computed else quality
-    for image, found in enumerate(results):
+    results = process(outputs, Levels(tuple(STRIDES), offset), sizes)
+    for image, detections in enumerate(results):
         expected = detect_by_loops(
-            (logits, ltrb, quality), image, sizes[image], thresh=0.2, topk=topk, best=40,
+            outputs, image, sizes[image], thresh=0.2, topk=topk, best=40,
             sqrt=fusion == "sqrt", on_score=thresh_on == "score", offset=offset,
         )  # fmt: skip
-        assert found.image_size == sizes[image]
-        assert found.pred_classes.tolist() == [c[1] for c in expected]
-        torch.testing.assert_close(found.scores, torch.tensor([c[0] for c in expected]))
-        torch.testing.assert_close(
-            found.pred_boxes.tensor, torch.tensor([c[2] for c in expected]), rtol=1e-5, atol=1e-4
-        )
-        assert len(found) > 5
+        assert detections.image_size == sizes[image]
+        assert detections.pred_classes.tolist() == [c[1] for c in expected]
+        torch.testing.assert_close(detections.scores, torch.tensor([c[0] for c in expected]))
+        boxes = torch.tensor([c[2] for c in expected])
+        torch.testing.assert_close(detections.pred_boxes.tensor, boxes, rtol=1e-5, atol=1e-4)
+        assert len(detections) > 5
 
 
 def test_inputs_are_left_as_they_are():
-    maps = make_maps()
-    before = copy.deepcopy(maps)
-    FCOSPostProcessor()(*maps, STRIDES, [(96, 128)] * 2)
-    torch.testing.assert_close(maps, before, rtol=0, atol=0)
+    outputs = make_maps()
+    before = copy.deepcopy(outputs)
+    FCOSPostProcessor()(outputs, LEVELS, [(96, 128)] * 2)
+    torch.testing.assert_close(outputs, before, rtol=0, atol=0)
 
 
 def test_without_quality_the_score_is_the_class_probability():
-    logits, ltrb, _ = make_maps()
-    found = FCOSPostProcessor()(logits, ltrb, None, STRIDES, [(96, 128)] * 2)
-    best = max(x[0].sigmoid().max().item() for x in logits)
-    assert found[0].scores.max().item() == pytest.approx(best)
+    outputs = make_maps()._replace(quality_logits=None)
+    detections = FCOSPostProcessor(quality="none")(outputs, LEVELS, [(96, 128)] * 2)
+    best = max(x[0].sigmoid().max().item() for x in outputs.class_logits)
+    assert detections[0].scores.max().item() == pytest.approx(best)
 
 
 @pytest.mark.parametrize("clusters", [1, 3, 12, 200])
-def test_suppressing_in_parts_equals_suppressing_all(clusters):
-    """The best candidates lie on each other, so that few are left of each part that is tried."""
+def test_the_limit_keeps_the_best_of_what_nms_leaves(clusters):
+    """The best candidates lie on each other, so that few of them are left."""
     centers = torch.rand(clusters, 2) * 2000
     near = centers[torch.arange(1500) % clusters] + torch.rand(1500, 2)
     candidates = Instances(
@@ -131,47 +132,54 @@ def test_suppressing_in_parts_equals_suppressing_all(clusters):
     assert torch.equal(limited.pred_classes, everything.pred_classes[:8])
 
 
-def test_parts_of_small_boxes_and_many_classes():
+def test_small_boxes_of_many_classes_are_not_rounded():
     """Where moving the classes apart in float32 would round boxes by a share of their size."""
-    for _ in range(30):
-        corners = torch.rand(1500, 2) * 150
+    for count in (700, 1500):  # batched_nms moves the classes apart for up to 1000 boxes
+        corners = torch.rand(count, 2) * 150
+        boxes = torch.cat([corners, corners + 8 + 20 * torch.rand(count, 2)], dim=1)
+        scores, classes = torch.rand(count), torch.randint(80, (count,))
         candidates = Instances(
-            (800, 1216),
-            pred_boxes=Boxes(torch.cat([corners, corners + 8 + 20 * torch.rand(1500, 2)], dim=1)),
-            scores=torch.rand(1500),
-            pred_classes=torch.randint(80, (1500,)),
+            (800, 1216), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes
         )
-        everything = FCOSPostProcessor(max_detections_per_image=-1).suppress(candidates)
-        limited = FCOSPostProcessor(max_detections_per_image=100).suppress(candidates)
-        assert torch.equal(limited.scores, everything.scores[:100])
+        process = FCOSPostProcessor(max_detections_per_image=-1)
+        kept = []
+        for k in range(80):
+            of_class = (classes == k).nonzero()[:, 0]
+            kept.append(of_class[nms(boxes[of_class].double(), scores[of_class].double(), 0.6)])
+        expected = scores[torch.cat(kept)].sort(descending=True).values
+        assert torch.equal(process.suppress(candidates).scores, expected)
 
 
 def test_never_more_than_the_limit_also_with_equal_scores():
-    logits, ltrb, quality = make_maps(images=1)
-    logits = [torch.zeros_like(x) for x in logits]
-    quality = [torch.zeros_like(x) for x in quality]
-    ltrb = [torch.full_like(x, 3.0) for x in ltrb]  # small boxes: none suppresses another
+    outputs = make_maps(images=1)
+    outputs = HeadOutputs(
+        class_logits=[torch.zeros_like(x) for x in outputs.class_logits],
+        ltrb=[torch.full_like(x, 3.0) for x in outputs.ltrb],  # small: none suppresses another
+        quality_logits=[torch.zeros_like(x) for x in outputs.quality_logits],
+    )
     process = FCOSPostProcessor(max_detections_per_image=10)
-    assert len(process(logits, ltrb, quality, STRIDES, [(96, 128)])[0]) == 10
+    assert len(process(outputs, LEVELS, [(96, 128)])[0]) == 10
     everything = FCOSPostProcessor(max_detections_per_image=-1)
     cells = sum(h * w for h, w in level_shapes(96, 128))
-    assert 10 < len(everything(logits, ltrb, quality, STRIDES, [(96, 128)])[0]) <= cells * 3
+    assert 10 < len(everything(outputs, LEVELS, [(96, 128)])[0]) <= cells * 3
 
 
 @pytest.mark.parametrize("thresh, all_candidates", [(0.0, True), (1.0, False)])
 def test_threshold_at_its_ends(thresh, all_candidates):
-    logits, ltrb, quality = make_maps(images=1)
+    outputs = make_maps(images=1)
     process = FCOSPostProcessor(score_thresh=thresh, nms_thresh=1.0, max_detections_per_image=-1)
-    found = process(logits, ltrb, quality, STRIDES, [(96, 128)])[0]
-    assert len(found) == (sum(x.numel() for x in logits) if all_candidates else 0)
+    detections = process(outputs, LEVELS, [(96, 128)])[0]
+    everything = sum(x.numel() for x in outputs.class_logits)
+    assert len(detections) == (everything if all_candidates else 0)
 
 
 def test_images_are_independent():
-    maps = make_maps(images=3)
+    outputs = make_maps(images=3)
     process = FCOSPostProcessor()
-    together = process(*maps, STRIDES, [(96, 128)] * 3)
+    together = process(outputs, LEVELS, [(96, 128)] * 3)
     for i in range(3):
-        alone = process(*([x[i : i + 1] for x in m] for m in maps), STRIDES, [(96, 128)])[0]
+        one = HeadOutputs(*([x[i : i + 1] for x in maps] for maps in outputs))
+        alone = process(one, LEVELS, [(96, 128)])[0]
         assert torch.equal(alone.pred_boxes.tensor, together[i].pred_boxes.tensor)
         assert torch.equal(alone.scores, together[i].scores)
 
@@ -185,21 +193,22 @@ def test_half_precision_does_not_overflow(dtype):
         x[:, 70:, ::3, ::3] = 3
     ltrb = [torch.full((1, 4, *s), 300.0) for s in shapes]
     quality = [torch.zeros(1, 1, *s, dtype=dtype) for s in shapes]
-    found = FCOSPostProcessor()(logits, ltrb, quality, STRIDES, [(2048, 2048)])[0]
-    assert found.pred_boxes.tensor.dtype == found.scores.dtype == torch.float32
-    assert found.pred_boxes.tensor.isfinite().all()
-    assert len(found) == 100
+    outputs = HeadOutputs(logits, ltrb, quality)
+    detections = FCOSPostProcessor()(outputs, LEVELS, [(2048, 2048)])[0]
+    assert detections.pred_boxes.tensor.dtype == detections.scores.dtype == torch.float32
+    assert detections.pred_boxes.tensor.isfinite().all()
+    assert len(detections) == 100
 
 
 def test_nan_and_infinite_maps_give_no_detection_there():
-    logits, ltrb, quality = make_maps(images=2)
-    logits[0][0] = math.nan
-    quality[1][0] = math.nan
-    ltrb[2][0] = math.inf
-    found = FCOSPostProcessor()(logits, ltrb, quality, STRIDES, [(96, 128)] * 2)
-    assert found[0].scores.isfinite().all()
-    assert found[0].pred_boxes.tensor.isfinite().all()
-    assert len(found[1]) > 0
+    outputs = make_maps(images=2)
+    outputs.class_logits[0][0] = math.nan
+    outputs.quality_logits[1][0] = math.nan
+    outputs.ltrb[2][0] = math.inf
+    detections = FCOSPostProcessor()(outputs, LEVELS, [(96, 128)] * 2)
+    assert detections[0].scores.isfinite().all()
+    assert detections[0].pred_boxes.tensor.isfinite().all()
+    assert len(detections[1]) > 0
 
 
 @settings(max_examples=100, deadline=None)

@@ -5,6 +5,7 @@ from detectron2.utils.events import EventStorage
 from helpers import STRIDES, level_locations, make_input
 
 from fcos_d2 import model_zoo
+from fcos_d2.modeling import FCOSLoss, FCOSProposalGenerator
 from fcos_d2.modeling.points import ltrb_to_boxes
 
 YAML = "quick_schedules/faster_rcnn_fcos_R_18_FPN_shapes.yaml"
@@ -53,9 +54,10 @@ def test_proposals_are_the_best_boxes_of_all_locations(fusion):
         boxes[:, 0::2], boxes[:, 1::2] = boxes[:, 0::2].clamp(0, 96), boxes[:, 1::2].clamp(0, 64)
         sized = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         expected = scores[sized].sort(descending=True).values
-        found = proposals[image].objectness_logits
-        assert len(found) > 50
-        torch.testing.assert_close(found.exp(), expected[: len(found)], rtol=1e-4, atol=1e-5)
+        objectness = proposals[image].objectness_logits
+        assert len(objectness) > 50
+        expected = expected[: len(objectness)]
+        torch.testing.assert_close(objectness.exp(), expected, rtol=1e-4, atol=1e-5)
         best = boxes[sized][scores[sized].argmax()]
         torch.testing.assert_close(proposals[image].proposal_boxes.tensor[0], best)
 
@@ -102,10 +104,21 @@ def test_ground_truth_of_the_caller_is_left_as_it_is():
 
 
 def test_detections():
-    found = build().eval()([make_input()])[0]["instances"]
-    assert found.has("pred_boxes") and found.has("scores")
+    instances = build().eval()([make_input()])[0]["instances"]
+    assert instances.has("pred_boxes") and instances.has("scores")
 
 
 def test_computed_quality_is_refused():
     with pytest.raises(ValueError, match="not offered for proposals"):
         build(QUALITY="computed", BOX_LOSS_WEIGHTING="none")
+
+
+def test_head_and_loss_must_agree():
+    generator = build().proposal_generator
+    with pytest.raises(ValueError, match="same quality, got head 'centerness', loss 'iou'"):
+        FCOSProposalGenerator(
+            head=generator.head,
+            in_features=generator.in_features,
+            assigner=generator.assigner,
+            loss=FCOSLoss(quality="iou", box_loss_weighting="none"),
+        )

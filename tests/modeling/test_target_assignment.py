@@ -4,17 +4,18 @@ import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.fcos import FCOS as DetectronFCOS
-from helpers import RANGES, STRIDES, as_dict, assign_by_loops, level_shapes, make_instances
+from helpers import LEVELS, RANGES, STRIDES, as_dict, assign_by_loops, level_shapes, make_instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcos_d2.modeling import LocationAssigner
+from fcos_d2.modeling import Levels, LocationAssigner
+from fcos_d2.modeling.target_assignment import cell_numbers, make_targets
 
 
 def assign(boxes, radius=0.0, shapes=((4, 4),), strides=(8,), ranges=((0, math.inf),)):
     """Assignment of one image, as {(image, level, cell): box}."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    return as_dict(LocationAssigner(ranges, radius)(shapes, strides, [boxes]))
+    return as_dict(LocationAssigner(ranges, radius)(Levels(strides), shapes, [boxes]), shapes)
 
 
 def test_all_cells_inside_a_box():
@@ -73,12 +74,15 @@ def test_range_bounds_are_inclusive(size, levels):
 def test_candidates_list_ambiguous_locations_once_a_box():
     boxes = torch.tensor([[0.0, 0, 16, 16], [0, 0, 8, 8], [24, 24, 32, 32]])
     assigner = LocationAssigner([(0, math.inf)], 0)
-    found = assigner.candidates([(4, 4)], [8], [boxes[:2], boxes[2:]])
-    # The first box holds the cells 0, 1, 4, 5, the second cell 0 too; the third, of the second
-    # image, cell 15, which is place 16 + 15 of the batch.
-    pairs = list(zip(found.image.tolist(), found.cell.tolist(), found.gt.tolist(), strict=True))
-    assert sorted(pairs) == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 4, 0), (0, 5, 0), (1, 15, 2)]
-    assert sorted(assigner.place(found, [(4, 4)], 2).tolist()) == [0, 0, 1, 4, 5, 31]
+    candidates = assigner.candidates(Levels((8,)), [(4, 4)], [boxes[:2], boxes[2:]])
+    # The first box holds the cells (0, 0), (1, 0), (0, 1), (1, 1), the second (0, 0) too; the
+    # third, of the second image, the cell (3, 3), which is number 16 + 15 of the batch.
+    columns = (candidates.image, candidates.x, candidates.y, candidates.gt)
+    entries = sorted(zip(*(c.tolist() for c in columns), strict=True))
+    assert entries == [
+        (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0, 0), (0, 1, 1, 0), (1, 3, 3, 2),
+    ]  # fmt: skip
+    assert sorted(cell_numbers(candidates, [(4, 4)], 2).tolist()) == [0, 0, 1, 4, 5, 31]
 
 
 def test_no_boxes_and_boxes_without_area():
@@ -89,9 +93,9 @@ def test_no_boxes_and_boxes_without_area():
 def test_empty_images_between_others():
     assigner = LocationAssigner([(0, math.inf)], 0)
     box = torch.tensor([[0.0, 0, 8, 8]])
-    positives = assigner([(2, 2)], [8], [torch.zeros(0, 4), box, torch.zeros(0, 4), box])
-    assert as_dict(positives) == {(1, 0, 0): 0, (3, 0, 0): 1}
-    assert positives.per_level == [2]
+    boxes = [torch.zeros(0, 4), box, torch.zeros(0, 4), box]
+    positives = assigner(Levels((8,)), [(2, 2)], boxes)
+    assert as_dict(positives, [(2, 2)]) == {(1, 0, 0): 0, (3, 0, 0): 1}
 
 
 coordinate = st.one_of(
@@ -120,10 +124,10 @@ def test_equals_the_slow_reference(images, radius, size, offset):
     boxes = [torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in images]
     # A second copy of each box makes ties.
     boxes = [torch.cat([b, b.flip(0)]) for b in boxes]
-    positives = LocationAssigner(RANGES, radius, offset)(shapes, STRIDES, boxes)
+    levels = Levels(tuple(STRIDES), offset)
+    positives = LocationAssigner(RANGES, radius)(levels, shapes, boxes)
     expected = assign_by_loops(shapes, STRIDES, RANGES, radius, boxes, offset)
-    assert as_dict(positives) == expected
-    assert len(positives) == len(expected) == sum(positives.per_level)
+    assert as_dict(positives, shapes) == expected
     assert positives.level.tolist() == sorted(positives.level.tolist())
 
 
@@ -133,8 +137,8 @@ def test_equals_the_slow_reference_on_realistic_boxes(radius):
     sizes = torch.exp(torch.rand(2, 25, 2) * 5 + 1)  # 3 to 400 pixels
     centers = torch.rand(2, 25, 2) * torch.tensor([480.0, 320.0])
     boxes = list(torch.cat([centers - sizes / 2, centers + sizes / 2], dim=2))
-    positives = LocationAssigner(RANGES, radius)(shapes, STRIDES, boxes)
-    assert as_dict(positives) == assign_by_loops(shapes, STRIDES, RANGES, radius, boxes)
+    positives = LocationAssigner(RANGES, radius)(LEVELS, shapes, boxes)
+    assert as_dict(positives, shapes) == assign_by_loops(shapes, STRIDES, RANGES, radius, boxes)
     assert len(positives) > 100
 
 
@@ -158,12 +162,11 @@ def test_equals_detectron2s_fcos():
         anchors, [make_instances(boxes.tolist(), classes.tolist())]
     )
 
-    positives = LocationAssigner(RANGES, 1.5)(shapes, STRIDES, [boxes])
-    begin = torch.tensor([0] + [h * w for h, w in shapes]).cumsum(0)
-    place = begin[positives.level] + positives.cell
-    assert sorted(place.tolist()) == (labels[0] < 7).nonzero()[:, 0].tolist()
-    assert torch.equal(labels[0][place], classes[positives.gt])
-    assert torch.equal(matched[0][place], boxes[positives.gt])
+    positives = LocationAssigner(RANGES, 1.5)(LEVELS, shapes, [boxes])
+    cell = cell_numbers(positives, shapes, 1)
+    assert sorted(cell.tolist()) == (labels[0] < 7).nonzero()[:, 0].tolist()
+    assert torch.equal(labels[0][cell], classes[positives.gt])
+    assert torch.equal(matched[0][cell], boxes[positives.gt])
 
 
 @pytest.mark.parametrize("radius, per_box", [(0.0, 130), (1.5, 40)])
@@ -175,7 +178,7 @@ def test_boxes_propose_few_cells_whatever_the_size_of_the_image(radius, per_box)
     sizes = torch.exp(torch.rand(1000, 2) * 4 + 2.5)  # 12 to 665 pixels
     centers = torch.rand(1000, 2) * torch.tensor([1216.0, 800.0])
     boxes = torch.cat([centers - sizes / 2, centers + sizes / 2], dim=1)
-    proposals = LocationAssigner(RANGES, radius)._propose(shapes, STRIDES, boxes)
+    proposals = LocationAssigner(RANGES, radius)._propose(LEVELS, shapes, boxes)
     assert 1000 < len(proposals[0]) <= per_box * 1000
     assert len(proposals[0]) < sum(h * w for h, w in shapes) * 1000 / 100
 
@@ -186,10 +189,34 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="must be >= 0, got -1"):
         LocationAssigner([(0, 64)], -1)
     with pytest.raises(ValueError, match="1 REGRESSION_RANGES for 2 levels"):
-        LocationAssigner([(0, 64)], 1.5)([(2, 2), (1, 1)], [8, 16], [torch.zeros(0, 4)])
+        LocationAssigner([(0, 64)], 1.5)(Levels((8, 16)), [(2, 2), (1, 1)], [torch.zeros(0, 4)])
     boxes = [torch.zeros(0, 4), torch.tensor([[0.0, 0, math.nan, 1]])]
     with pytest.raises(ValueError, match=r"must be finite; not so in .* \[1\]"):
-        LocationAssigner([(0, 64)], 1.5)([(2, 2)], [8], boxes)
+        LocationAssigner([(0, 64)], 1.5)(Levels((8,)), [(2, 2)], boxes)
+
+
+def test_targets_are_those_of_the_owners():
+    shapes = level_shapes(96, 128)
+    instances = [
+        make_instances([[5, 6, 60, 50], [20, 10, 90, 60]], [2, 0]),
+        make_instances([], []),
+        make_instances([[3, 3, 120, 90]], [1]),
+    ]
+    targets = make_targets(LocationAssigner(RANGES, 1.5), LEVELS, shapes, instances, 3)
+    owners = assign_by_loops(shapes, STRIDES, RANGES, 1.5, [x.gt_boxes.tensor for x in instances])
+    boxes = torch.cat([x.gt_boxes.tensor for x in instances]).tolist()
+    classes = [2, 0, 1]
+    expected = {}
+    for (image, level, cell), gt in owners.items():
+        y, x = divmod(cell, shapes[level][1])
+        px, py = (x + 0.5) * STRIDES[level], (y + 0.5) * STRIDES[level]
+        x0, y0, x1, y1 = boxes[gt]
+        expected[image, level, x, y] = (classes[gt], px - x0, py - y0, x1 - px, y1 - py)
+    level = torch.arange(5).repeat_interleave(torch.tensor(targets.per_level))
+    columns = (targets.image, level, targets.x, targets.y, targets.classes)
+    entries = zip(*(c.tolist() for c in columns), targets.ltrb.tolist(), strict=True)
+    assert {(i, lv, x, y): (c, *ltrb) for i, lv, x, y, c, ltrb in entries} == expected
+    assert len(targets) == len(expected) > 10
 
 
 @pytest.mark.gpu
@@ -199,6 +226,6 @@ def test_gpu_equals_cpu(radius):
     corners = torch.rand(60, 2, 2) * 400
     boxes = torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
     assigner = LocationAssigner(RANGES, radius)
-    on_cpu = assigner(shapes, STRIDES, [boxes, boxes[:5]])
-    on_gpu = assigner(shapes, STRIDES, [boxes.cuda(), boxes[:5].cuda()])
-    assert as_dict(on_cpu) == as_dict(on_gpu)
+    on_cpu = assigner(LEVELS, shapes, [boxes, boxes[:5]])
+    on_gpu = assigner(LEVELS, shapes, [boxes.cuda(), boxes[:5].cuda()])
+    assert as_dict(on_cpu, shapes) == as_dict(on_gpu, shapes)

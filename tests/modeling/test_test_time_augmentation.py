@@ -38,8 +38,8 @@ def test_identity_gives_exactly_the_plain_result(model, output_size):
     batch = [make_input(size=(64, 96)) | output_size, make_input(size=(64, 96), seed=1)]
     with torch.no_grad():
         plain = [model([x])[0]["instances"] for x in batch]
-    found = [x["instances"] for x in augmented(model, [64], False, batch)]
-    for a, b in zip(plain, found, strict=True):
+    detections = [x["instances"] for x in augmented(model, [64], False, batch)]
+    for a, b in zip(plain, detections, strict=True):
         assert len(a) > 5
         assert a.image_size == b.image_size
         assert same(a, b)
@@ -78,14 +78,13 @@ def test_scales_are_merged_before_one_nms(model):
         pixels = torch.as_tensor(scaled).permute(2, 0, 1)
         with torch.no_grad():
             images = model.preprocess_image([{"image": pixels}])
-            features = model.backbone(images.tensor)
-            predictions = model.head([features[f] for f in model.head_in_features])
-            (found,) = model.post_processor.candidates(
-                *predictions, model.strides, images.image_sizes
+            outputs = model.head_outputs(images)
+            (candidates,) = model.post_processor.candidates(
+                outputs, model.levels, images.image_sizes
             )
-        boxes.append(found.pred_boxes.tensor * 64 / size)
-        scores.append(found.scores)
-        classes.append(found.pred_classes)
+        boxes.append(candidates.pred_boxes.tensor * 64 / size)
+        scores.append(candidates.scores)
+        classes.append(candidates.pred_classes)
     boxes, scores, classes = torch.cat(boxes), torch.cat(scores), torch.cat(classes)
     keep = batched_nms(boxes, scores, classes, 0.6)[:100]
     mapper = lambda x: [  # noqa: E731  the same two versions, as a mapper makes them

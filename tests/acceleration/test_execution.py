@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import pairwise_iou
 from helpers import make_input, tiny_cfg
 
-from fcos_d2.modeling import fcos
+from fcos_d2.acceleration import execution
 
 
 @pytest.fixture
@@ -50,19 +50,19 @@ def test_channels_last_on_cpu_gives_the_same(monkeypatch, logits_of):
     for helps in (True, False):
         model = copy.deepcopy(start)
         layouts = logits_of(model)
-        monkeypatch.setattr(fcos, "_channels_last_helps", lambda device, helps=helps: helps)
-        found = detect(model, make_input(), make_input(seed=1))
+        monkeypatch.setattr(execution, "channels_last_helps", lambda device, helps=helps: helps)
+        detections = detect(model, make_input(), make_input(seed=1))
         model.train().zero_grad()
         losses = model([make_input(), make_input((), ())])
         sum(losses.values()).backward()
         gradients = {n: p.grad for n, p in model.named_parameters()}
         seen += layouts
-        results.append((found, {k: v.detach() for k, v in losses.items()}, gradients))
+        results.append((detections, {k: v.detach() for k, v in losses.items()}, gradients))
     # The second level has 8 x 12 cells, where both layouts differ.
     # On CPU the two images run one by one; then the batch in training.
     assert [x[1] for x in seen] == [True] * 3 + [False] * 3
-    (found, losses, gradients), (found2, losses2, gradients2) = results
-    for a, b in zip(found, found2, strict=True):
+    (detections, losses, gradients), (detections2, losses2, gradients2) = results
+    for a, b in zip(detections, detections2, strict=True):
         assert len(a) > 20
         torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
@@ -74,11 +74,11 @@ def test_channels_last_on_cpu_gives_the_same(monkeypatch, logits_of):
 
 
 def test_channels_last_where(monkeypatch):
-    assert fcos._channels_last_helps("cpu")
-    assert not fcos._channels_last_helps("cuda")
+    assert execution.channels_last_helps("cpu")
+    assert not execution.channels_last_helps("cuda")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    assert fcos._channels_last_helps("cuda")
-    assert not fcos._channels_last_helps("mps")
+    assert execution.channels_last_helps("cuda")
+    assert not execution.channels_last_helps("mps")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
