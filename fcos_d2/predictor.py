@@ -8,15 +8,15 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 
+from .data.image_files import read_image
+from .data.voc import IMAGE_SUFFIXES
 from .modeling import FCOS
 from .modeling.backbone import padded_size
 from .modeling.images import check_finite
 from .ordered_batches import run_in_batches
 
-_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # An image may wait for others of its size until this many full batches of images are held.
 _BATCHES_HELD = 4
 
@@ -71,7 +71,7 @@ class Predictor:
             image; for a list a list of them.
 
         Raises:
-            ValueError: for an array that is no image.
+            ValueError: for an array that is no image, and for a file of more than 8 bits a pixel.
             OSError: for a file that cannot be read.
         """
         if isinstance(images, np.ndarray | str | os.PathLike):
@@ -92,9 +92,9 @@ class Predictor:
         Raises:
             ValueError: at once, if there is none.
         """
-        names = sorted(n for n in os.listdir(folder) if n.lower().endswith(_IMAGE_SUFFIXES))
+        names = sorted(n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES))
         if not names:
-            raise ValueError(f"No image in {folder}: no file ends with {_IMAGE_SUFFIXES}")
+            raise ValueError(f"No image in {folder}: no file ends with {IMAGE_SUFFIXES}")
         return self._run((os.path.join(folder, name) for name in names), self._load)
 
     def video(

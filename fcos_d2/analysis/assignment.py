@@ -38,6 +38,7 @@ from detectron2.structures import Boxes, BoxMode
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.mapper import with_float_coordinates
 from ..modeling import FCOS, Levels, LocationAssigner
 from ..modeling.backbone import padded_size
 from ..modeling.target_assignment import cell_numbers
@@ -147,7 +148,7 @@ def _prepare(cfg: CfgNode, record: dict, include_crowd: bool) -> _Image:
         name = record.get("file_name", record.get("image_id"))
         raise ValueError(f"The record of the image {name!r} has no height and width")
     resize, size = resize_for_test(cfg, record["height"], record["width"])
-    annotations = record.get("annotations", [])
+    annotations = with_float_coordinates(record).get("annotations", [])
     kept = [a for a in annotations if include_crowd or not a.get("iscrowd", 0)]
     boxes = [
         transform_instance_annotations(

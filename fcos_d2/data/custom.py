@@ -13,13 +13,15 @@ start at the folder in the environment variable DETECTRON2_DATASETS, or else at 
 Detectron2's built-in data sets.
 """
 
-import logging
 import os
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_voc_instances, register_coco_instances
-from detectron2.evaluation.pascal_voc_evaluation import parse_rec
+
+from .coco import coco_loader
+from .mapper import with_float_coordinates
+from .voc import check_readable_by_pascal_voc_evaluator, load_voc
 
 # The required and the optional keys of each format.
 _KEYS = {
@@ -28,7 +30,8 @@ _KEYS = {
 }
 # The section of MODEL with each meta architecture's NUM_CLASSES; ProposalNetwork has none.
 _SECTIONS = {"FCOS": "FCOS", "RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
-_registered: dict[str, dict] = {}
+# The entry of each registered data set, and the folder that its relative paths start from.
+_registered: dict[str, tuple[dict, str]] = {}
 
 
 def register_custom_datasets(cfg: CfgNode) -> None:
@@ -41,23 +44,24 @@ def register_custom_datasets(cfg: CfgNode) -> None:
             name of a data set that was registered elsewhere.
     """
     for name, entry in cfg.DATASETS.CUSTOM.items():
-        entry = dict(entry)
-        if _registered.get(name) == entry:
+        registration = (dict(entry), _root())
+        if _registered.get(name) == registration and name in DatasetCatalog:
             continue
-        _check_entry(name, entry)
-        if name in _registered:
+        _check_entry(name, registration[0])
+        if name in DatasetCatalog:
+            if name not in _registered:
+                raise ValueError(
+                    f"DATASETS.CUSTOM.{name}: a data set with this name is already registered. "
+                    "Choose another name"
+                )
             DatasetCatalog.remove(name)
+        if name in MetadataCatalog.list():
             MetadataCatalog.remove(name)
-        elif name in DatasetCatalog:
-            raise ValueError(
-                f"DATASETS.CUSTOM.{name}: a data set with this name is already registered. "
-                "Choose another name"
-            )
         if entry["FORMAT"] == "coco":
-            register_coco_instances(name, {}, _path(entry["JSON"]), _path(entry["IMAGES"]))
+            _register_coco(name, entry)
         else:
             _register_voc(name, entry)
-        _registered[name] = entry
+        _registered[name] = registration
 
 
 def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
@@ -81,6 +85,31 @@ def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
         )
 
 
+def check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
+    """Compare the classes of registered data sets, names and order.
+
+    Loads those whose classes are known only then.
+
+    Raises:
+        ValueError: if a data set has other classes than the first one, or has them in another
+            order, with both lists.
+    """
+    classes = {}
+    for name in (*train, *test):
+        if MetadataCatalog.get(name).get("thing_classes", None) is None:
+            DatasetCatalog.get(name)
+        classes[name] = list(MetadataCatalog.get(name).get("thing_classes", ()))
+    first = next(iter(classes), None)
+    for name, names in classes.items():
+        if names != classes[first]:
+            how = "in another order than" if sorted(names) == sorted(classes[first]) else "unlike"
+            raise ValueError(
+                f"The data set {name!r} has the classes {names}, {how} {first!r}, which has "
+                f"{classes[first]}. A detector knows classes by their number: make the names and "
+                "their order the same (in a COCO file the order is that of the category ids)"
+            )
+
+
 def _check_entry(name: str, entry: dict) -> None:
     where = f"DATASETS.CUSTOM.{name}"
     if entry.get("FORMAT") not in _KEYS:
@@ -97,15 +126,23 @@ def _check_entry(name: str, entry: dict) -> None:
         raise ValueError(f"{where}.EVALUATOR must be 'coco' or 'pascal_voc'")
 
 
+def _register_coco(name: str, entry: dict) -> None:
+    images = _path(entry["IMAGES"])
+    load_records = coco_loader(_path(entry["JSON"]), images, name)
+    # For those who do not use our mapper the coordinates are made floating point here.
+    DatasetCatalog.register(name, lambda: [with_float_coordinates(x) for x in load_records()])
+    MetadataCatalog.get(name).set(image_root=images, evaluator_type="coco")
+
+
 def _register_voc(name: str, entry: dict) -> None:
-    root, split, classes = _path(entry["ROOT"]), entry["SPLIT"], list(entry["CLASSES"])
+    root, split, classes = _path(entry["ROOT"]), str(entry["SPLIT"]), list(entry["CLASSES"])
     evaluator = entry.get("EVALUATOR", "coco")
 
     def load() -> list[dict]:
-        dicts = _load_voc(root, split, classes)
+        records = load_voc(root, split, classes)
         if evaluator == "pascal_voc":
-            _check_readable_by_pascal_voc_evaluator(root, dicts)
-        return dicts
+            check_readable_by_pascal_voc_evaluator(root, records)
+        return records
 
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
@@ -117,48 +154,9 @@ def _register_voc(name: str, entry: dict) -> None:
     )
 
 
-def _load_voc(root: str, split: str, classes: list[str]) -> list[dict]:
-    """Load with Detectron2's VOC loader, and drop boxes without area."""
-    try:
-        dicts = load_voc_instances(root, split, classes)
-    except ValueError as error:  # an unknown class: "'x' is not in list"
-        raise ValueError(
-            f"{root}, split {split}: {error}; CLASSES is {classes}. It must list every <name> of "
-            "the annotations, with the same spelling"
-        ) from error
-    dropped = []
-    for image in dicts:
-        kept = []
-        for annotation in image["annotations"]:
-            x0, y0, x1, y1 = annotation["bbox"]
-            x0, y0 = x0 + 1, y0 + 1  # as in the file: the loader subtracts one pixel
-            if x1 > x0 and y1 > y0:
-                kept.append(annotation)
-            else:
-                dropped.append(f"{image['image_id']} ({x0:g}, {y0:g}, {x1:g}, {y1:g})")
-        image["annotations"] = kept
-    if dropped:
-        logging.getLogger(__name__).warning(
-            f"{root}, split {split}: dropped {len(dropped)} box(es) without area, as image "
-            f"(xmin, ymin, xmax, ymax): {'; '.join(dropped)}"
-        )
-    return dicts
-
-
-def _check_readable_by_pascal_voc_evaluator(root: str, dicts: list[dict]) -> None:
-    """Report files that Detectron2's evaluator cannot read, before the training, not after it."""
-    for image in dicts:
-        file = os.path.join(root, "Annotations", f"{image['image_id']}.xml")
-        try:
-            parse_rec(file)
-        except (AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{file}: the PASCAL VOC evaluator needs <pose>, <truncated>, <difficult> and "
-                f"whole-number corners in every object ({error}). Add them, or set EVALUATOR "
-                "'coco' for this data set"
-            ) from error
+def _root() -> str:
+    return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
 
 
 def _path(path: str) -> str:
-    root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    return os.path.join(root, path)
+    return os.path.join(_root(), path)

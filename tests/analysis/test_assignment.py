@@ -320,4 +320,4 @@ def test_annotations_without_image_are_left_out_with_a_warning(tmp_path, caplog)
     file.write_text(json.dumps({"images": [IMAGE], "annotations": annotations}))
     (image,) = load_coco_json(file)
     assert [a["category_id"] for a in image["annotations"]] == [7]
-    assert "left out 1 annotation(s)" in caplog.text
+    assert "1 of images that the file does not list (annotations[1] of image 2)" in caplog.text

@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import tiny_cfg
 
 from fcos_d2.config import get_cfg
-from fcos_d2.data import check_num_classes, register_custom_datasets
+from fcos_d2.data import check_num_classes, check_same_classes, register_custom_datasets
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_boxes_without_area_are_dropped_with_one_warning(register, datasets_fold
     register(pets=voc())
     dicts = DatasetCatalog.get("pets")
     assert [len(d["annotations"]) for d in dicts] == [1, 1]
-    (record,) = [r for r in caplog.records if r.name == "fcos_d2.data.custom"]
+    (record,) = [r for r in caplog.records if r.name == "fcos_d2.data.voc"]
     assert "dropped 2 box(es)" in record.message
     assert "a (7, 8, 7, 8); b (7, 8, 7, 8)" in record.message
 
@@ -84,7 +84,8 @@ def test_boxes_without_area_are_dropped_with_one_warning(register, datasets_fold
 def test_unlisted_class_is_named(register, datasets_folder):
     write_voc(datasets_folder / "pets", [(1, 1, 9, 9)], names=("bird",))
     register(pets=voc())
-    with pytest.raises(ValueError, match=r"'bird' is not in list; CLASSES is \['cat', 'dog'\]"):
+    message = r"a\.xml: <object> number 1 has the <name> 'bird', .*\['cat', 'dog'\]"
+    with pytest.raises(ValueError, match=message):
         DatasetCatalog.get("pets")
 
 
@@ -122,6 +123,108 @@ def test_registering_again(register, datasets_folder):
     assert MetadataCatalog.get("pets").thing_classes == ["cat"]
 
 
+def test_registering_again_after_it_was_removed(register, datasets_folder):
+    register(pets=voc())
+    DatasetCatalog.remove("pets")
+    register(pets=voc())
+    assert "pets" in DatasetCatalog
+
+
+def test_another_datasets_folder(register, datasets_folder, monkeypatch):
+    register(pets=voc())
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_folder / "other"))
+    register(pets=voc())
+    assert MetadataCatalog.get("pets").dirname == str(datasets_folder / "other" / "pets")
+
+
+def test_a_split_of_one_image_and_a_split_that_is_a_number(register, datasets_folder):
+    write_voc(datasets_folder / "pets", [(1, 1, 10, 20)])
+    (datasets_folder / "pets" / "ImageSets" / "Main" / "2007.txt").write_text("b\n")
+    register(pets=voc(SPLIT=2007))
+    assert [r["image_id"] for r in DatasetCatalog.get("pets")] == ["b"]
+
+
+def test_names_with_spaces_and_other_image_formats(register, datasets_folder):
+    root = datasets_folder / "pets"
+    write_voc(root, [(1, 1, 10, 20)])
+    for old, new, suffix in (("a", "my cat", ".png"), ("b", "#2 b.v1", ".JPG")):
+        (root / "Annotations" / f"{old}.xml").rename(root / "Annotations" / f"{new}.xml")
+        (root / "JPEGImages" / f"{old}.jpg").rename(root / "JPEGImages" / f"{new}{suffix}")
+    (root / "ImageSets" / "Main" / "train.txt").write_text("my cat\n#2 b.v1\n\n")
+    register(pets=voc())
+    files = [r["file_name"] for r in DatasetCatalog.get("pets")]
+    assert files == [str(root / "JPEGImages" / x) for x in ("my cat.png", "#2 b.v1.JPG")]
+    register(pets=voc(EVALUATOR="pascal_voc"))
+    with pytest.raises(
+        ValueError, match=r"my cat\.xml: the PASCAL VOC evaluator cannot read names"
+    ):
+        DatasetCatalog.get("pets")
+
+
+def edit_voc(root, old, new):
+    file = root / "Annotations" / "a.xml"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def test_size_is_taken_from_the_image_where_the_file_has_none(register, datasets_folder):
+    root = datasets_folder / "pets"
+    write_voc(root, [(1, 1, 10, 20)])
+    edit_voc(root, "<size><width>40</width><height>30</height></size>", "")
+    register(pets=voc())
+    first, second = DatasetCatalog.get("pets")
+    assert (first["height"], first["width"]) == (second["height"], second["width"]) == (30, 40)
+    (root / "JPEGImages" / "a.jpg").unlink()
+    with pytest.raises(ValueError, match=r"a\.xml has no <size> .*a\.jpg cannot be read"):
+        DatasetCatalog.get("pets")
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("<xmax>10</xmax>", "<xmax>ten</xmax>", r"a\.xml: <object> number 1 has no <bndbox> with"),
+        ("<xmax>10</xmax>", "", r"a\.xml: <object> number 1 has no <bndbox> with four numbers"),
+        ("</annotation>", "", r"a\.xml is not an XML file, or is cut short"),
+        ("<name>cat</name>", "", r"number 1 has the <name> None"),
+    ],
+)
+def test_faults_in_a_voc_file_are_named(register, datasets_folder, old, new, message):
+    write_voc(datasets_folder / "pets", [(1, 1, 10, 20)])
+    edit_voc(datasets_folder / "pets", old, new)
+    register(pets=voc())
+    with pytest.raises(ValueError, match=message):
+        DatasetCatalog.get("pets")
+
+
+def write_coco(file, names):
+    file.write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "a.jpg", "height": 30, "width": 40}],
+                "annotations": [],
+                "categories": [{"id": i + 1, "name": name} for i, name in enumerate(names)],
+            }
+        )
+    )
+    return {"FORMAT": "coco", "JSON": str(file), "IMAGES": "images"}
+
+
+def test_classes_of_train_and_test_are_compared(register, datasets_folder):
+    entries = {
+        "train": write_coco(datasets_folder / "1.json", ["cat", "dog"]),
+        "same": write_coco(datasets_folder / "2.json", ["cat", "dog"]),
+        "swapped": write_coco(datasets_folder / "3.json", ["dog", "cat"]),
+        "other": write_coco(datasets_folder / "4.json", ["cat", "cow"]),
+    }
+    register(**entries)
+    check_same_classes(["train"], ["same"])
+    with pytest.raises(ValueError, match=r"'swapped' has the classes .*in another order than 'tr"):
+        check_same_classes(["train"], ["same", "swapped"])
+    with pytest.raises(ValueError, match=r"\['cat', 'cow'\], unlike 'train', .*\['cat', 'dog'\]"):
+        check_same_classes(["train"], ["other"])
+
+
 @pytest.mark.parametrize(
     "entry, message",
     [
@@ -155,6 +258,6 @@ def test_bccd(register, bccd_root, split, images, dropped, evaluator, caplog):
     classes = ["RBC", "WBC", "Platelets"]
     register(bccd=voc(ROOT=bccd_root, SPLIT=split, CLASSES=classes, EVALUATOR=evaluator))
     assert len(DatasetCatalog.get("bccd")) == images
-    warnings = [r.message for r in caplog.records if r.name == "fcos_d2.data.custom"]
+    warnings = [r.message for r in caplog.records if r.name == "fcos_d2.data.voc"]
     assert len(warnings) == (dropped is not None)
     assert all(dropped in w for w in warnings)

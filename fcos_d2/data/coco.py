@@ -1,0 +1,187 @@
+"""COCO annotation files, checked: what is wrong with one is said before anything trains on it."""
+
+import json
+import logging
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from os import PathLike, path
+
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.utils.file_io import PathManager
+
+_NAMED = 10  # entries of a kind that a message names
+
+# Cleaned copies of annotation files. Removed when the process ends.
+_copies: tempfile.TemporaryDirectory | None = None
+
+
+def coco_loader(json_file: str, image_root: str, name: str) -> Callable[[], list[dict]]:
+    """A function that loads a data set with Detectron2's loader, from a checked file.
+
+    A file that had to be cleaned is loaded, and later evaluated, from a copy of it.
+    """
+    source: str | None = None
+
+    def load() -> list[dict]:
+        nonlocal source
+        if source is None:
+            data, is_changed = read_coco_json(json_file)
+            source = _write_copy(name, data) if is_changed else json_file
+            # The COCO evaluator reads this file.
+            MetadataCatalog.get(name).set(json_file=source)
+        return load_coco_json(source, image_root, name)
+
+    return load
+
+
+def read_coco_json(
+    file: str | PathLike,
+    image_keys: Sequence[str] = ("id", "file_name", "height", "width"),
+    has_categories: bool = True,
+) -> tuple[dict, bool]:
+    """The content of an annotation file, checked and cleaned.
+
+    Annotations that cannot be learnt are left out, with one warning that names them: boxes without
+    area, negative or not finite, and annotations of images that the file does not list. What the
+    evaluation needs and can be worked out is filled in: "iscrowd", "area", and unique numbers in
+    "id", none of them 0, which pycocotools takes for "no match".
+
+    Args:
+        image_keys: what every image must have.
+        has_categories: whether the file must have categories, and its annotations one of them.
+
+    Returns:
+        the content, and whether it differs from the file's.
+
+    Raises:
+        ValueError: for a file that is not JSON or cut short, or for an entry that lacks something,
+            has no valid form, an unknown category, or an id that an image or category before it
+            has. The message names the file and the entry.
+    """
+    data = _parse(file)
+    lists = ("images", "annotations", *(("categories",) if has_categories else ()))
+    for key in lists:
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise ValueError(f"{file} is not a COCO annotation file: it has no list {key!r}")
+    _check_entries(file, "images", data["images"], image_keys)
+    _check_unique(file, "images", data["images"])
+    if has_categories:
+        if not data["categories"]:
+            raise ValueError(f"{file} has no categories: list them under 'categories'")
+        _check_entries(file, "categories", data["categories"], ("id", "name"))
+        _check_unique(file, "categories", data["categories"])
+    _check_entries(file, "annotations", data["annotations"], ("image_id", "category_id", "bbox"))
+    _check_boxes(file, data["annotations"])
+    if has_categories:
+        _check_categories(file, data)
+
+    annotations = _leave_out_bad(file, data)
+    is_changed = len(annotations) < len(data["annotations"])
+    annotations, is_filled_in = _fill_in(annotations)
+    return {**data, "annotations": annotations}, is_changed or is_filled_in
+
+
+def _parse(file: str | PathLike) -> dict:
+    with PathManager.open(str(file), "r", encoding="utf-8") as f:
+        try:
+            return json.load(f)
+        except ValueError as error:
+            raise ValueError(f"{file} is not a JSON file, or is cut short: {error}") from error
+
+
+def _check_entries(file, name: str, entries: list, keys: Iterable[str]) -> None:
+    for i, entry in enumerate(entries):
+        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+        if missing:
+            raise ValueError(
+                f"{file} is not a COCO annotation file: {name}[{i}] has no {', '.join(missing)}"
+            )
+
+
+def _check_boxes(file, annotations: list[dict]) -> None:
+    for i, annotation in enumerate(annotations):
+        bbox = annotation["bbox"]
+        numbers = [type(x) in (int, float) for x in bbox] if isinstance(bbox, list) else []
+        if len(numbers) != 4 or not all(numbers):
+            raise ValueError(
+                f"{file}: {_named(annotation, i)} has a bbox that is not [x, y, width, height] in "
+                f"numbers: {bbox}"
+            )
+
+
+def _check_unique(file, name: str, entries: list[dict]) -> None:
+    first: dict = {}
+    for i, entry in enumerate(entries):
+        if entry["id"] in first:
+            raise ValueError(
+                f"{file}: {name}[{first[entry['id']]}] and {name}[{i}] have the same id "
+                f"{entry['id']!r}"
+            )
+        first[entry["id"]] = i
+
+
+def _check_categories(file, data: dict) -> None:
+    known = {category["id"] for category in data["categories"]}
+    for i, annotation in enumerate(data["annotations"]):
+        if annotation["category_id"] not in known:
+            raise ValueError(
+                f"{file}: {_named(annotation, i)} has category_id {annotation['category_id']!r}, "
+                f"which 'categories' does not list: {sorted(known)}"
+            )
+
+
+def _leave_out_bad(file, data: dict) -> list[dict]:
+    images = {image["id"] for image in data["images"]}
+    kept, left_out = [], defaultdict(list)
+    for i, annotation in enumerate(data["annotations"]):
+        x, y, width, height = annotation["bbox"]
+        if annotation["image_id"] not in images:
+            problem = "of images that the file does not list"
+        elif not all(map(math.isfinite, (x, y, width, height))):
+            problem = "with NaN or infinity in their box"
+        elif width < 0 or height < 0:
+            problem = "with a negative width or height"
+        elif width == 0 or height == 0:
+            problem = "with a box without area"
+        else:
+            kept.append(annotation)
+            continue
+        left_out[problem].append(f"{_named(annotation, i)} of image {annotation['image_id']}")
+    if left_out:
+        parts = [
+            f"{len(names)} {problem} ({', '.join(names[:_NAMED])}"
+            f"{', ...' if len(names) > _NAMED else ''})"
+            for problem, names in left_out.items()
+        ]
+        logging.getLogger(__name__).warning(f"{file}: left out annotations: {'; '.join(parts)}")
+    return kept
+
+
+def _fill_in(annotations: list[dict]) -> tuple[list[dict], bool]:
+    """The annotations with "id", "area" and "iscrowd", and whether any of them was missing."""
+    ids = {annotation.get("id") for annotation in annotations}
+    has_good_ids = len(ids) == len(annotations) and not ids & {None, 0}
+    complete = []
+    for i, annotation in enumerate(annotations):
+        _, _, width, height = annotation["bbox"]
+        numbered = {} if has_good_ids else {"id": i + 1}
+        complete.append({"area": width * height, "iscrowd": 0} | annotation | numbered)
+    return complete, complete != annotations
+
+
+def _named(annotation: dict, index: int) -> str:
+    return f"annotation {annotation['id']}" if "id" in annotation else f"annotations[{index}]"
+
+
+def _write_copy(name: str, data: dict) -> str:
+    global _copies
+    if _copies is None:
+        _copies = tempfile.TemporaryDirectory(prefix="fcos_d2_annotations_")
+    # mkstemp: two data sets of one name in turn must not share a file that is still read.
+    handle, file = tempfile.mkstemp(".json", f"{path.basename(name)}_", _copies.name)
+    with open(handle, "w", encoding="utf-8") as f:
+        json.dump(data, f)
+    return file

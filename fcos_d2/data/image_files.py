@@ -1,0 +1,38 @@
+"""Reading image files."""
+
+import numpy as np
+from detectron2.data import detection_utils
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+
+def read_image(file: str, format: str) -> np.ndarray:
+    """Detectron2's ``read_image``, which turns by EXIF; but images of more than 8 bits are errors.
+
+    Args:
+        format: "BGR", "RGB" or one of PIL's modes.
+
+    Returns:
+        (H, W, C) uint8.
+
+    Raises:
+        ValueError: for more than 8 bits a channel.
+        OSError: for a file that cannot be read.
+    """
+    check_depth(file)
+    return detection_utils.read_image(file, format=format)
+
+
+def check_depth(file: str) -> None:
+    """Raise a ValueError for a grey image of 16 or 32 bits, which PIL would turn to white.
+
+    Only the header is read. Colour images of 16 bits are scaled to 8 bits by PIL itself.
+    """
+    with PathManager.open(file, "rb") as f, Image.open(f) as image:
+        mode = image.mode
+    if mode in ("I", "F") or mode.startswith("I;16"):
+        raise ValueError(
+            f"The image {file} has more than 8 bits a pixel (PIL's mode {mode!r}), of which only "
+            "the lowest would be read. Convert it to 8 bits, for example with OpenCV: "
+            "x = cv2.imread(file, cv2.IMREAD_UNCHANGED); cv2.imwrite(file, (x / 257).round())"
+        )

@@ -1,0 +1,39 @@
+"""From the record of an image to the input of a model."""
+
+import numpy as np
+from detectron2.data import DatasetMapper as DetectronMapper
+
+from .image_files import check_depth
+
+
+class DatasetMapper(DetectronMapper):
+    """Detectron2's mapper, but boxes, polygons and proposals are scaled as fractions.
+
+    Detectron2 writes scaled coordinates into arrays of the type that the annotation has, which
+    cuts off the fraction where all of them are whole numbers. And it reads images of 16 bits as
+    white, which are refused here.
+    """
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        check_depth(dataset_dict["file_name"])
+        return super().__call__(with_float_coordinates(dataset_dict))
+
+
+def with_float_coordinates(record: dict) -> dict:
+    """A copy of a record, in Detectron2's format, whose coordinates are floating point."""
+    record = dict(record)
+    if "annotations" in record:
+        record["annotations"] = [_with_float_box(a) for a in record["annotations"]]
+    if "proposal_boxes" in record:
+        record["proposal_boxes"] = np.asarray(record["proposal_boxes"], dtype=np.float64)
+    return record
+
+
+def _with_float_box(annotation: dict) -> dict:
+    annotation = dict(annotation)
+    annotation["bbox"] = [float(x) for x in annotation["bbox"]]
+    if isinstance(annotation.get("segmentation"), list):
+        annotation["segmentation"] = [
+            np.asarray(polygon, dtype=np.float64) for polygon in annotation["segmentation"]
+        ]
+    return annotation
