@@ -1,22 +1,30 @@
 """Every config key of fcos_d2, with its reason and the source of its default."""
 
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
+import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as _get_detectron2_cfg
+from detectron2.utils.file_io import PathManager
+
+_CUSTOM = "DATASETS.CUSTOM."
 
 
 def add_fcos_config(cfg: CN) -> None:
     """Add the keys of fcos_d2 to a Detectron2 config, in place.
 
-    Calling it again changes nothing: values that were already set stay.
+    Values that are already there stay, so that calling it again changes nothing.
 
     Args:
         cfg: a config made by :func:`detectron2.config.get_cfg`.
     """
     if "FCOS" not in cfg.MODEL:
-        cfg.MODEL.FCOS = _fcos_defaults()
+        cfg.MODEL.FCOS = CN()
+    for key, value in _fcos_defaults().items():
+        if key not in cfg.MODEL.FCOS:
+            cfg.MODEL.FCOS[key] = value
     if "DTYPE" not in cfg.SOLVER.AMP:
         # The type that SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling), "bfloat16",
         # or "auto": bfloat16 on CPU and, for FCOS, on GPUs that have it (Ampere and later), else
@@ -28,7 +36,8 @@ def add_fcos_config(cfg: CN) -> None:
         #     CUSTOM:
         #       cells_train: {FORMAT: "voc", ROOT: "cells", SPLIT: "train", CLASSES: ["RBC"]}
         # See fcos_d2.data.custom for the entries of both formats.
-        cfg.DATASETS.CUSTOM = CN(new_allowed=True)
+        cfg.DATASETS.CUSTOM = CN()
+    cfg.DATASETS.CUSTOM.set_new_allowed(True)
 
 
 def get_cfg() -> CN:
@@ -45,17 +54,91 @@ def get_cfg() -> CN:
 
 
 def load_cfg(config_file: str, opts: Sequence = ()) -> CN:
-    """The config of a YAML file, changed by ``[key, value, ...]``; see :func:`get_cfg`."""
+    """The config of a YAML file, changed by ``[key, value, ...]``; see :func:`get_cfg`.
+
+    Entries of ``DATASETS.CUSTOM`` may be changed key by key or be new, and their values, as those
+    of ``MODEL.FCOS.REGRESSION_RANGES``, are read as YAML.
+
+    Raises:
+        ValueError: for a key of ``DATASETS.CUSTOM`` that is no entry and no key of one.
+    """
     cfg = get_cfg()
     cfg.merge_from_file(config_file)
-    cfg.merge_from_list(list(opts))
+    _drop_keys_of_other_formats(cfg, config_file)
+    rest = []
+    for key, value in zip(opts[0::2], opts[1::2], strict=True):
+        if key.startswith(_CUSTOM):
+            _set_custom(cfg, key, _read_yaml(value))
+        elif key == "MODEL.FCOS.REGRESSION_RANGES":
+            rest += [key, _read_yaml(value)]
+        else:
+            rest += [key, value]
+    cfg.merge_from_list(rest)
     return cfg
+
+
+def _read_yaml(value: object) -> object:
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
+def _set_custom(cfg: CN, key: str, value: object) -> None:
+    name, _, entry_key = key.removeprefix(_CUSTOM).partition(".")
+    if entry_key and "." not in entry_key:
+        cfg.DATASETS.CUSTOM.setdefault(name, CN(new_allowed=True))[entry_key] = value
+    elif not entry_key and isinstance(value, dict):
+        cfg.DATASETS.CUSTOM[name] = CN(value, new_allowed=True)
+    else:
+        raise ValueError(
+            f"{key} {value!r}: write {_CUSTOM}NAME.KEY value, or the whole entry, "
+            f'{_CUSTOM}NAME "{{FORMAT: ..., ...}}"'
+        )
+
+
+def _drop_keys_of_other_formats(cfg: CN, config_file: str) -> None:
+    """Drop keys of custom data sets that stem from a base where the entry has another FORMAT."""
+    entries = _custom_entries(config_file)
+    for name, entry in cfg.DATASETS.CUSTOM.items():
+        for key in entry.keys() - entries[str(name)].keys():
+            del entry[key]
+
+
+def _custom_entries(config_file: str) -> dict[str, dict[str, str]]:
+    """The entries of DATASETS.CUSTOM in a YAML and its bases; another FORMAT starts one anew."""
+    with PathManager.open(config_file, "r") as file:
+        content = yaml.load(file, Loader=yaml.BaseLoader) or {}  # without types, which run code
+    bases = content.get("_BASE_", [])
+    entries: dict[str, dict[str, str]] = {}
+    layers = [
+        _custom_entries(os.path.join(os.path.dirname(config_file), os.path.expanduser(base)))
+        for base in ([bases] if isinstance(bases, str) else bases)
+    ]
+    layers.append(content.get("DATASETS", {}).get("CUSTOM", {}))
+    for layer in layers:
+        for name, entry in layer.items():
+            known = entries.setdefault(name, {})
+            if entry.get("FORMAT", known.get("FORMAT")) != known.get("FORMAT"):
+                known.clear()
+            known.update(entry)
+    return entries
 
 
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     """Raise a ValueError unless the value of ``MODEL.FCOS``'s key is one of the choices."""
     if value not in choices:
         raise ValueError(f"MODEL.FCOS.{key} must be one of {list(choices)}, got {value!r}")
+
+
+def check_between(key: str, value: float, low: float, high: float) -> None:
+    """Raise a ValueError unless the value of ``MODEL.FCOS``'s key is a number in [low, high]."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        raise ValueError(f"MODEL.FCOS.{key} must be a number from {low} to {high}, got {value!r}")
+
+
+def check_count(key: str, value: int, low: int) -> None:
+    """Raise a ValueError unless the value of ``MODEL.FCOS``'s key is a whole number >= low."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"MODEL.FCOS.{key} must be a whole number >= {low}, got {value!r}")
 
 
 def check_same(name: str, values: Mapping[str, object]) -> None:
@@ -131,9 +214,9 @@ def _fcos_defaults() -> CN:
     # authors' code). "none": unweighted, divided by the number of positives (1904.01355, eq. 2);
     # also what the authors' code does with QUALITY "iou".
     fcos.BOX_LOSS_WEIGHTING = "quality"
-    # What the losses that are not weighted are divided by: "fg", the mean number of positives
-    # per process in this step, or "ema_fg", its moving average, steadier for few positives per
-    # step. The average is part of the checkpoint.
+    # What the losses that are not weighted are divided by: "fg", the number of positives in this
+    # step, or "ema_fg", its moving average, steadier for few positives per step. Both are of the
+    # whole batch, over all processes. The average is part of the checkpoint.
     fcos.LOSS_NORMALIZER = "fg"
     fcos.CLS_LOSS_WEIGHT = 1.0
     fcos.BOX_LOSS_WEIGHT = 1.0
@@ -144,6 +227,9 @@ def _fcos_defaults() -> CN:
     # with SCORE_THRESH_ON "score", with a final score above this, as in Detectron2 and torchvision.
     fcos.SCORE_THRESH_TEST = 0.05
     fcos.SCORE_THRESH_ON = "class"
+    # Whether boxes are clipped to the image "before_nms" (the original FCOS) or "after_nms"
+    # (AdelaiDet, Detectron2). Boxes that reach beyond the image overlap differently.
+    fcos.CLIP_BOXES = "before_nms"
     # At most this many candidates per level and image go into NMS.
     fcos.TOPK_CANDIDATES_TEST = 1000
     fcos.NMS_THRESH_TEST = 0.6

@@ -3,6 +3,7 @@ import torch
 from detectron2.config import get_cfg as detectron2_get_cfg
 
 import fcos_d2
+from fcos_d2.config import load_cfg
 
 
 def test_adding_the_keys_twice_changes_nothing():
@@ -32,6 +33,70 @@ def test_dump_and_load_keep_the_infinite_bound(tmp_path):
     again.merge_from_file(str(tmp_path / "cfg.yaml"))
     assert again.MODEL.FCOS.REGRESSION_RANGES[-1] == [512, float("inf")]
     assert again.MODEL.FCOS == cfg.MODEL.FCOS
+
+
+def test_missing_keys_are_added_to_those_there():
+    cfg = detectron2_get_cfg()
+    cfg.MODEL.FCOS = type(cfg)({"NUM_CLASSES": 7, "OF_ANOTHER_PACKAGE": 1})
+    cfg.DATASETS.CUSTOM = type(cfg)()
+    fcos_d2.add_fcos_config(cfg)
+    assert (cfg.MODEL.FCOS.NUM_CLASSES, cfg.MODEL.FCOS.OF_ANOTHER_PACKAGE) == (7, 1)
+    assert cfg.MODEL.FCOS.keys() >= fcos_d2.get_cfg().MODEL.FCOS.keys()
+    cfg.merge_from_other_cfg(type(cfg)({"DATASETS": {"CUSTOM": {"a": {"FORMAT": "coco"}}}}))
+    assert cfg.DATASETS.CUSTOM.a.FORMAT == "coco"
+
+
+BASE = """
+DATASETS:
+  CUSTOM:
+    cells: {FORMAT: "voc", ROOT: "cells", SPLIT: "train", CLASSES: ["a", "b"]}
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    (tmp_path / "base.yaml").write_text(BASE)
+    return str(tmp_path / "base.yaml")
+
+
+def test_custom_data_sets_from_the_command_line(yaml_file):
+    opts = [
+        "DATASETS.CUSTOM.cells.SPLIT", "val",
+        "DATASETS.CUSTOM.cells.CLASSES", "['b']",
+        "DATASETS.CUSTOM.mine", "{FORMAT: coco, JSON: a.json, IMAGES: images}",
+        "DATASETS.CUSTOM.more.FORMAT", "coco",
+        "MODEL.FCOS.REGRESSION_RANGES", "[[0, 64], [64, .inf]]",
+        "SOLVER.BASE_LR", "0.5",
+    ]  # fmt: skip
+    cfg = load_cfg(yaml_file, opts)
+    assert dict(cfg.DATASETS.CUSTOM.cells) == {
+        "FORMAT": "voc", "ROOT": "cells", "SPLIT": "val", "CLASSES": ["b"],
+    }  # fmt: skip
+    assert dict(cfg.DATASETS.CUSTOM.mine) == {
+        "FORMAT": "coco", "JSON": "a.json", "IMAGES": "images",
+    }  # fmt: skip
+    assert cfg.DATASETS.CUSTOM.more.FORMAT == "coco"
+    assert [[0, 64], [64, float("inf")]] == cfg.MODEL.FCOS.REGRESSION_RANGES
+    assert cfg.SOLVER.BASE_LR == 0.5
+    for key, value in (("DATASETS.CUSTOM.cells", "val"), ("DATASETS.CUSTOM.a.b.c", "1")):
+        with pytest.raises(ValueError, match=r"write DATASETS\.CUSTOM\.NAME\.KEY value"):
+            load_cfg(yaml_file, [key, value])
+
+
+def test_an_entry_of_another_format_in_a_child_starts_anew(yaml_file, tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        "_BASE_: base.yaml\nDATASETS:\n  CUSTOM:\n"
+        "    cells: {FORMAT: coco, JSON: a.json, IMAGES: images}\n"
+    )
+    grandchild = tmp_path / "grandchild.yaml"
+    grandchild.write_text("_BASE_: child.yaml\nDATASETS:\n  CUSTOM:\n    cells: {JSON: b.json}\n")
+    expected = {"FORMAT": "coco", "JSON": "a.json", "IMAGES": "images"}
+    assert dict(load_cfg(str(child)).DATASETS.CUSTOM.cells) == expected
+    expected["JSON"] = "b.json"
+    assert dict(load_cfg(str(grandchild)).DATASETS.CUSTOM.cells) == expected
+    grandchild.write_text("_BASE_: base.yaml\nDATASETS:\n  CUSTOM:\n    cells: {SPLIT: val}\n")
+    assert load_cfg(str(grandchild)).DATASETS.CUSTOM.cells.ROOT == "cells"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
