@@ -39,19 +39,10 @@ def test_two_processes_equal_one(tmp_path, monkeypatch, keys):
     launch(training_step, 2, dist_url="auto", args=args("two", keys))
     one, one_state = torch.load(tmp_path / "one")
     two, two_state = torch.load(tmp_path / "two")
-    ema = "ema_num_positives" in one_state
     for i, ((losses, gradients), (losses2, gradients2)) in enumerate(zip(one, two, strict=True)):
-        if ema and i > 0:
-            break  # the average starts at 100 positives per process, whatever their number
-        scale = 1.0
-        if ema:
-            # One process: 0.9 * 100 + 0.1 * n; two: 0.9 * 100 + 0.1 * n / 2 of half the sums.
-            scale = losses["loss_fcos_cls"] / losses2["loss_fcos_cls"]
-            assert 1 < scale < 2
-            gradients2 = {k: v * scale for k, v in gradients2.items()}
         for key, value in losses.items():
-            assert losses2[key] * scale == pytest.approx(value, rel=1e-4, abs=1e-7), (i, key)
+            assert losses2[key] == pytest.approx(value, rel=1e-4, abs=1e-7), (i, key)
         for key, value in gradients.items():
             torch.testing.assert_close(gradients2[key], value, rtol=1e-3, atol=1e-6, msg=key)
-    if ema:
-        assert two_state["ema_num_positives"] < one_state["ema_num_positives"]
+    # The moving average: a run may go on with another number of processes.
+    assert one_state == two_state

@@ -35,8 +35,8 @@ class PortableDeformConv(nn.Module):
             y = deform_conv2d(
                 x.float(),
                 offset.float(),
-                self.weight,
-                self.bias,
+                self.weight.float(),
+                None if self.bias is None else self.bias.float(),
                 self.stride,
                 self.padding,
                 self.dilation,

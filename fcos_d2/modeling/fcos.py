@@ -15,7 +15,7 @@ from torch import Tensor
 from ..acceleration import Execution, fold_norms
 from ..acceleration.transfer import to_device
 from ..config import check_same
-from .head import FCOSHead, HeadOutputs, select_levels
+from .head import FCOSHead, HeadOutputs, check_fine_to_coarse, select_levels
 from .images import check_finite
 from .losses import FCOSLoss
 from .points import Levels
@@ -110,13 +110,14 @@ class FCOS(DenseDetector):
         check_same("num_classes", {"head": self.head.num_classes, "detector": self.num_classes})
         strides = {"head": tuple(self.head.strides), "backbone": self.levels.strides}
         check_same("strides", strides)
+        check_fine_to_coarse(self.head_in_features, self.levels.strides)
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """As every Detectron2 detector: losses in training, else ``instances`` of each image.
 
         Raises:
             ValueError: for an image on CPU with NaN or infinity; in training also for missing
-                annotations, a box that is not finite, or, on CPU, a class number outside
+                annotations, a box that is not finite, or a class number outside
                 [0, ``num_classes``).
         """
         images = self.preprocess_image(batched_inputs)
@@ -138,10 +139,9 @@ class FCOS(DenseDetector):
             return self.head([features[f] for f in self.head_in_features])
 
     def targets(self, outputs: HeadOutputs, batched_inputs: list[dict]) -> Targets:
-        """What the locations of ``outputs`` shall learn, on the device of the annotations.
+        """What the locations of ``outputs`` shall learn, on CPU.
 
-        The data loader puts these on CPU: the assignment runs there while a GPU works on the
-        backbone, and never waits for it.
+        The assignment runs there while a GPU works on the backbone, and never waits for it.
         """
         if any("instances" not in x for x in batched_inputs):
             raise ValueError("Instance annotations are missing in training: no key 'instances'")

@@ -13,7 +13,7 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, get_norm
 from torch import Tensor, nn
 
-from ..config import check_choice
+from ..config import check_between, check_choice, check_count
 from .deform_conv import SelfModulatedDeformConv
 
 # exp(20) is 5e8 pixels: no image is so large, and the square of it is far from float32's end.
@@ -109,12 +109,23 @@ class FCOSHead(nn.Module):
         check_choice("BOX_ACTIVATION", box_activation, ("relu", "exp"))
         check_choice("QUALITY", quality, QUALITIES)
         check_choice("QUALITY_ON", quality_on, ("box", "cls"))
+        check_count("NUM_CLASSES", num_classes, 1)
+        check_count("NUM_CLS_CONVS", num_cls_convs, 0)
+        check_count("NUM_BOX_CONVS", num_box_convs, 0)
+        check_count("NUM_SHARE_CONVS", num_share_convs, 0)
+        check_between("PRIOR_PROB", prior_prob, 1e-9, 1 - 1e-9)
         channels = {shape.channels for shape in input_shape}
         if len(channels) != 1:
             raise ValueError(f"IN_FEATURES must have the same channels on all levels: {channels}")
         channels = channels.pop()
         if norm == "GN" and channels % 32:
             raise ValueError(f"NORM 'GN' has 32 groups, which do not divide {channels} channels")
+        if norm == "GN" and channels == 32:
+            raise ValueError(
+                "NORM 'GN' has 32 groups, of one channel each with 32 channels: on a level of one "
+                "cell a group is a single value, which cannot be normalised. Take 64 channels or "
+                "more (MODEL.FPN.OUT_CHANNELS), or another NORM"
+            )
         self.strides = [shape.stride for shape in input_shape]
         self.num_classes = num_classes
         self.box_activation = box_activation
@@ -183,6 +194,15 @@ class FCOSHead(nn.Module):
         if self.box_activation == "exp":
             return x.clamp(max=_MAX_EXPONENT).exp()
         return x.relu() * self.strides[level]
+
+
+def check_fine_to_coarse(in_features: Sequence[str], strides: Sequence[int]) -> None:
+    """Raise a ValueError unless the levels go from the finest to the coarsest."""
+    if list(strides) != sorted(set(strides)):
+        raise ValueError(
+            f"MODEL.FCOS.IN_FEATURES must go from the finest to the coarsest level, got "
+            f"{list(in_features)} with the strides {list(strides)}"
+        )
 
 
 def select_levels(shapes: dict[str, ShapeSpec], in_features: Sequence[str]) -> list[ShapeSpec]:

@@ -4,6 +4,7 @@ Shapes: N images, K classes, (Hi, Wi) cells of level i, P positives. Dense maps 
 entry for each level; they are read where they lie, in any memory layout.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from ..config import check_choice
+from ..config import check_between, check_choice
 from .box_losses import box_losses, iou_of_ltrb
 from .focal_loss import sparse_sigmoid_focal_loss
 from .head import QUALITIES, HeadOutputs
@@ -22,7 +23,7 @@ from .points import centerness
 from .target_assignment import Targets
 
 _EMA_MOMENTUM = 0.9
-_EMA_START = 100.0
+_LARGE = 1e6  # above what a weight or an exponent of a loss can be meant to be
 _LOG_PERIOD = 20  # iterations; what is logged less often costs no GPU synchronisation in between
 _MIN_DISTANCE = 1e-6  # pixels; keeps -ln IoU and the aspect ratio finite for a box without area
 
@@ -31,7 +32,8 @@ class FCOSLoss(nn.Module):
     """Classification, box and quality loss with their normalisers (1904.01355, eq. 2).
 
     With ``loss_normalizer="ema_fg"`` the moving average is a buffer, so that a resumed run goes
-    on with it.
+    on with it. It counts the positives of the whole batch: it does not depend on how many
+    processes share the batch.
     """
 
     @configurable
@@ -65,6 +67,11 @@ class FCOSLoss(nn.Module):
                 "MODEL.FCOS.BOX_LOSS_WEIGHTING 'quality' weights by centerness, and QUALITY is "
                 f"{quality!r}: set BOX_LOSS_WEIGHTING 'none'"
             )
+        check_between("FOCAL_LOSS_ALPHA", focal_loss_alpha, -math.inf, 1)
+        check_between("FOCAL_LOSS_GAMMA", focal_loss_gamma, 0, _LARGE)
+        check_between("CLS_LOSS_WEIGHT", cls_loss_weight, 0, _LARGE)
+        check_between("BOX_LOSS_WEIGHT", box_loss_weight, 0, _LARGE)
+        check_between("QUALITY_LOSS_WEIGHT", quality_loss_weight, 0, _LARGE)
         self.focal_loss_alpha = focal_loss_alpha
         self.focal_loss_gamma = focal_loss_gamma
         self.box_loss_type = box_loss_type
@@ -74,7 +81,7 @@ class FCOSLoss(nn.Module):
         self.box_loss_weight = box_loss_weight
         self.quality_loss_weight = quality_loss_weight
         if loss_normalizer == "ema_fg":
-            self.register_buffer("ema_num_positives", torch.tensor(_EMA_START))
+            self.register_buffer("ema_num_positives", torch.tensor(0.0))
         else:
             self.ema_num_positives = None
 
@@ -140,11 +147,14 @@ class FCOSLoss(nn.Module):
             dist.all_reduce(sums)
         # The bounds hold for the whole batch, so that the result does not depend on how many
         # processes share it. They matter only where there is no positive at all.
-        count = sums[0].clamp(min=1.0) / world_size
+        count = sums[0].clamp(min=1.0)
         sum_of_weights = sums[1].clamp(min=1e-6) / world_size
         if self.ema_num_positives is not None:
-            count = _EMA_MOMENTUM * self.ema_num_positives + (1 - _EMA_MOMENTUM) * count
+            average = self.ema_num_positives
+            moved = _EMA_MOMENTUM * average + (1 - _EMA_MOMENTUM) * count
+            count = torch.where(average > 0, moved, count)  # 0: this is the first step
             self.ema_num_positives.copy_(count)
+        count = count / world_size
         if self.box_loss_weighting == "none":
             sum_of_weights = count
         return count, sum_of_weights

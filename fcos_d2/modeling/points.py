@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import check_between
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -20,11 +22,14 @@ class Levels:
 
     Attributes:
         strides: pixels per cell of each level, finest first.
-        offset: where in its cell a location is, in strides.
+        offset: where in its cell a location is, in strides, from 0 to 1.
     """
 
     strides: tuple[int, ...]
     offset: float = 0.5
+
+    def __post_init__(self):
+        check_between("LOCATION_OFFSET", self.offset, 0, 1)
 
     def __len__(self) -> int:
         return len(self.strides)

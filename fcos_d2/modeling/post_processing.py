@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from ..config import check_choice
+from ..config import check_between, check_choice, check_count
 from .head import QUALITIES, HeadOutputs
 from .points import Levels, centerness, ltrb_to_boxes
 
@@ -49,6 +49,7 @@ class FCOSPostProcessor:
         max_detections_per_image: int = 100,
         score_fusion: str = "sqrt",
         quality: str = "centerness",
+        clip_boxes: str = "before_nms",
     ):
         """
         Args:
@@ -61,6 +62,10 @@ class FCOSPostProcessor:
         check_choice("QUALITY", quality, QUALITIES)
         check_choice("SCORE_FUSION", score_fusion, ("sqrt", "product"))
         check_choice("SCORE_THRESH_ON", score_thresh_on, ("class", "score"))
+        check_choice("CLIP_BOXES", clip_boxes, ("before_nms", "after_nms"))
+        check_between("SCORE_THRESH_TEST", score_thresh, 0, 1)
+        check_between("NMS_THRESH_TEST", nms_thresh, 0, 1)
+        check_count("TOPK_CANDIDATES_TEST", topk_candidates, 1)
         self.score_thresh = score_thresh
         self.score_thresh_on = score_thresh_on
         self.topk_candidates = topk_candidates
@@ -68,6 +73,7 @@ class FCOSPostProcessor:
         self.max_detections_per_image = max_detections_per_image
         self.score_fusion = score_fusion
         self.quality = quality
+        self.clip_boxes = clip_boxes
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -79,6 +85,7 @@ class FCOSPostProcessor:
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "score_fusion": cfg.MODEL.FCOS.SCORE_FUSION,
             "quality": cfg.MODEL.FCOS.QUALITY,
+            "clip_boxes": cfg.MODEL.FCOS.CLIP_BOXES,
         }
 
     def __call__(
@@ -99,7 +106,11 @@ class FCOSPostProcessor:
     def candidates(
         self, outputs: HeadOutputs, levels: Levels, image_sizes: Sequence[tuple[int, int]]
     ) -> list[Instances]:
-        """What goes into NMS: all steps but the last. Arguments and fields as of the call."""
+        """The steps that look at each location alone. Arguments as of the call.
+
+        Returns:
+            for each image, with the fields of the call; boxes may reach beyond the image.
+        """
         # 1. Threshold.
         cells = self._select_cells(outputs, levels)
         cell, classes = (cells.class_logits > self._logit_thresh).nonzero(as_tuple=True)
@@ -119,17 +130,21 @@ class FCOSPostProcessor:
         # 4. Decode.
         image, boxes = cells.image[cell], ltrb_to_boxes(cells.locations[cell], cells.ltrb[cell])
 
-        # 5. Clip.
-        results = []
-        for i, image_size in enumerate(image_sizes):
-            here = _where(image == i)
-            results.append(_clip(boxes[here], scores[here], classes[here], image_size))
-        return results
+        valid = _where(boxes.isfinite().all(dim=1) & ~scores.isnan())
+        image, boxes, scores, classes = (x[valid] for x in (image, boxes, scores, classes))
+        return [
+            _instances(image_size, _where(image == i), boxes, scores, classes)
+            for i, image_size in enumerate(image_sizes)
+        ]
 
     def suppress(self, candidates: Instances) -> Instances:
-        """6. Class-wise NMS of the candidates of one image; keeps the best of what is left."""
-        # In float64: to keep the classes apart batched_nms may move their boxes by several image
-        # sizes, which in float32 would round them by up to 1/128 pixel.
+        """Clipping and NMS of the candidates of one image; keeps the best of what is left."""
+        # 5. Clip; with CLIP_BOXES "after_nms" this comes last.
+        if self.clip_boxes == "before_nms":
+            candidates = _clip(candidates)
+
+        # 6. Class-wise NMS, in float64: to keep the classes apart batched_nms may move their boxes
+        # by several image sizes, which in float32 would round them by up to 1/128 pixel.
         keep = batched_nms(
             candidates.pred_boxes.tensor.double(),
             candidates.scores.double(),
@@ -138,7 +153,8 @@ class FCOSPostProcessor:
         )
         if self.max_detections_per_image >= 0:
             keep = keep[: self.max_detections_per_image]
-        return candidates[keep]
+        detections = candidates[keep]
+        return detections if self.clip_boxes == "before_nms" else _clip(detections)
 
     def _select_cells(self, outputs: HeadOutputs, levels: Levels) -> _Cells:
         """The cells of all levels that have a class above the threshold.
@@ -191,20 +207,24 @@ class FCOSPostProcessor:
         return math.log(thresh / (1 - thresh))
 
 
-def _clip(boxes: Tensor, scores: Tensor, classes: Tensor, image_size: tuple[int, int]) -> Instances:
-    """Clip the boxes of one image to it, and leave out what is empty then, or NaN."""
-    height, width = image_size[0], image_size[1]  # a tensor in a trace, which is not unpacked
-    x0, y0, x1, y1 = boxes.unbind(dim=1)
-    # Boxes.clip does the same, but raises an error for NaN.
-    clipped = [x0.clamp(0, width), y0.clamp(0, height), x1.clamp(0, width), y1.clamp(0, height)]
-    boxes = torch.stack(clipped, dim=1)
-    # NaN fails both comparisons, so a box of NaN counts as empty.
-    valid = _where((boxes[:, 2:] > boxes[:, :2]).all(dim=1) & ~scores.isnan())
+def _instances(
+    image_size: tuple[int, int], index: Tensor, boxes: Tensor, scores: Tensor, classes: Tensor
+) -> Instances:
     return Instances(
         image_size,
-        pred_boxes=Boxes(boxes[valid]),
-        scores=scores[valid],
-        pred_classes=classes[valid],
+        pred_boxes=Boxes(boxes[index]),
+        scores=scores[index],
+        pred_classes=classes[index],
+    )
+
+
+def _clip(instances: Instances) -> Instances:
+    """Clip the boxes of one image to it, and leave out those that are empty then."""
+    boxes = instances.pred_boxes.clone()
+    boxes.clip(instances.image_size)
+    inside = _where(boxes.nonempty())
+    return _instances(
+        instances.image_size, inside, boxes.tensor, instances.scores, instances.pred_classes
     )
 
 

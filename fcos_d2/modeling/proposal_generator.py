@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from ..config import check_same
-from .head import FCOSHead, HeadOutputs, select_levels
+from .head import FCOSHead, HeadOutputs, check_fine_to_coarse, select_levels
 from .losses import FCOSLoss
 from .points import Levels, ltrb_to_boxes
 from .target_assignment import LocationAssigner, make_targets
@@ -66,6 +66,7 @@ class FCOSProposalGenerator(nn.Module):
         assigner.check_levels(in_features)
         check_same("quality", {"head": head.quality, "loss": loss.quality})
         check_same("num_classes", {"head": head.num_classes, "proposals": num_classes})
+        check_fine_to_coarse(in_features, head.strides)
         self.head = head
         self.levels = Levels(tuple(head.strides), location_offset)
         self.in_features = list(in_features)
@@ -129,13 +130,11 @@ class FCOSProposalGenerator(nn.Module):
         return self.loss(outputs, targets.to(outputs.ltrb[0].device))
 
     def _ground_truth(self, instances: Instances) -> Instances:
-        """Boxes and classes on CPU, where the assignment is checked without waiting for a GPU."""
-        instances = Instances(
-            instances.image_size, gt_boxes=instances.gt_boxes, gt_classes=instances.gt_classes
-        ).to("cpu")
+        """Boxes and the classes that the proposals tell apart."""
+        classes = instances.gt_classes
         if self.num_classes == 1:
-            instances.gt_classes = torch.zeros_like(instances.gt_classes)
-        return instances
+            classes = torch.zeros_like(classes)
+        return Instances(instances.image_size, gt_boxes=instances.gt_boxes, gt_classes=classes)
 
     @torch.no_grad()
     def _proposals(

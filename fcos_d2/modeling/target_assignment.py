@@ -13,6 +13,7 @@ sides to stay under the level's upper bound. So the work grows with the number o
 few cells, never with R * M.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -107,16 +108,12 @@ class LocationAssigner:
             center_sampling_radius: in strides; 0 takes all locations in the box.
 
         Raises:
-            ValueError: for a range with lower >= upper, or a negative radius.
+            ValueError: for ranges that are not pairs of numbers from 0 up, with lower < upper and
+                none below that of a finer level; or for a negative or infinite radius.
         """
-        for lower, upper in regression_ranges:
-            if not lower < upper:
-                raise ValueError(
-                    f"REGRESSION_RANGES: lower must be below upper, got [{lower}, {upper}]"
-                )
-        if not center_sampling_radius >= 0:
+        self.regression_ranges = _check_ranges(regression_ranges)
+        if not 0 <= center_sampling_radius < math.inf:
             raise ValueError(f"CENTER_SAMPLING_RADIUS must be >= 0, got {center_sampling_radius}")
-        self.regression_ranges = [(float(low), float(high)) for low, high in regression_ranges]
         self.radius = float(center_sampling_radius)
 
     @classmethod
@@ -264,6 +261,26 @@ class LocationAssigner:
         return Positives(*_select(candidates, smallest[cell] == key))
 
 
+def _check_ranges(ranges: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    try:
+        pairs = [(float(lower), float(upper)) for lower, upper in ranges]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"REGRESSION_RANGES must be [lower, upper] for each level, got {ranges}"
+        ) from error
+    finer = (0.0, 0.0)
+    for given, (lower, upper) in zip(ranges, pairs, strict=True):
+        if not lower < upper:
+            raise ValueError(f"REGRESSION_RANGES: lower must be below upper, got {list(given)}")
+        if lower < finer[0] or upper < finer[1]:
+            raise ValueError(
+                "REGRESSION_RANGES are not negative, and go from small to large as the levels do, "
+                f"got {list(map(list, ranges))}"
+            )
+        finer = lower, upper
+    return pairs
+
+
 def cell_numbers(
     candidates: Candidates, level_shapes: Sequence[tuple[int, int]], num_images: int
 ) -> Tensor:
@@ -294,14 +311,14 @@ def make_targets(
         assigner: decides which locations are positive.
         levels: the geometry of the levels.
         level_shapes: (height, width) in cells of each level.
-        instances: for each image, with ``gt_boxes`` and ``gt_classes``; the targets are made on
-            their device.
+        instances: for each image, with ``gt_boxes`` and ``gt_classes``. The targets are made on
+            CPU, where the data loader leaves them: there nothing waits for a GPU.
         num_classes: what ``gt_classes`` must be below.
 
     Raises:
-        ValueError: for a box that is not finite, or a class number on CPU outside
-            [0, num_classes).
+        ValueError: for a box that is not finite, or a class number outside [0, num_classes).
     """
+    instances = [x.to("cpu") for x in instances]
     _check_classes(instances, num_classes)
     positives = assigner(levels, level_shapes, [x.gt_boxes.tensor for x in instances])
     return Targets(
@@ -317,7 +334,7 @@ def make_targets(
 def _check_classes(instances: Sequence[Instances], num_classes: int) -> None:
     for i, x in enumerate(instances):
         classes = x.gt_classes
-        if len(classes) == 0 or classes.is_cuda:
+        if len(classes) == 0:
             continue
         lowest, highest = int(classes.min()), int(classes.max())
         if lowest < 0 or highest >= num_classes:

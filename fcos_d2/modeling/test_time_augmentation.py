@@ -5,13 +5,13 @@ from itertools import groupby
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.modeling import DatasetMapperTTA
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.image_files import read_image
 from .fcos import FCOS
 
 
@@ -69,7 +69,6 @@ class FCOSWithTTA(nn.Module):
                 boxes = candidates.pred_boxes.tensor
                 back = version["transforms"].inverse().apply_box(boxes.cpu().numpy())
                 boxes = Boxes(torch.as_tensor(back, dtype=boxes.dtype, device=boxes.device))
-                boxes.clip((height, width))
                 candidates_of_all.append(
                     Instances(
                         (height, width),

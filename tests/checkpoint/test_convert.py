@@ -207,16 +207,18 @@ class ClipsBeforeNMS(detectron2_fcos.FCOS):
 
 
 @pytest.mark.parametrize("seed", [3, 6])
-def test_detectron2_differs_only_in_clipping_after_nms(seed):
+def test_detectron2_detections_depend_on_clipping_after_nms(seed):
     torch.manual_seed(seed)
     source = detectron2_model()
     as_if_trained(source, source.head.cls_score, source.head.bbox_pred, source.head.ctrness)
     image = random_image()
     ours, _ = converted_model(source, "detectron2", make_cfg())
-    actual = detect(ours, image)
-    assert actual[2].tolist() != detect(source, image)[2].tolist()
+    assert_same_detections(detect(ours, image), detect(source, image))
+    ours.post_processor.clip_boxes = "before_nms"
+    before = detect(ours, image)
+    assert before[2].tolist() != detect(source, image)[2].tolist()
     source.__class__ = ClipsBeforeNMS
-    assert_same_detections(actual, detect(source, image))
+    assert_same_detections(before, detect(source, image))
 
 
 @pytest.mark.parametrize("norm", ["GN", "BN", ""])

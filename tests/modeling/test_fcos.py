@@ -163,6 +163,22 @@ def test_ranges_must_be_as_many_as_levels():
         build_model(tiny_cfg(IN_FEATURES=["p3", "p4", "p5", "p6"], TOP_LEVELS=1))
 
 
+def test_levels_go_from_fine_to_coarse():
+    levels = ["p4", "p3", "p5", "p6", "p7"]
+    with pytest.raises(ValueError, match=r"from the finest to the coarsest .*\[16, 8, 32, 64, 128"):
+        build_model(tiny_cfg(IN_FEATURES=levels))
+
+
+@pytest.mark.gpu
+def test_gpu_annotations_with_a_wrong_class_are_errors():
+    cfg = tiny_cfg()
+    cfg.MODEL.DEVICE = "cuda"
+    batch = [make_input(classes=(3,))]
+    batch[0]["instances"] = batch[0]["instances"].to("cuda")
+    with pytest.raises(ValueError, match="classes from 3 to 3, but the model has 3"):
+        build_model(cfg).train()(batch)
+
+
 def test_unknown_feature_is_named():
     with pytest.raises(ValueError, match=r"IN_FEATURES names \['p8'\], but the backbone makes"):
         build_model(tiny_cfg(IN_FEATURES=["p3", "p8"], TOP_LEVELS=0))

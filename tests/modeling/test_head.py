@@ -7,7 +7,7 @@ from torch import nn
 
 from fcos_d2.modeling import FCOSHead
 
-SHAPES = [ShapeSpec(channels=32, stride=s) for s in (8, 16)]
+SHAPES = [ShapeSpec(channels=64, stride=s) for s in (8, 16)]
 
 
 def make_head(**kwargs):
@@ -16,7 +16,7 @@ def make_head(**kwargs):
 
 
 def features(images=2):
-    return [torch.randn(images, 32, 6, 8), torch.randn(images, 32, 3, 4)]
+    return [torch.randn(images, 64, 6, 8), torch.randn(images, 64, 3, 4)]
 
 
 def test_shapes_and_units():
@@ -111,7 +111,7 @@ def test_deformable_layer_is_the_last_of_both_towers_and_starts_as_a_convolution
     names = [type(m).__name__ for m in head.cls_tower]
     assert names == ["Conv2d", "GroupNorm", "ReLU", "SelfModulatedDeformConv", "GroupNorm", "ReLU"]
     layer = head.bbox_tower[0]
-    x = torch.randn(1, 32, 5, 7)
+    x = torch.randn(1, 64, 5, 7)
     # Offsets are 0 and the mask is sigmoid(0) = 1/2 at the start.
     plain = nn.functional.conv2d(x, layer.conv.weight, padding=1) / 2
     torch.testing.assert_close(
@@ -128,3 +128,34 @@ def test_errors_name_key_and_choices():
         FCOSHead(input_shape=[ShapeSpec(channels=c, stride=8) for c in (32, 64)], num_classes=1)
     with pytest.raises(ValueError, match="32 groups, which do not divide 48"):
         FCOSHead(input_shape=[ShapeSpec(channels=48, stride=8)], num_classes=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_deformable_head_in_half_precision(dtype):
+    head = make_head(use_deformable=True, norm="").to(dtype)
+    outputs = head([x.to(dtype) for x in features()])
+    assert outputs.class_logits[0].dtype == dtype
+    assert all(x.isfinite().all() for x in outputs.class_logits + outputs.ltrb)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"prior_prob": 0}, r"PRIOR_PROB must be a number from .*, got 0"),
+        ({"prior_prob": 1.0}, r"PRIOR_PROB must be a number"),
+        ({"num_cls_convs": -1}, r"NUM_CLS_CONVS must be a whole number >= 0, got -1"),
+        ({"num_box_convs": 1.5}, r"NUM_BOX_CONVS must be a whole number >= 0, got 1\.5"),
+        ({"num_share_convs": "2"}, r"NUM_SHARE_CONVS must be a whole number >= 0, got '2'"),
+        ({"num_classes": 0}, r"NUM_CLASSES must be a whole number >= 1, got 0"),
+    ],
+)
+def test_values_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_head(**arguments)
+
+
+def test_groups_of_one_channel_are_refused():
+    narrow = [ShapeSpec(channels=32, stride=8)]
+    with pytest.raises(ValueError, match="32 groups, of one channel each with 32 channels"):
+        FCOSHead(input_shape=narrow, num_classes=5)
+    FCOSHead(input_shape=narrow, num_classes=5, norm="BN")

@@ -182,13 +182,17 @@ def test_ema_normalizer_by_hand():
     count = len(targets)
     plain = FCOSLoss()(outputs, targets)
     first = loss(outputs, targets)
-    ema = 0.9 * 100 + 0.1 * count  # starts at 100, momentum 0.9
-    assert loss.state_dict()["ema_num_positives"].item() == pytest.approx(ema)
+    assert loss.state_dict()["ema_num_positives"].item() == count  # the first step has no average
+    for key, value in first.items():
+        assert value.item() == pytest.approx(plain[key].item(), rel=1e-5)
+    few_outputs, few = make_case(images=1)
+    second, plain = loss(few_outputs, few), FCOSLoss()(few_outputs, few)
+    ema = 0.9 * count + 0.1 * len(few)  # momentum 0.9
+    assert loss.ema_num_positives.item() == pytest.approx(ema)
     for key in ("loss_fcos_cls", "loss_fcos_ctr"):
-        assert (first[key] * ema).item() == pytest.approx((plain[key] * count).item(), rel=1e-5)
-    assert first["loss_fcos_loc"].item() == pytest.approx(plain["loss_fcos_loc"].item())
-    loss(outputs, targets)
-    assert loss.ema_num_positives.item() == pytest.approx(0.9 * ema + 0.1 * count)
+        expected = plain[key] * len(few) / ema
+        assert second[key].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert second["loss_fcos_loc"].item() == pytest.approx(plain["loss_fcos_loc"].item())
     sum(first.values()).backward()  # not disturbed by the buffer having moved on
 
     assert "ema_num_positives" not in FCOSLoss().state_dict()
@@ -214,3 +218,19 @@ def test_errors_name_key_and_choices():
     for quality in ("none", "iou"):
         with pytest.raises(ValueError, match="set BOX_LOSS_WEIGHTING 'none'"):
             FCOSLoss(quality=quality)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("focal_loss_alpha", 1.5),
+        ("focal_loss_gamma", -1),
+        ("cls_loss_weight", -0.1),
+        ("box_loss_weight", math.nan),
+        ("quality_loss_weight", math.inf),
+        ("quality_loss_weight", "1"),
+    ],
+)
+def test_values_are_checked(key, value):
+    with pytest.raises(ValueError, match=f"MODEL.FCOS.{key.upper()} must be a number from"):
+        FCOSLoss(**{key: value})

@@ -1,3 +1,6 @@
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +27,12 @@ def test_locations_of_several_levels_at_once():
     # Column 1, row 2 at strides 8 and 32: 1.5 * 8 = 12, 2.5 * 8 = 20; 1.5 * 32 = 48, 2.5 * 32 = 80.
     level, x, y = torch.tensor([0, 2]), torch.tensor([1, 1]), torch.tensor([2, 2])
     assert Levels((8, 16, 32)).locations(level, x, y).tolist() == [[12, 20], [48, 80]]
+
+
+@pytest.mark.parametrize("offset", [-0.1, 1.5, math.nan, "0.5"])
+def test_offset_is_within_the_cell(offset):
+    with pytest.raises(ValueError, match="LOCATION_OFFSET must be a number from 0 to 1"):
+        Levels((8,), offset)
 
 
 def test_all_locations_go_row_by_row():

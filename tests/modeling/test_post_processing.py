@@ -111,6 +111,44 @@ def test_without_quality_the_score_is_the_class_probability():
     assert detections[0].scores.max().item() == pytest.approx(best)
 
 
+def test_clipping_after_nms_by_hand():
+    # Two boxes that reach beyond the left side of the image, of 40 x 20 and 25 x 20 pixels; inside
+    # it they are 20 x 20 and 5 x 20. Their IoU is 500 / 800 = 0.625 as they are, and
+    # 100 / 400 = 0.25 when clipped, on either side of 0.6. A third one lies outside altogether.
+    candidates = Instances(
+        (100, 100),
+        pred_boxes=Boxes(torch.tensor([[-20.0, 0, 20, 20], [-20, 0, 5, 20], [-9, -9, -1, -1]])),
+        scores=torch.tensor([0.9, 0.8, 0.7]),
+        pred_classes=torch.tensor([1, 1, 1]),
+    )
+    expected = {"before_nms": [[0, 0, 20, 20], [0, 0, 5, 20]], "after_nms": [[0, 0, 20, 20]]}
+    for clip_boxes, boxes in expected.items():
+        detections = FCOSPostProcessor(clip_boxes=clip_boxes).suppress(candidates)
+        assert detections.pred_boxes.tensor.tolist() == boxes
+    # The box outside takes one of the places where clipping comes last.
+    candidates = candidates[torch.tensor([0, 2])]
+    candidates.scores = torch.tensor([0.1, 0.7])
+    for clip_boxes, count in {"before_nms": 1, "after_nms": 0}.items():
+        process = FCOSPostProcessor(clip_boxes=clip_boxes, max_detections_per_image=1)
+        assert len(process.suppress(candidates)) == count
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("score_thresh", 1.1),
+        ("score_thresh", -0.1),
+        ("nms_thresh", 2),
+        ("topk_candidates", 0),
+        ("topk_candidates", 2.5),
+        ("clip_boxes", "never"),
+    ],
+)
+def test_values_are_checked(key, value):
+    with pytest.raises(ValueError, match=r"MODEL\.FCOS\.\w+ must be "):
+        FCOSPostProcessor(**{key: value})
+
+
 @pytest.mark.parametrize("clusters", [1, 3, 12, 200])
 def test_the_limit_keeps_the_best_of_what_nms_leaves(clusters):
     """The best candidates lie on each other, so that few of them are left."""

@@ -186,6 +186,14 @@ def test_boxes_propose_few_cells_whatever_the_size_of_the_image(radius, per_box)
 def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"lower must be below upper, got \[64, 32\]"):
         LocationAssigner([(64, 32)], 1.5)
+    for ranges in ([(-1, 64)], [(64, 128), (0, 64)], [(0, 64), (0, 32)]):
+        with pytest.raises(ValueError, match="are not negative, and go from small to large"):
+            LocationAssigner(ranges, 1.5)
+    for ranges in ([64, 128], [(0, 64, 128)], [("a", "b")]):
+        with pytest.raises(ValueError, match=r"must be \[lower, upper\] for each level"):
+            LocationAssigner(ranges, 1.5)
+    with pytest.raises(ValueError, match="must be >= 0, got inf"):
+        LocationAssigner([(0, 64)], math.inf)
     with pytest.raises(ValueError, match="must be >= 0, got -1"):
         LocationAssigner([(0, 64)], -1)
     with pytest.raises(ValueError, match="1 REGRESSION_RANGES for 2 levels"):

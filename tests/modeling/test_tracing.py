@@ -59,6 +59,7 @@ def assert_same_detections(model, traced, image):
         {"QUALITY": "computed", "BOX_LOSS_WEIGHTING": "none"},
         {"QUALITY": "none", "BOX_LOSS_WEIGHTING": "none", "TOPK_CANDIDATES_TEST": 20},
         {"BOX_ACTIVATION": "exp", "NORM": "BN", "USE_DEFORMABLE": True},
+        {"CLIP_BOXES": "after_nms"},
     ],
 )
 def test_traced_on_one_image_right_on_twenty_of_other_sizes(keys):

@@ -20,6 +20,7 @@ ADELAIDET = Source(
         "MODEL.FCOS.BOX_ACTIVATION": "relu",
         "MODEL.FCOS.QUALITY_ON": "box",
         "MODEL.FCOS.SCORE_FUSION": "sqrt",
+        "MODEL.FCOS.CLIP_BOXES": "after_nms",
         "MODEL.FCOS.SCORE_THRESH_ON": "class",
         "MODEL.FCOS.SCORE_THRESH_TEST": 0.05,
         "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,

@@ -24,6 +24,7 @@ DETECTRON2 = Source(
         "MODEL.FCOS.QUALITY": "centerness",
         "MODEL.FCOS.QUALITY_ON": "box",
         "MODEL.FCOS.SCORE_FUSION": "sqrt",
+        "MODEL.FCOS.CLIP_BOXES": "after_nms",
         "MODEL.FCOS.SCORE_THRESH_ON": "score",
         "MODEL.FCOS.SCORE_THRESH_TEST": 0.2,
         "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,

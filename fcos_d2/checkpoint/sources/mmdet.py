@@ -62,6 +62,7 @@ MMDET = Source(
         "MODEL.FCOS.LOCATION_OFFSET": 0.5,
         "MODEL.FCOS.QUALITY": "centerness",
         "MODEL.FCOS.SCORE_FUSION": "product",
+        "MODEL.FCOS.CLIP_BOXES": "before_nms",
         "MODEL.FCOS.SCORE_THRESH_ON": "class",
         "MODEL.FCOS.SCORE_THRESH_TEST": 0.05,
         "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,
