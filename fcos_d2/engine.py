@@ -7,7 +7,11 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import (
     DefaultTrainer,
     SimpleTrainer,
@@ -24,7 +28,12 @@ from detectron2.utils.logger import setup_logger
 from .amp import AutocastTrainer, amp_dtype
 from .checkpoint import AtomicCheckpointer
 from .config import load_cfg
-from .data import check_num_classes, register_custom_datasets
+from .data import (
+    DatasetMapper,
+    check_num_classes,
+    check_same_classes,
+    register_custom_datasets,
+)
 from .modeling import FCOSWithTTA
 
 _AUGMENTED = {"FCOS": FCOSWithTTA, "GeneralizedRCNN": GeneralizedRCNNWithTTA}
@@ -109,19 +118,25 @@ class Trainer(DefaultTrainer):
         wrapper = _AUGMENTED[cfg.MODEL.META_ARCHITECTURE]
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
-        results = cls.test(cfg, wrapper(cfg, model), evaluators)
+        # The augmentation scales the original pixels, not those at the size of the plain test.
+        original = cfg.clone()
+        original.defrost()
+        original.INPUT.MIN_SIZE_TEST = 0
+        results = cls.test(original, wrapper(cfg, model), evaluators)
         return {f"{name}_TTA": value for name, value in results.items()}
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        loader = super().build_train_loader(cfg)
+        loader = build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, is_train=True))
+        check_same_classes(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
         for name in cfg.DATASETS.TRAIN:
             check_num_classes(cfg, name)
         return loader
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        loader = super().build_test_loader(cfg, dataset_name)
+        mapper = DatasetMapper(cfg, is_train=False)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         check_num_classes(cfg, dataset_name)
         return loader
 
@@ -137,9 +152,13 @@ class Trainer(DefaultTrainer):
         evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
         if evaluator_type == "coco":
             folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-            # A converted data set is not cached: the annotations may change between two runs.
+            # Tasks are those that the predictions have: masks and keypoints of R-CNN too. A
+            # converted data set is not cached: the annotations may change between two runs.
             return COCOEvaluator(
-                dataset_name, ("bbox",), output_dir=folder, allow_cached_coco=False
+                dataset_name,
+                output_dir=folder,
+                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+                allow_cached_coco=False,
             )
         if evaluator_type == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
@@ -167,9 +186,18 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def before_train(self) -> None:
         file = os.path.join(self._checkpointer.save_dir, self._file_prefix + ".pth")
-        if self.trainer.start_iter > 0 and os.path.isfile(file):
+        if self.trainer.start_iter == 0 or not os.path.isfile(file):
+            return
+        try:
             saved = torch.load(file, map_location="cpu", mmap=True)
             self.best_metric, self.best_iter = saved["best_metric"], saved["best_iter"]
+        except Exception as error:  # a damaged file raises many kinds of errors
+            kept = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}_unknown.pth")
+            os.replace(file, kept)
+            self._logger.warning(
+                f"{file} has no record of its metric, or is damaged ({error!r}). It is kept as "
+                f"{kept}, and the best model is looked for anew"
+            )
 
     def _best_checking(self) -> None:
         value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, 0))
@@ -197,9 +225,23 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
     """Evaluate ``cfg.MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of OUTPUT_DIR.
 
     With ``TEST.AUG.ENABLED`` also with test-time augmentation.
+
+    Raises:
+        ValueError: without weights or a checkpoint, and for those that do not fill the model.
     """
     model = Trainer.build_model(cfg)
-    AtomicCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
+    if resume and not checkpointer.has_checkpoint():
+        raise ValueError(
+            f"There is no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR!r} to evaluate with --resume"
+        )
+    if not resume and not cfg.MODEL.WEIGHTS:
+        raise ValueError(
+            "Name the weights to evaluate: MODEL.WEIGHTS FILE, or --resume for the last "
+            "checkpoint of OUTPUT_DIR"
+        )
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer.check_complete()
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))

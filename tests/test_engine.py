@@ -209,11 +209,81 @@ def test_gradients_are_clipped_where_the_ablation_says_so():
         assert moved == pytest.approx(cfg.SOLVER.BASE_LR, rel=1e-3)
 
 
-def test_evaluate_the_last_checkpoint(cfg, monkeypatch):
+def test_evaluation_without_fitting_weights_is_refused(cfg, tmp_path):
+    with pytest.raises(ValueError, match=r"Name the weights to evaluate: MODEL\.WEIGHTS FILE"):
+        evaluate(cfg)
+    with pytest.raises(ValueError, match="There is no checkpoint in OUTPUT_DIR"):
+        evaluate(cfg, resume=True)
+    weights = Trainer.build_model(cfg).state_dict()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    backbone = {k: v for k, v in weights.items() if k.startswith("backbone")}
+    torch.save(backbone, cfg.MODEL.WEIGHTS)
+    with pytest.raises(ValueError, match=r"do not fit the config: \d+ tensors .*head\.cls_tower"):
+        evaluate(cfg)
+
+
+def test_training_says_how_much_was_loaded(cfg, tmp_path, caplog):
+    weights = Trainer.build_model(cfg).state_dict()
+    logging.getLogger("fvcore").propagate = True
+    caplog.set_level(logging.INFO, logger="fvcore.common.checkpoint")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+
+    def load(chosen):
+        torch.save(chosen, cfg.MODEL.WEIGHTS)
+        Trainer(cfg).resume_or_load(resume=False)
+
+    chosen = {k: v for k, v in weights.items() if k.startswith("backbone")}
+    load(chosen)
+    count, total = (sum(x.numel() for x in w.values()) for w in (chosen, weights))
+    assert f"Loaded {count:,} of the model's {total:,} values from the file" in caplog.text
+    with pytest.raises(ValueError, match=r"nothing could be loaded\. The file has x, the model"):
+        load({"x": torch.zeros(3)})
+    stem = {k: v for k, v in weights.items() if ".stem." in k}
+    with pytest.raises(ValueError, match="nothing but the stem of the backbone could be loaded"):
+        load(stem)
+
+
+@pytest.mark.parametrize("content", [b"damaged", None])
+def test_best_checkpoint_without_a_record_does_not_stop_a_resumed_run(cfg, monkeypatch, content):
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda *args: {"bbox": {"AP": 5.0}}))
+    cfg.TEST.EVAL_PERIOD, cfg.SOLVER.MAX_ITER = 2, 2
+    Trainer(cfg).train()
+    best = Path(cfg.OUTPUT_DIR) / "model_best.pth"
+    if content is None:  # as Detectron2's own hook writes it
+        torch.save({"model": {}, "iteration": 1}, best)
+        content = best.read_bytes()
+    best.write_bytes(content)
+    cfg.SOLVER.MAX_ITER = 4
+    longer = Trainer(cfg)
+    longer.resume_or_load(resume=True)
+    longer.train()
+    assert torch.load(best)["best_metric"] == 5.0
+    assert (best.parent / "model_best_unknown.pth").read_bytes() == content
+
+
+def test_augmentation_starts_from_the_original_pixels(cfg, monkeypatch):
+    sizes = []
+
+    def record(cls, cfg, model, evaluators=None):
+        batch = next(iter(cls.build_test_loader(cfg, cfg.DATASETS.TEST[0])))
+        sizes.append((tuple(batch[0]["image"].shape[1:]), (batch[0]["height"], batch[0]["width"])))
+        return {}
+
+    monkeypatch.setattr(Trainer, "test", classmethod(record))
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    Trainer.test_with_TTA(cfg, Trainer.build_model(cfg))
+    ((size, original),) = sizes
+    assert size == original
+
+
+def test_evaluate_the_last_checkpoint(cfg, monkeypatch, tmp_path):
     monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, cfg, model: model))
     trainer = Trainer(cfg)
     torch.nn.init.constant_(trainer.model.head.cls_logits.bias, 0.5)
     trainer.checkpointer.save("model_x")
     assert (evaluate(cfg, resume=True).head.cls_logits.bias == 0.5).all()
-    assert not (evaluate(cfg).head.cls_logits.bias == 0.5).any()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "zero.pth")
+    torch.nn.init.constant_(trainer.model.head.cls_logits.bias, 0.0)
+    torch.save(trainer.model.state_dict(), cfg.MODEL.WEIGHTS)
+    assert (evaluate(cfg).head.cls_logits.bias == 0).all()
     logging.getLogger("detectron2").handlers.clear()

@@ -26,8 +26,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     dst = Path(args.dst)
     if dst.suffix != ".pth" or dst.resolve() == Path(args.src).resolve():
         raise SystemExit(f"DST must be a .pth file other than SRC, got {dst}")
-    dst.parent.mkdir(parents=True, exist_ok=True)
     config_file = dst.with_suffix(".yaml")
+    if config_file.resolve() == Path(args.config_file).resolve():
+        raise SystemExit(
+            f"The converted model's config would be written over --config-file {config_file}. "
+            "Choose another name for DST"
+        )
+    dst.parent.mkdir(parents=True, exist_ok=True)
     try:
         cfg = load_cfg(args.config_file, args.opts)
         checkpoint = read_checkpoint(args.src, args.trust_pickle)

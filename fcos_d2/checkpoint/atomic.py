@@ -1,4 +1,4 @@
-"""Writes checkpoints so that a file is either complete or absent."""
+"""Checkpoints that are either complete or absent, and that fit the model they are loaded into."""
 
 import os
 import re
@@ -38,13 +38,15 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     Files are written with :func:`replacing`. If the checkpoint that ``last_checkpoint`` names is
     nevertheless missing or truncated (by a full disk or another tool), resuming takes the newest
-    complete one.
+    complete one. Loading says how much of the model came from the file, and raises a ValueError
+    where it was none of it, or nothing but the stem of the backbone.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.path_manager = _AtomicWrites(self.path_manager)
         self._tag = True
+        self.missing: list[str] = []  # names that the last file had not, or in another shape
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
         """Save as Detectron2 does; a run does not resume from a file without ``tag``."""
@@ -80,12 +82,51 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.logger.warning(f"{last} is missing or incomplete: resuming from {newest}")
         return newest
 
+    def check_complete(self) -> None:
+        """Raise a ValueError if the last file left anything at random that detection needs."""
+        missing = [
+            name
+            for name in self.missing
+            if not name.startswith("loss.") and not name.endswith(".num_batches_tracked")
+        ]
+        if missing:
+            raise ValueError(
+                f"The weights do not fit the config: {len(missing)} tensors are not in the file, "
+                f"or have another shape there, and would be random: {_shortened(missing)}"
+            )
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        source = checkpoint.get("__author__", "the file")
+        incompatible = super()._load_model(checkpoint)
+        wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
+        self.missing = [*incompatible.missing_keys, *wrong_shape]
+        tensors = self.model.state_dict()
+        loaded = {name: x.numel() for name, x in tensors.items() if name not in self.missing}
+        total = sum(x.numel() for x in tensors.values())
+        self.logger.info(
+            f"Loaded {sum(loaded.values()):,} of the model's {total:,} values from {source}, in "
+            f"{len(loaded)} of {len(tensors)} tensors; the others keep their initial values"
+        )
+        if all(".stem." in f".{name}" for name in loaded):
+            what = "nothing but the stem of the backbone" if loaded else "nothing"
+            raise ValueError(
+                f"The weights do not fit the model: {what} could be loaded. The file has "
+                f"{_shortened(incompatible.unexpected_keys) or 'no other names'}, the model "
+                f"{_shortened(self.missing)}. Choose weights for this config, or MODEL.WEIGHTS '' "
+                "to start at random"
+            )
+        return incompatible
+
     def _complete_checkpoints(self) -> list[str]:
         if not os.path.isdir(self.save_dir):
             return []
         periodic = re.compile(r"model_(\d+|final)\.pth")
         files = self.get_all_checkpoint_files()
         return [f for f in files if periodic.fullmatch(os.path.basename(f)) and _is_complete(f)]
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _is_complete(path: str) -> bool:

@@ -6,6 +6,7 @@ the parameters to Detectron2's names, and keeps the result in Detectron2's cache
 of timm, whose ResNets have the same names.
 """
 
+import hashlib
 import os
 import pickle
 import re
@@ -57,10 +58,9 @@ class TorchvisionHandler(PathHandler):
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
         name = path.removeprefix(_PREFIX).removeprefix("torchvision:")
         on_disk = os.path.isabs(name)
-        cache_name = f"file-{os.path.basename(name)}" if on_disk else name
+        cache_name = _name_by_content(name) if on_disk else name
         file = os.path.join(get_cache_dir(), "fcos_d2", "torchvision", cache_name + ".pkl")
-        # A file on disk may have changed since, but torchvision's names keep their weights.
-        if force or on_disk or not os.path.isfile(file):
+        if force or not os.path.isfile(file):
             if on_disk:
                 source = torch.load(name, map_location="cpu", weights_only=True)
             else:
@@ -75,6 +75,15 @@ class TorchvisionHandler(PathHandler):
 
     def _open(self, path: str, mode: str = "r", **kwargs):
         return open(self._get_local_path(path), mode)
+
+
+def _name_by_content(file: str) -> str:
+    """A name that no other file has, nor the same file with other content."""
+    digest = hashlib.sha256(os.path.realpath(file).encode())
+    with open(file, "rb") as f:
+        while chunk := f.read(2**20):
+            digest.update(chunk)
+    return f"file-{os.path.basename(file)}-{digest.hexdigest()[:16]}"
 
 
 PathManager.register_handler(TorchvisionHandler(), allow_override=True)

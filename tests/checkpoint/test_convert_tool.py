@@ -148,6 +148,7 @@ def test_converted_file_loads_without_running_code(tool, adelaidet_file, tmp_pat
     expected, actual = model.state_dict(), loaded.state_dict()
     assert expected.keys() == actual.keys()
     assert all(torch.equal(actual[k], v) for k, v in expected.items() if "num_batches" not in k)
+    model.post_processor.clip_boxes = "after_nms"  # AdelaiDet's, which the conversion sets
     batch = [{"image": make_input(size=(128, 128))["image"]}]
     with torch.no_grad():
         expected_boxes, boxes = (m(batch)[0]["instances"].pred_boxes for m in (model, loaded))
@@ -206,3 +207,13 @@ def test_unusable_destinations_are_refused(tool, adelaidet_file, tmp_path, dst):
     with pytest.raises(SystemExit, match=r"must be a \.pth file other than SRC"):
         tool.main([str(src), str(tmp_path / dst), "--source", "adelaidet", "--config-file", CONFIG])
     assert src.read_bytes() == before and list(tmp_path.iterdir()) == [src]
+
+
+def test_the_config_file_is_not_written_over(tool, adelaidet_file, tmp_path):
+    config_file = tmp_path / "fcos.yaml"
+    config_file.write_text(f"_BASE_: {CONFIG}\n")
+    arguments = [str(adelaidet_file[0]), str(tmp_path / "fcos.pth"), "--source", "adelaidet"]
+    with pytest.raises(SystemExit, match=r"would be written over --config-file .*fcos\.yaml"):
+        tool.main([*arguments, "--config-file", str(config_file), *SMALL])
+    assert config_file.read_text() == f"_BASE_: {CONFIG}\n"
+    assert not (tmp_path / "fcos.pth").exists()

@@ -1,3 +1,4 @@
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 import torchvision
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 from iopath.common import file_io
 
 from fcos_d2 import model_zoo
@@ -49,6 +51,28 @@ def test_weights_give_torchvisions_features(depth, on_disk, tmp_path, monkeypatc
             expected = layer(expected)
             torch.testing.assert_close(features[stage], expected)
     assert requested == ([] if on_disk else [f"ResNet{depth}_Weights.IMAGENET1K_V1"])
+
+
+def test_files_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "fcos_d2.checkpoint.torchvision_backbone.get_cache_dir", lambda: str(tmp_path / "cache")
+    )
+
+    def write(folder, value):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        torch.save({"conv1.weight": torch.full((1,), value)}, tmp_path / folder / "resnet18.pth")
+
+    def local(folder):
+        return PathManager.get_local_path(f"torchvision://{tmp_path}/{folder}/resnet18.pth")
+
+    write("a", 1.0)
+    write("b", 2.0)
+    first, second = local("a"), local("b")
+    write("a", 3.0)
+    files = {1.0: first, 2.0: second, 3.0: local("a")}
+    for value, file in files.items():
+        with open(file, "rb") as f:
+            assert pickle.load(f)["model"]["stem.conv1.weight"] == value
 
 
 def test_names_in_the_configs_are_known_to_torchvision():
