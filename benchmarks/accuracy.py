@@ -1,0 +1,127 @@
+"""AP after the same budget: same data, backbone, schedule, trainer and seeds for every model.
+
+Each variant changes one thing of the config; the peers are Detectron2's FCOS, with our backbone,
+and RetinaNet. The numbers that decided on defaults are in NOTES.md.
+
+    python benchmarks/accuracy.py [--config-file FILE] [--seeds 1 2 3] [--variants default fg ...]
+        [--output DIR] [KEY VALUE ...]
+
+A run whose result lies in the output folder is not repeated.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone
+from detectron2.modeling.meta_arch.fcos import FCOS as DetectronFCOS
+from detectron2.modeling.meta_arch.fcos import FCOSHead as DetectronHead
+from tabulate import tabulate
+from torch import nn
+
+from fcos_d2 import model_zoo
+from fcos_d2.analysis import retinanet_cfg
+from fcos_d2.config import load_cfg
+from fcos_d2.data import make_shapes_dataset, register_custom_datasets
+from fcos_d2.engine import Trainer
+
+SHAPES = "quick_schedules/fcos_R_18_FPN_shapes.yaml"
+UNWEIGHTED = ["MODEL.FCOS.BOX_LOSS_WEIGHTING", "none"]
+EMA = ["MODEL.FCOS.LOSS_NORMALIZER", "ema_fg"]
+# What each variant changes. "detectron2" and "retinanet" are other models.
+VARIANTS = {
+    "default": [],
+    "unweighted": UNWEIGHTED,
+    "ema": EMA,
+    "unweighted-ema": [*UNWEIGHTED, *EMA],
+    "no-scale": ["MODEL.FCOS.USE_SCALE", False],
+    "iou": [*UNWEIGHTED, "MODEL.FCOS.QUALITY", "iou"],
+    "detectron2": [],
+    "retinanet": [],
+}
+
+
+class PeerTrainer(Trainer):
+    """Our trainer with Detectron2's FCOS, as its LazyConfig builds it."""
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        backbone = build_backbone(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
+        fcos, shapes = cfg.MODEL.FCOS, backbone.output_shape()
+        head = DetectronHead(
+            input_shape=[shapes[f] for f in fcos.IN_FEATURES],
+            num_classes=fcos.NUM_CLASSES,
+            conv_dims=[cfg.MODEL.FPN.OUT_CHANNELS] * fcos.NUM_BOX_CONVS,
+            norm=fcos.NORM,
+            prior_prob=fcos.PRIOR_PROB,
+        )
+        model = DetectronFCOS(
+            backbone=backbone,
+            head=head,
+            head_in_features=fcos.IN_FEATURES,
+            num_classes=fcos.NUM_CLASSES,
+            center_sampling_radius=fcos.CENTER_SAMPLING_RADIUS,
+            pixel_mean=cfg.MODEL.PIXEL_MEAN,
+            pixel_std=cfg.MODEL.PIXEL_STD,
+        )
+        return model.to(cfg.MODEL.DEVICE)
+
+
+def train(cfg: CfgNode, variant: str, seed: int) -> float:
+    """AP at the end of a training; 0 for a model that detects nothing."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(VARIANTS[variant])
+    if variant == "retinanet":
+        model = retinanet_cfg(cfg).MODEL
+        model.WEIGHTS, model.DEVICE = cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE
+        model.BACKBONE.FREEZE_AT = cfg.MODEL.BACKBONE.FREEZE_AT
+        cfg.MODEL = model
+    cfg.SEED = seed
+    cfg.TEST.EVAL_PERIOD = 0
+    cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / f"{variant}-{seed}")
+    result = Path(cfg.OUTPUT_DIR) / "ap.json"
+    if not result.is_file():
+        default_setup(cfg, argparse.Namespace(eval_only=False))
+        trainer = (PeerTrainer if variant == "detectron2" else Trainer)(cfg)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+        result.write_text(json.dumps(trainer._last_eval_results["bbox"]))
+    return json.loads(result.read_text())["AP"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default=model_zoo.get_config_file(SHAPES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--output", type=Path, default=Path("output/accuracy"))
+    parser.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
+    args = parser.parse_intermixed_args()
+
+    cfg = load_cfg(args.config_file, args.opts)
+    cfg.OUTPUT_DIR = str(args.output)
+    if Path(args.config_file).name == Path(SHAPES).name:  # made here, not looked for
+        make_shapes_dataset(args.output / "shapes")
+        for entry in cfg.DATASETS.CUSTOM.values():
+            entry.JSON = str(args.output.resolve() / entry.JSON)
+            entry.IMAGES = str(args.output.resolve() / entry.IMAGES)
+    register_custom_datasets(cfg)
+    logging.getLogger("detectron2").setLevel(logging.WARNING)
+    rows = []
+    for variant in args.variants:
+        aps = [train(cfg, variant, seed) for seed in args.seeds]
+        spread = statistics.stdev(aps) if len(aps) > 1 else float("nan")
+        rows.append([variant, statistics.mean(aps), spread, *aps])
+        print(tabulate(rows, ["variant", "mean AP", "stdev", *args.seeds], floatfmt=".1f"))
+
+
+if __name__ == "__main__":
+    main()
