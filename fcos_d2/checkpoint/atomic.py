@@ -9,6 +9,8 @@ from typing import IO, Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 
+_BATCH_COUNTER = ".num_batches_tracked"
+
 
 @contextmanager
 def replacing(path: str, own: bool = False) -> Iterator[str]:
@@ -87,7 +89,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         missing = [
             name
             for name in self.missing
-            if not name.startswith("loss.") and not name.endswith(".num_batches_tracked")
+            if not name.startswith("loss.") and not name.endswith(_BATCH_COUNTER)
         ]
         if missing:
             raise ValueError(
@@ -100,7 +102,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
         self.missing = [*incompatible.missing_keys, *wrong_shape]
-        tensors = self.model.state_dict()
+        tensors = {
+            name: x
+            for name, x in self.model.state_dict().items()
+            if not name.endswith(_BATCH_COUNTER)  # PyTorch does not say that one is missing
+        }
         loaded = {name: x.numel() for name, x in tensors.items() if name not in self.missing}
         total = sum(x.numel() for x in tensors.values())
         self.logger.info(
