@@ -129,7 +129,7 @@ class FCOSPostProcessor:
 
         # 4. Decode.
         image, boxes = cells.image[cell], ltrb_to_boxes(cells.locations[cell], cells.ltrb[cell])
-
+        # A box or a score that is not finite is no detection.
         valid = _where(boxes.isfinite().all(dim=1) & ~scores.isnan())
         image, boxes, scores, classes = (x[valid] for x in (image, boxes, scores, classes))
         return [
