@@ -1,12 +1,15 @@
+import json
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from helpers import tiny_cfg
 
@@ -121,6 +124,45 @@ def test_evaluates_by_the_type_of_the_data_set(cfg, tmp_path):
     MetadataCatalog.remove("voc_like")
     with pytest.raises(NotImplementedError, match="'nothing' has evaluator_type None"):
         Trainer.build_evaluator(cfg, "nothing")
+
+
+def test_masks_are_evaluated_where_a_model_predicts_them(cfg, tmp_path):
+    square = [10, 10, 30, 10, 30, 30, 10, 30]
+    data = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 40}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20], "area": 400,
+             "iscrowd": 0, "segmentation": [square]}
+        ],
+        "categories": [{"id": 1, "name": "square"}],
+    }  # fmt: skip
+    (tmp_path / "masks.json").write_text(json.dumps(data))
+    entry = {"FORMAT": "coco", "JSON": str(tmp_path / "masks.json"), "IMAGES": str(tmp_path)}
+    cfg.DATASETS.CUSTOM["with_masks"] = type(cfg)(entry)
+    register_custom_datasets(cfg)
+    (record,) = DatasetCatalog.get("with_masks")
+    evaluator = Trainer.build_evaluator(cfg, "with_masks")
+    evaluator.reset()
+    mask = torch.zeros(1, 40, 40, dtype=torch.bool)
+    mask[:, 10:30, 10:30] = True
+    detections = Instances((40, 40), pred_boxes=Boxes([[10, 10, 30, 30]]), pred_masks=mask)
+    detections.scores, detections.pred_classes = torch.tensor([0.9]), torch.tensor([0])
+    evaluator.process([record], [{"instances": detections}])
+    results = evaluator.evaluate()
+    assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
+
+
+def test_other_classes_in_the_test_set_are_an_error_before_training(cfg, tmp_path):
+    file = Path(cfg.DATASETS.CUSTOM.shapes_val.JSON)
+    data = json.loads((Path(os.environ["DETECTRON2_DATASETS"]) / file).read_text())
+    names = [category["name"] for category in data["categories"]]
+    for category, name in zip(data["categories"], names[::-1], strict=True):
+        category["name"] = name
+    (tmp_path / "swapped.json").write_text(json.dumps(data))
+    cfg.DATASETS.CUSTOM.shapes_val.JSON = str(tmp_path / "swapped.json")
+    register_custom_datasets(cfg)
+    with pytest.raises(ValueError, match=r"'shapes_val' has the classes .* in another order"):
+        Trainer(cfg)
 
 
 def test_proposals_are_evaluated_by_their_recall(cfg):
