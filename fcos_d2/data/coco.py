@@ -99,17 +99,29 @@ def _check_entries(file, name: str, entries: list, keys: Iterable[str]) -> None:
             raise ValueError(
                 f"{file} is not a COCO annotation file: {name}[{i}] has no {', '.join(missing)}"
             )
+        for key in keys:
+            value = entry[key]
+            if (key == "id" or key.endswith("_id")) and type(value) not in (int, str):
+                raise ValueError(f"{file}: {name}[{i}] has the {key} {value!r}, which is no number")
+            if key in ("height", "width") and (type(value) is not int or value < 1):
+                raise ValueError(
+                    f"{file}: {name}[{i}] has the {key} {value!r}: it must be in whole pixels"
+                )
 
 
 def _check_boxes(file, annotations: list[dict]) -> None:
     for i, annotation in enumerate(annotations):
         bbox = annotation["bbox"]
-        numbers = [type(x) in (int, float) for x in bbox] if isinstance(bbox, list) else []
+        numbers = [_is_number(x) for x in bbox] if isinstance(bbox, list) else []
         if len(numbers) != 4 or not all(numbers):
             raise ValueError(
                 f"{file}: {_named(annotation, i)} has a bbox that is not [x, y, width, height] in "
                 f"numbers: {bbox}"
             )
+
+
+def _is_number(x: object) -> bool:
+    return type(x) is float or (type(x) is int and abs(x) < 2**53)  # JSON's have no end
 
 
 def _check_unique(file, name: str, entries: list[dict]) -> None:

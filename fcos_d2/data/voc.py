@@ -1,6 +1,7 @@
 """Data sets in PASCAL VOC layout, with the irregularities that they have in practice."""
 
 import logging
+import math
 import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -131,7 +132,10 @@ def _parse_object(
         )
     corners = [element.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
     try:
-        return classes.index(name), [float(x) for x in corners]
+        numbers = [float(x) for x in corners]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("not finite")
+        return classes.index(name), numbers
     except (TypeError, ValueError) as error:  # TypeError: no such element
         raise ValueError(
             f"{where} has no <bndbox> with four numbers: xmin, ymin, xmax, ymax are {corners}"

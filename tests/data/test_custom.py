@@ -184,6 +184,7 @@ def test_size_is_taken_from_the_image_where_the_file_has_none(register, datasets
     "old, new, message",
     [
         ("<xmax>10</xmax>", "<xmax>ten</xmax>", r"a\.xml: <object> number 1 has no <bndbox> with"),
+        ("<xmax>10</xmax>", "<xmax>inf</xmax>", r"number 1 has no <bndbox> with four numbers"),
         ("<xmax>10</xmax>", "", r"a\.xml: <object> number 1 has no <bndbox> with four numbers"),
         ("</annotation>", "", r"a\.xml is not an XML file, or is cut short"),
         ("<name>cat</name>", "", r"number 1 has the <name> None"),
