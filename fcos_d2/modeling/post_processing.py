@@ -32,7 +32,7 @@ class _Cells(NamedTuple):
     locations: Tensor  # (S, 2) pixels
     class_logits: Tensor  # (S, K)
     ltrb: Tensor  # (S, 4) pixels
-    quality: Tensor  # (S,) in [0, 1]; all 1 with QUALITY "none"
+    quality: Tensor  # (S,) in [0, 1], or NaN; all 1 with QUALITY "none"
 
 
 class FCOSPostProcessor:
@@ -117,9 +117,9 @@ class FCOSPostProcessor:
 
         # 2. Score.
         scores = self._score(cells.class_logits[cell, classes].sigmoid(), cells.quality[cell])
-        if self.score_thresh_on == "score":
-            above = _where(scores > self.score_thresh)
-            cell, classes, scores = cell[above], classes[above], scores[above]
+        threshold = self.score_thresh if self.score_thresh_on == "score" else -math.inf
+        above = _where(scores > threshold)  # NaN is not
+        cell, classes, scores = cell[above], classes[above], scores[above]
 
         # 3. Top-k of each image and level.
         group = (cells.image * len(levels) + cells.level)[cell]
@@ -129,9 +129,8 @@ class FCOSPostProcessor:
 
         # 4. Decode.
         image, boxes = cells.image[cell], ltrb_to_boxes(cells.locations[cell], cells.ltrb[cell])
-        # A box or a score that is not finite is no detection.
-        valid = _where(boxes.isfinite().all(dim=1) & ~scores.isnan())
-        image, boxes, scores, classes = (x[valid] for x in (image, boxes, scores, classes))
+        finite = _where(boxes.isfinite().all(dim=1))
+        image, boxes, scores, classes = (x[finite] for x in (image, boxes, scores, classes))
         return [
             _instances(image_size, _where(image == i), boxes, scores, classes)
             for i, image_size in enumerate(image_sizes)
@@ -174,8 +173,7 @@ class FCOSPostProcessor:
             if outputs.quality_logits is not None:
                 quality = outputs.quality_logits[level][image, 0, y, x].float().sigmoid()
             elif self.quality == "computed":
-                # A box without extent on an axis has a centerness of 0 / 0; clipping drops it.
-                quality = centerness(ltrb).nan_to_num(0.0)
+                quality = centerness(ltrb)  # NaN, and no candidate, for a box without extent
             else:
                 quality = torch.ones_like(ltrb[:, 0])
             selected.append(

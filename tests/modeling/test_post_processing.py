@@ -188,6 +188,30 @@ def test_small_boxes_of_many_classes_are_not_rounded():
         assert torch.equal(process.suppress(candidates).scores, expected)
 
 
+def test_nms_does_not_round_boxes():
+    # Boxes of 10 x 10 and 10 x 6.0005 at one corner: their IoU is 0.60005, above 0.6. To keep 80
+    # classes apart, batched_nms moves these of the last class by 79 * 1217 pixels, where float32
+    # has steps of 1/128 pixel: 6.0005 would become 6, and the IoU 0.6, not above 0.6.
+    boxes = [[0.0, 0, 10, 10], [0, 0, 10, 6.0005], [1200, 700, 1216, 800]]
+    candidates = Instances(
+        (800, 1216),
+        pred_boxes=Boxes(torch.tensor(boxes)),
+        scores=torch.tensor([0.9, 0.8, 0.7]),
+        pred_classes=torch.tensor([79, 79, 0]),
+    )
+    detections = FCOSPostProcessor().suppress(candidates)
+    torch.testing.assert_close(detections.scores, torch.tensor([0.9, 0.7]))
+
+
+def test_cells_with_nan_take_no_place_of_others():
+    outputs = make_maps(images=1)
+    outputs.quality_logits[0][..., ::2] = math.nan
+    process = FCOSPostProcessor(topk_candidates=5, nms_thresh=1.0)
+    detections = process(outputs, LEVELS, [(96, 128)])[0]
+    # Five from each level with as many candidates: P3 to P5 have 192, 48 and 12 cells of 3 classes.
+    assert len(detections) >= 15 and detections.scores.isfinite().all()
+
+
 def test_never_more_than_the_limit_also_with_equal_scores():
     outputs = make_maps(images=1)
     outputs = HeadOutputs(
