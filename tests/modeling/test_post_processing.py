@@ -189,10 +189,10 @@ def test_small_boxes_of_many_classes_are_not_rounded():
 
 
 def test_nms_does_not_round_boxes():
-    # Boxes of 10 x 10 and 10 x 6.0005 at one corner: their IoU is 0.60005, above 0.6. To keep 80
+    # Boxes of 10 x 10 and 10 x 5.997 at one corner: their IoU is 0.5997, not above 0.6. To keep 80
     # classes apart, batched_nms moves these of the last class by 79 * 1217 pixels, where float32
-    # has steps of 1/128 pixel: 6.0005 would become 6, and the IoU 0.6, not above 0.6.
-    boxes = [[0.0, 0, 10, 10], [0, 0, 10, 6.0005], [1200, 700, 1216, 800]]
+    # has steps of 1/128 pixel: 5.997 would become 6, and the IoU 60 / 100, in float32 above 0.6.
+    boxes = [[0.0, 0, 10, 10], [0, 0, 10, 5.997], [1200, 700, 1216, 800]]
     candidates = Instances(
         (800, 1216),
         pred_boxes=Boxes(torch.tensor(boxes)),
@@ -200,7 +200,7 @@ def test_nms_does_not_round_boxes():
         pred_classes=torch.tensor([79, 79, 0]),
     )
     detections = FCOSPostProcessor().suppress(candidates)
-    torch.testing.assert_close(detections.scores, torch.tensor([0.9, 0.7]))
+    torch.testing.assert_close(detections.scores, torch.tensor([0.9, 0.8, 0.7]))
 
 
 def test_cells_with_nan_take_no_place_of_others():
