@@ -1,7 +1,7 @@
 """AP after the same budget: same data, backbone, schedule, trainer and seeds for every model.
 
 Each variant changes one thing of the config; the peers are Detectron2's FCOS, with our backbone,
-and RetinaNet. The numbers that decided on defaults are in NOTES.md.
+and RetinaNet. What was found is in NOTES.md.
 
     python benchmarks/accuracy.py [--config-file FILE] [--seeds 1 2 3] [--variants default fg ...]
         [--output DIR] [KEY VALUE ...]
