@@ -60,8 +60,11 @@ def load_cfg(config_file: str, opts: Sequence = ()) -> CN:
     of ``MODEL.FCOS.REGRESSION_RANGES``, are read as YAML.
 
     Raises:
-        ValueError: for a key of ``DATASETS.CUSTOM`` that is no entry and no key of one.
+        ValueError: for a key without a value, and for a key of ``DATASETS.CUSTOM`` that is no entry
+            and no key of one.
     """
+    if len(opts) % 2:
+        raise ValueError(f"Changes to the config come as pairs of key and value, got {list(opts)}")
     cfg = get_cfg()
     cfg.merge_from_file(config_file)
     _drop_keys_of_other_formats(cfg, config_file)

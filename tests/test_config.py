@@ -83,6 +83,11 @@ def test_custom_data_sets_from_the_command_line(yaml_file):
             load_cfg(yaml_file, [key, value])
 
 
+def test_a_key_without_a_value_is_said(yaml_file):
+    with pytest.raises(ValueError, match=r"pairs of key and value, got \['SOLVER.BASE_LR'\]"):
+        load_cfg(yaml_file, ["SOLVER.BASE_LR"])
+
+
 def test_an_entry_of_another_format_in_a_child_starts_anew(yaml_file, tmp_path):
     child = tmp_path / "child.yaml"
     child.write_text(
