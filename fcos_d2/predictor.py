@@ -40,10 +40,10 @@ class Predictor:
             channels: of arrays that are given: "BGR", as OpenCV reads them, or "RGB". Files and
                 videos know their own. What the model wants, ``INPUT.FORMAT``, is seen to.
             optimize: compile the detector with its weights frozen into the code; only FCOS. The
-                first image, and the first one of another size, take up to a minute. Images of any
-                size give the same results up to rounding; those of the first one's size are the
-                fastest. The weights must not change later. Where no compiler is found there is a
-                warning, and the detector runs as without.
+                first image, and the first one of each new kind of size (a few), take up to a
+                minute. Images of any size give the same results up to rounding; those of the first
+                one's size are the fastest. The weights must not change later. Where no compiler is
+                found there is a warning, and the detector runs as without.
 
         Raises:
             ValueError: for a batch size below 1, another order of channels, or to optimize another
@@ -157,7 +157,7 @@ class Predictor:
                 f"shape {image.shape}"
             )
         if floating:  # before it is resized, where a large image may lose the bad pixels
-            check_finite(torch.from_numpy(np.ascontiguousarray(image)), f"number {index}")
+            check_finite(torch.from_numpy(np.array(image, dtype=np.float32)), f"number {index}")
         if channels != self.model_channels:
             image = image[:, :, ::-1]
         height, width = image.shape[:2]

@@ -9,6 +9,9 @@ import torch
 import torch._inductor.config as inductor_config
 from torch import nn
 
+# One object for all calls: PyTorch keeps something of each patch for ever.
+_FREEZING = inductor_config.patch(freezing=True)
+
 
 def compile_in_place(
     modules: Iterable[nn.Module], device: torch.device, dynamic: bool | None = True
@@ -19,8 +22,8 @@ def compile_in_place(
     says why.
 
     Args:
-        dynamic: True for one compilation for all sizes. None for PyTorch's default, one for the
-            first size and a second one for all others.
+        dynamic: True for sizes of all kinds from the start. None for PyTorch's default: the first
+            size gets code of its own, others share code for any height, any width or both.
     """
     if compiler_works(device.type):
         for module in modules:
@@ -34,7 +37,7 @@ def frozen_weights() -> AbstractContextManager:
     call must be inside, since each may find that it needs another compilation. That PyTorch offers
     this as a setting of its compiler alone, not of a module, is why it is a context.
     """
-    return inductor_config.patch(freezing=True)
+    return _FREEZING
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import WeakSet
 
 import torch
 from detectron2.config import configurable
@@ -35,7 +36,7 @@ class Execution:
         self.dtype_test = _PRECISIONS[precision_test]
         self.compile = compile
         self.frozen = False
-        self._compiled = False
+        self._compiled: WeakSet[nn.Module] = WeakSet()
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -45,7 +46,7 @@ class Execution:
         }
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_compiled": False}  # PyTorch copies modules uncompiled
+        return {**self.__dict__, "_compiled": WeakSet()}  # PyTorch copies modules uncompiled
 
     def freeze(self) -> None:
         """Compile for inference alone, with the weights that the first call finds.
@@ -53,7 +54,7 @@ class Execution:
         The weights must not change after that: the compiler keeps copies of some of them. Compiled
         kernels may turn NaN into 0.
         """
-        self.compile, self.frozen, self._compiled = True, True, False
+        self.compile, self.frozen, self._compiled = True, True, WeakSet()
 
     @contextmanager
     def of(self, model: nn.Module, images: Tensor) -> Iterator[Tensor]:
@@ -64,13 +65,13 @@ class Execution:
             images: (N, 3, H, W).
         """
         device = images.device
-        if self.compile and not self._compiled:
+        if self.compile and model not in self._compiled:
             # On CPU, PyTorch's own group normalisation is faster than the compiled one
             # (benchmarks/NOTES.md), and little else in the head could be fused.
             modules = [model.backbone] if device.type == "cpu" else [model.backbone, model.head]
             # Frozen weights are laid out for one size of images: that of the first one.
             compile_in_place(modules, device, dynamic=None if self.frozen else True)
-            self._compiled = True
+            self._compiled.add(model)
         with ExitStack() as stack:
             if self.dtype_test is not None and not model.training:
                 stack.enter_context(torch.autocast(device.type, dtype=self.dtype_test))

@@ -12,11 +12,15 @@ def fold_norms(backbone: nn.Module) -> None:
     """Exchange the convolutions in Detectron2's residual blocks and stems, in place.
 
     Parameters, buffers and their names stay, and so do gradients; results differ by rounding.
+    Convolutions with hooks, and those whose weight is computed, as by pruning, are left.
     """
     for block in backbone.modules():
         if isinstance(block, CNNBlockBase):
             for name, child in block.named_children():
-                if type(child) is Conv2d and child.norm is not None:
+                if type(child) is not Conv2d or child.norm is None:
+                    continue
+                hooks = child._forward_hooks or child._forward_pre_hooks
+                if isinstance(child.weight, nn.Parameter) and not hooks:
                     setattr(block, name, FoldedConv2d.from_conv(child))
 
 

@@ -20,7 +20,7 @@ from .images import check_finite
 from .losses import FCOSLoss
 from .points import Levels
 from .post_processing import FCOSPostProcessor
-from .target_assignment import LocationAssigner, Targets, make_targets
+from .target_assignment import LocationAssigner, Targets, check_classes, make_targets
 
 
 @META_ARCH_REGISTRY.register()
@@ -50,7 +50,8 @@ class FCOS(DenseDetector):
     ):
         """
         Args:
-            backbone: batch norms in it that are fixed are folded into their convolutions.
+            backbone: it is changed: fixed batch norms in its residual blocks and stem are folded
+                into their convolutions.
             head, assigner, loss, post_processor: the other stages.
             head_in_features: the maps of the backbone that the head takes, finest first.
             num_classes: what ``gt_classes`` must be below.
@@ -120,16 +121,19 @@ class FCOS(DenseDetector):
                 annotations, a box that is not finite, or a class number outside
                 [0, ``num_classes``).
         """
-        images = self.preprocess_image(batched_inputs)
         if self.training:
+            instances = self.ground_truth(batched_inputs)
+            images = self.preprocess_image(batched_inputs)
             outputs = self.head_outputs(images)
-            targets = self.targets(outputs, batched_inputs)
+            targets = make_targets(self.assigner, self.levels, outputs.level_shapes, instances)
             self._log_training(batched_inputs, images, outputs, targets)
             return self.loss(outputs, targets.to(self.device))
+        images = self.preprocess_image(batched_inputs)
         detections = []
         for batch in self.execution.batches(images):
             outputs = self.head_outputs(batch)
-            detections += self.post_processor(outputs, self.levels, batch.image_sizes)
+            with torch.no_grad():
+                detections += self.post_processor(outputs, self.levels, batch.image_sizes)
         return _at_output_size(detections, batched_inputs)
 
     def head_outputs(self, images: ImageList) -> HeadOutputs:
@@ -138,17 +142,16 @@ class FCOS(DenseDetector):
             features = self.backbone(pixels)
             return self.head([features[f] for f in self.head_in_features])
 
-    def targets(self, outputs: HeadOutputs, batched_inputs: list[dict]) -> Targets:
-        """What the locations of ``outputs`` shall learn, on CPU.
+    def ground_truth(self, batched_inputs: list[dict]) -> list[Instances]:
+        """The annotations of each image, checked, on CPU.
 
         The assignment runs there while a GPU works on the backbone, and never waits for it.
         """
         if any("instances" not in x for x in batched_inputs):
             raise ValueError("Instance annotations are missing in training: no key 'instances'")
-        instances = [x["instances"] for x in batched_inputs]
-        return make_targets(
-            self.assigner, self.levels, outputs.level_shapes, instances, self.num_classes
-        )
+        instances = [x["instances"].to("cpu") for x in batched_inputs]
+        check_classes(instances, self.num_classes)
+        return instances
 
     def _log_training(
         self,

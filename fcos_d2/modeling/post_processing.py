@@ -6,7 +6,7 @@ C candidates of the batch.
 Candidate: a location and a class whose probability is above the threshold. A cell with several
 such classes makes several candidates with the same box.
 
-Every step is safe to trace and to export: sizes that depend on the data stay in tensors.
+Every step is safe to trace: sizes that depend on the data stay in tensors.
 """
 
 import math
@@ -111,6 +111,8 @@ class FCOSPostProcessor:
         Returns:
             for each image, with the fields of the call; boxes may reach beyond the image.
         """
+        if (outputs.quality_logits is not None) != (self.quality in ("centerness", "iou")):
+            raise ValueError(f"The head's outputs do not fit the quality {self.quality!r}")
         # 1. Threshold.
         cells = self._select_cells(outputs, levels)
         cell, classes = (cells.class_logits > self._logit_thresh).nonzero(as_tuple=True)
@@ -150,6 +152,9 @@ class FCOSPostProcessor:
             candidates.pred_classes,
             self.nms_thresh,
         )
+        # Best first, of equal scores the first: batched_nms leaves the order of these open.
+        keep = keep.sort().values
+        keep = keep[candidates.scores[keep].argsort(descending=True, stable=True)]
         if self.max_detections_per_image >= 0:
             keep = keep[: self.max_detections_per_image]
         detections = candidates[keep]

@@ -15,7 +15,7 @@ from ..config import check_same
 from .head import FCOSHead, HeadOutputs, check_fine_to_coarse, select_levels
 from .losses import FCOSLoss
 from .points import Levels, ltrb_to_boxes
-from .target_assignment import LocationAssigner, make_targets
+from .target_assignment import LocationAssigner, check_classes, make_targets
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -120,21 +120,18 @@ class FCOSProposalGenerator(nn.Module):
         return self._proposals(outputs, images.image_sizes), losses
 
     def _losses(self, outputs: HeadOutputs, gt_instances: list[Instances]) -> dict[str, Tensor]:
-        targets = make_targets(
-            self.assigner,
-            self.levels,
-            outputs.level_shapes,
-            [self._ground_truth(x) for x in gt_instances],
-            self.num_classes,
-        )
+        instances = [self._ground_truth(x) for x in gt_instances]
+        check_classes(instances, self.num_classes)
+        targets = make_targets(self.assigner, self.levels, outputs.level_shapes, instances)
         return self.loss(outputs, targets.to(outputs.ltrb[0].device))
 
     def _ground_truth(self, instances: Instances) -> Instances:
-        """Boxes and the classes that the proposals tell apart."""
+        """Boxes and the classes that the proposals tell apart, on CPU."""
         classes = instances.gt_classes
         if self.num_classes == 1:
             classes = torch.zeros_like(classes)
-        return Instances(instances.image_size, gt_boxes=instances.gt_boxes, gt_classes=classes)
+        truth = Instances(instances.image_size, gt_boxes=instances.gt_boxes, gt_classes=classes)
+        return truth.to("cpu")
 
     @torch.no_grad()
     def _proposals(

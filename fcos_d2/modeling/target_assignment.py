@@ -34,8 +34,6 @@ _WINDOW_MARGIN = 0.01
 class Candidates:
     """Pairs of a location and a box that it may learn, ordered by level.
 
-    An ambiguous location is listed once for each of its boxes.
-
     Attributes:
         image: (C,) int64 index of the image in the batch.
         level: (C,) int64 index of the level, 0 is the finest.
@@ -146,6 +144,8 @@ class LocationAssigner:
         self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
     ) -> Candidates:
         """All pairs of a location and a box that it may learn.
+
+        An ambiguous location is listed once for each of its boxes.
 
         Args:
             levels: the geometry of the levels.
@@ -303,7 +303,6 @@ def make_targets(
     levels: Levels,
     level_shapes: Sequence[tuple[int, int]],
     instances: Sequence[Instances],
-    num_classes: int,
 ) -> Targets:
     """Assign the boxes of a batch, and look up what each positive learns.
 
@@ -312,14 +311,11 @@ def make_targets(
         levels: the geometry of the levels.
         level_shapes: (height, width) in cells of each level.
         instances: for each image, with ``gt_boxes`` and ``gt_classes``. The targets are made on
-            CPU, where the data loader leaves them: there nothing waits for a GPU.
-        num_classes: what ``gt_classes`` must be below.
+            their device.
 
     Raises:
-        ValueError: for a box that is not finite, or a class number outside [0, num_classes).
+        ValueError: for a box that is not finite.
     """
-    instances = [x.to("cpu") for x in instances]
-    _check_classes(instances, num_classes)
     positives = assigner(levels, level_shapes, [x.gt_boxes.tensor for x in instances])
     return Targets(
         image=positives.image,
@@ -331,7 +327,8 @@ def make_targets(
     )
 
 
-def _check_classes(instances: Sequence[Instances], num_classes: int) -> None:
+def check_classes(instances: Sequence[Instances], num_classes: int) -> None:
+    """Raise a ValueError for class numbers outside [0, num_classes)."""
     for i, x in enumerate(instances):
         classes = x.gt_classes
         if len(classes) == 0:

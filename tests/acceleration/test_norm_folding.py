@@ -254,3 +254,14 @@ def test_names_and_random_weights_are_those_of_the_parts():
     assert all(torch.equal(weights[name], x) for name, x in backbone.state_dict().items())
     sum(model.train()([make_input()]).values()).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_convolutions_with_hooks_or_pruned_are_left():
+    theirs, _ = resnet(18)
+    calls = []
+    theirs.res2[0].conv1.register_forward_hook(lambda *args: calls.append(1))
+    prune.l1_unstructured(theirs.res3[0].conv1, "weight", 0.5)
+    fold_norms(theirs)
+    assert sum(isinstance(m, FoldedConv2d) for m in theirs.modules()) == 18
+    theirs(torch.randn(1, 3, 64, 64))
+    assert calls == [1]

@@ -114,6 +114,20 @@ def test_wrong_or_missing_annotations(model):
         model.train()([{"image": make_input()["image"]}])
 
 
+def test_a_refused_batch_leaves_no_trace(model):
+    before = {k: v.clone() for k, v in model.train().state_dict().items()}
+    for batch in ([{"image": make_input()["image"]}], [make_input(classes=(3,))]):
+        with pytest.raises(ValueError):
+            model(batch)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_detections_need_no_gradient(model):
+    instances = spread_logits(model).eval()([make_input()])[0]["instances"]
+    assert len(instances) > 5
+    assert not instances.scores.requires_grad and not instances.pred_boxes.tensor.requires_grad
+
+
 def test_detections_fit_the_requested_output_size(model):
     batch = [make_input() | {"height": 128, "width": 192}]
     instances = detections(spread_logits(model), batch)[0]

@@ -31,7 +31,7 @@ def make_case(images=2, objects=True, dtype=torch.float32):
     maps[1] = [x.detach().float().abs().mul(20).requires_grad_() for x in maps[1]]
     boxes = [[5, 6, 60, 50], [20, 10, 90, 60]] if objects else []
     instances = [make_instances(boxes, [0, 1][: len(boxes)])] * images
-    targets = make_targets(LocationAssigner(RANGES, 1.5), LEVELS, shapes, instances, NUM_CLASSES)
+    targets = make_targets(LocationAssigner(RANGES, 1.5), LEVELS, shapes, instances)
     return HeadOutputs(*maps), targets
 
 

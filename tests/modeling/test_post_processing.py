@@ -188,6 +188,26 @@ def test_small_boxes_of_many_classes_are_not_rounded():
         assert torch.equal(process.suppress(candidates).scores, expected)
 
 
+@pytest.mark.parametrize("count", [900, 1500])  # batched_nms has two ways, up to 1000 and above
+def test_of_equal_scores_the_first_are_kept(count):
+    corners = torch.arange(count)[:, None] * torch.tensor([20.0, 0.0])
+    candidates = Instances(
+        (40, 20 * count),
+        pred_boxes=Boxes(torch.cat([corners, corners + 10], dim=1)),
+        scores=torch.full((count,), 0.5),
+        pred_classes=torch.arange(count) % 7,
+    )
+    detections = FCOSPostProcessor().suppress(candidates)
+    assert torch.equal(detections.pred_boxes.tensor, candidates.pred_boxes.tensor[:100])
+
+
+def test_outputs_must_fit_the_quality():
+    outputs = make_maps()
+    for quality, wrong in (("none", outputs), ("iou", outputs._replace(quality_logits=None))):
+        with pytest.raises(ValueError, match=f"do not fit the quality '{quality}'"):
+            FCOSPostProcessor(quality=quality)(wrong, LEVELS, [(96, 128)] * 2)
+
+
 def test_nms_does_not_round_boxes():
     # Boxes of 10 x 10 and 10 x 5.997 at one corner: their IoU is 0.5997, not above 0.6. To keep 80
     # classes apart, batched_nms moves these of the last class by 79 * 1217 pixels, where float32

@@ -210,7 +210,7 @@ def test_targets_are_those_of_the_owners():
         make_instances([], []),
         make_instances([[3, 3, 120, 90]], [1]),
     ]
-    targets = make_targets(LocationAssigner(RANGES, 1.5), LEVELS, shapes, instances, 3)
+    targets = make_targets(LocationAssigner(RANGES, 1.5), LEVELS, shapes, instances)
     owners = assign_by_loops(shapes, STRIDES, RANGES, 1.5, [x.gt_boxes.tensor for x in instances])
     boxes = torch.cat([x.gt_boxes.tensor for x in instances]).tolist()
     classes = [2, 0, 1]

@@ -108,13 +108,13 @@ class DensePart(torch.nn.Module):
 @torch.no_grad()
 def test_dense_part_is_exported_for_all_sizes():
     model = make_model()
-    side = Dim("side", min=5, max=64)
-    shapes = {"pixels": {2: 32 * side, 3: 32 * side}}
+    height, width = Dim("height", min=5, max=64), Dim("width", min=5, max=64)
+    shapes = {"pixels": {2: 32 * height, 3: 32 * width}}
     exported = torch.export.export(
-        DensePart(model), (torch.randn(1, 3, 160, 160),), dynamic_shapes=shapes
+        DensePart(model), (torch.randn(1, 3, 160, 192),), dynamic_shapes=shapes
     ).module()
-    for side in (160, 224, 320):
-        x = torch.randn(1, 3, side, side)
+    for size in ((160, 192), (192, 160), (320, 256)):
+        x = torch.randn(1, 3, *size)
         expected = DensePart(model)(x)
         actual = HeadOutputs(*exported(x))
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
