@@ -1,9 +1,13 @@
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+ROOT = Path(__file__).parents[1]
 BCCD = Path(__file__).resolve().parents[2] / "shared" / "data" / "bccd" / "BCCD"
 
 
@@ -41,3 +45,19 @@ def shapes_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("datasets")
     make_shapes_dataset(folder / "shapes")
     return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """A wheel of this package."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a copy: a build folder left in the checkout would be taken in
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    for name in ("fcos_d2", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*command, "-w", folder, source], check=True, capture_output=True)
+    (file,) = folder.glob("*.whl")
+    return file
