@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
+from .checkpoint import AtomicCheckpointer
 from .config import load_cfg
 
 _PACKAGE = Path(__file__).parent
@@ -51,5 +51,5 @@ def get(config_path: str, weights: str | None = None, device: str | None = None)
     if device is not None:
         cfg.MODEL.DEVICE = str(torch.device(device))
     model = build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    AtomicCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model

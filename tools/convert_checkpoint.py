@@ -42,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     cfg.MODEL.WEIGHTS = ""
     data = {"model": state_dict, "config": _dump(cfg)}
-    with replacing(str(dst), own=True) as partial:
-        torch.save(data, partial)
+    with replacing(str(dst), own=True) as file:
+        torch.save(data, file)
     cfg.MODEL.WEIGHTS = str(dst.resolve())
-    with replacing(str(config_file), own=True) as partial:
-        Path(partial).write_text(_dump(cfg))
+    with replacing(str(config_file), "w", own=True) as file:
+        file.write(_dump(cfg))
     print(f"Wrote {dst} and {config_file}.")
     _print_not_in_file(args.source, cfg)
 

@@ -1,8 +1,9 @@
-from .atomic import AtomicCheckpointer, replacing
+from .atomic import AtomicCheckpointer
 from .convert import convert
+from .reading import read_checkpoint
 from .sources import SOURCES
-from .sources.files import read_checkpoint
 from .torchvision_backbone import convert_torchvision_resnet
+from .writing import replacing
 
 __all__ = [
     "SOURCES",

@@ -3,50 +3,32 @@
 import os
 import re
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from contextlib import AbstractContextManager
 from typing import IO, Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 
+from .reading import read_checkpoint
+from .writing import replacing
+
 _BATCH_COUNTER = ".num_batches_tracked"
 
 
-@contextmanager
-def replacing(path: str, own: bool = False) -> Iterator[str]:
-    """Write a file under a temporary name, and rename it once it is complete on disk.
-
-    Args:
-        path: the final path.
-        own: put the process id into the temporary name, so that several processes can write the
-            same file at once. Without it, the next write overwrites what a killed process left.
-
-    Yields:
-        the temporary path to write to.
-    """
-    partial = f"{path}.{os.getpid()}.partial" if own else f"{path}.partial"
-    try:
-        yield partial
-        with open(partial, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
-
-
 class AtomicCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, safe against being killed while it writes.
+    """Detectron2's checkpointer, safe against kills, damaged files, and files that run code.
 
     Files are written with :func:`replacing`. If the checkpoint that ``last_checkpoint`` names is
-    nevertheless missing or truncated (by a full disk or another tool), resuming takes the newest
-    complete one. Loading says how much of the model came from the file, and raises a ValueError
-    where it was none of it, or nothing but the stem of the backbone.
+    nevertheless missing or damaged (by a full disk or another tool), resuming takes the newest
+    whole one. Files are read with :func:`read_checkpoint`. Loading says how much of the model came
+    from the file, and raises a ValueError where it was none of it, or nothing but the stem of the
+    backbone.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.path_manager = _AtomicWrites(self.path_manager)
+        self.description: dict[str, Any] = {}  # plain data that every checkpoint carries
         self._tag = True
         self.missing: list[str] = []  # names that the last file had not, or in another shape
 
@@ -54,7 +36,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Save as Detectron2 does; a run does not resume from a file without ``tag``."""
         self._tag = tag
         try:
-            super().save(name, **kwargs)
+            super().save(name, **self.description, **kwargs)
         finally:
             self._tag = True
 
@@ -63,26 +45,41 @@ class AtomicCheckpointer(DetectionCheckpointer):
             super().tag_last_checkpoint(last_filename_basename)
 
     def has_checkpoint(self) -> bool:
-        return super().has_checkpoint() or bool(self._complete_checkpoints())
+        return super().has_checkpoint() or bool(self.checkpoints_of_run())
 
     def get_checkpoint_file(self) -> str:
-        """Path of the checkpoint to resume from: the last one, or the newest complete one.
+        """Path of the checkpoint to resume from: the last one, or the newest whole one.
 
         Raises:
-            FileNotFoundError: if the folder has a ``last_checkpoint`` but no complete checkpoint.
+            FileNotFoundError: if the folder has a ``last_checkpoint`` but no whole checkpoint.
+            ValueError: if ``last_checkpoint`` names a file of another folder.
         """
         last = super().get_checkpoint_file()
-        if _is_complete(last):
-            return last
-        complete = self._complete_checkpoints()
-        if not complete:
-            raise FileNotFoundError(
-                f"{last} is missing or incomplete, and {self.save_dir} has no complete "
-                "checkpoint to resume from. Start without --resume, or with another OUTPUT_DIR"
+        name = last.removeprefix(self.save_dir).removeprefix(os.sep)
+        if name != os.path.basename(name):
+            raise ValueError(
+                f"{os.path.join(self.save_dir, 'last_checkpoint')} names {name!r}, which is not a "
+                "file of its own folder. Write the name of the checkpoint into it, or remove it"
             )
-        newest = max(complete, key=os.path.getmtime)
-        self.logger.warning(f"{last} is missing or incomplete: resuming from {newest}")
+        if _is_whole(last):
+            return last
+        newest_first = sorted(self.checkpoints_of_run(), key=os.path.getmtime, reverse=True)
+        newest = next(filter(_is_whole, newest_first), None)
+        if newest is None:
+            raise FileNotFoundError(
+                f"{last} is missing or damaged, and {self.save_dir} has no whole checkpoint to "
+                "resume from. Start without --resume, or with another OUTPUT_DIR"
+            )
+        self.logger.warning(f"{last} is missing or damaged: resuming from {newest}")
         return newest
+
+    def checkpoints_of_run(self) -> list[str]:
+        """Files of the folder that a run may have written to resume from, whole or not."""
+        if not os.path.isdir(self.save_dir):
+            return []
+        periodic = re.compile(r"model_(\d+|final)\.pth")
+        files = self.get_all_checkpoint_files()
+        return [f for f in files if periodic.fullmatch(os.path.basename(f))]
 
     def check_complete(self) -> None:
         """Raise a ValueError if the last file left anything at random that detection needs."""
@@ -123,21 +120,33 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
         return incompatible
 
-    def _complete_checkpoints(self) -> list[str]:
-        if not os.path.isdir(self.save_dir):
-            return []
-        periodic = re.compile(r"model_(\d+|final)\.pth")
-        files = self.get_all_checkpoint_files()
-        return [f for f in files if periodic.fullmatch(os.path.basename(f)) and _is_complete(f)]
+    def _load_file(self, filename: str) -> dict:
+        """As Detectron2, which runs the code that a ``.pkl`` file may contain."""
+        if not filename.endswith(".pkl"):
+            return super()._load_file(filename)  # calls _torch_load
+        content = read_checkpoint(filename)
+        if "model" in content and "__author__" in content:
+            return content
+        blobs = content.get("blobs", content)  # Detectron's detectors have them, backbones not
+        model = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
+        return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
+
+    def _torch_load(self, f: str) -> dict:
+        return read_checkpoint(f)
 
 
 def _shortened(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _is_complete(path: str) -> bool:
-    # torch.save writes a zip archive. Its directory comes last, so a truncated file has none.
-    return os.path.isfile(path) and zipfile.is_zipfile(path)
+def _is_whole(path: str) -> bool:
+    """Whether a checkpoint is complete and has the content that was written."""
+    try:
+        # torch.save writes a zip archive: its directory comes last, and holds a CRC of each entry.
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+        return False
 
 
 class _AtomicWrites:
@@ -149,11 +158,5 @@ class _AtomicWrites:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._path_manager, name)
 
-    @contextmanager
-    def open(self, path: str, mode: str = "r") -> Iterator[IO]:
-        if "w" not in mode:
-            with self._path_manager.open(path, mode) as f:
-                yield f
-            return
-        with replacing(path) as partial, self._path_manager.open(partial, mode) as f:
-            yield f
+    def open(self, path: str, mode: str = "r") -> AbstractContextManager[IO]:
+        return replacing(path, mode) if "w" in mode else self._path_manager.open(path, mode)

@@ -11,13 +11,13 @@ import os
 import pickle
 import re
 
-import torch
 import torchvision
 from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
 from torch import Tensor
 
-from .atomic import replacing
+from .reading import read_checkpoint
+from .writing import replacing
 
 _PREFIX = "torchvision://"
 
@@ -62,14 +62,14 @@ class TorchvisionHandler(PathHandler):
         file = os.path.join(get_cache_dir(), "fcos_d2", "torchvision", cache_name + ".pkl")
         if force or not os.path.isfile(file):
             if on_disk:
-                source = torch.load(name, map_location="cpu", weights_only=True)
+                source = read_checkpoint(name)
             else:
                 source = torchvision.models.get_weight(name).get_state_dict(check_hash=True)
             state_dict = convert_torchvision_resnet(source)
             model = {k: v.numpy() for k, v in state_dict.items()}
             data = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
             os.makedirs(os.path.dirname(file), exist_ok=True)
-            with replacing(file, own=True) as partial, open(partial, "wb") as f:
+            with replacing(file, own=True) as f:
                 pickle.dump(data, f)
         return file
 

@@ -1,5 +1,7 @@
 import os
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -39,12 +41,20 @@ def test_killed_while_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path)).resume_or_load("")["iteration"] == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "empty tag", "no tag"])
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "missing", "empty tag", "no tag"])
 def test_falls_back_to_the_newest_complete_checkpoint(tmp_path, damage, caplog):
     checkpointer = save_three_checkpoints(tmp_path)
     last = tmp_path / "model_2.pth"
     if damage == "cut":
         last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    elif damage == "zeroed":  # as a full disk or a lost cache leaves it
+        content = bytearray(last.read_bytes())
+        with zipfile.ZipFile(last) as archive:
+            tensor = next(x for x in archive.infolist() if x.filename.endswith("/data/0"))
+        start = content.index(np.float32(2).tobytes(), tensor.header_offset)
+        content[start : start + 4] = bytes(4)
+        last.write_bytes(content)
+        assert torch.load(last)["model"]["weight"].item() == 0  # PyTorch does not notice
     elif damage == "missing":
         last.unlink()
     elif damage == "empty tag":
@@ -74,5 +84,25 @@ def test_empty_folder_has_no_checkpoint(tmp_path):
 
 def test_no_complete_checkpoint_is_an_error(tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0.pth")
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint to resume from"):
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint to resume from"):
         AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path)).resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize("name", ["../other/model_0.pth", "/other/model_0.pth", "a/model_0.pth"])
+def test_a_checkpoint_of_another_folder_is_refused(tmp_path, name):
+    checkpointer = save_three_checkpoints(tmp_path)
+    (tmp_path / "last_checkpoint").write_text(name)
+    with pytest.raises(ValueError, match="not a file of its own folder"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+def test_a_link_under_the_temporary_name_is_not_written_through(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    (tmp_path / "model_3.pth.partial").symlink_to(victim)
+    (tmp_path / "last_checkpoint.partial").symlink_to(victim)
+    checkpointer = save_three_checkpoints(tmp_path)
+    checkpointer.save("model_3", iteration=3)
+    assert victim.read_text() == "untouched"
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 3
+    assert not list(tmp_path.glob("*.partial"))

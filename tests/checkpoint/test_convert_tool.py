@@ -190,8 +190,8 @@ def test_a_failed_write_leaves_the_old_files(tool, adelaidet_file, tmp_path, mon
     tool.main(args)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
-    def write_half(data, path):
-        Path(path).write_bytes(b"half")
+    def write_half(data, file):
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", write_half)

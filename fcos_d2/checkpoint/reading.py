@@ -1,4 +1,4 @@
-"""Reads the checkpoint files of other implementations without running code from them."""
+"""Reads checkpoint files without running code from them."""
 
 import codecs
 import pickle
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.structures import BoxMode
 
 _multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
 # Everything that a pickle of plain arrays refers to, under the names of NumPy 1 and 2.
@@ -23,6 +24,8 @@ _ARRAY_PARTS: dict[str, Callable] = {
     "collections.OrderedDict": OrderedDict,
     # Python 2 and protocol 2 use it for the bytes of an array.
     "_codecs.encode": codecs.encode,
+    # Files of proposals name the layout of their boxes by this enumeration.
+    "detectron2.structures.boxes.BoxMode": BoxMode,
 }
 _DTYPES = [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64")]
 
@@ -50,8 +53,9 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> dict[str, Any]:
             raise ValueError(f"{path} cannot be read: {e}") from e
         raise ValueError(
             f"{path} is damaged, or holds pickled objects other than tensors, which can run any "
-            "code when they are read. If you trust its makers, pass --trust-pickle "
-            f"(trust_pickle=True). The cause: {_cause(str(e))}"
+            "code when they are read. Nothing was run. If you trust its makers, read it with "
+            "--trust-pickle of tools/convert_checkpoint.py (trust_pickle=True). The cause: "
+            f"{_cause(str(e))}"
         ) from e
     except ImportError as e:
         raise ValueError(f"{path} holds objects of a package that is not installed: {e}") from e

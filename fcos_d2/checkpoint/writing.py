@@ -1,0 +1,36 @@
+"""Files that are either complete or absent."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+
+@contextmanager
+def replacing(path: str, mode: str = "wb", own: bool = False) -> Iterator[IO]:
+    """Write a file under a temporary name, and rename it once it is complete on disk.
+
+    The temporary file is a new one: what lies under its name, such as a link to another file, is
+    removed, not written to.
+
+    Args:
+        path: the final path.
+        mode: "wb" or "w".
+        own: put the process id into the temporary name, so that several processes can write the
+            same file at once. Without it, the next write removes what a killed process left.
+
+    Yields:
+        the open temporary file.
+    """
+    partial = f"{path}.{os.getpid()}.partial" if own else f"{path}.partial"
+    if os.path.lexists(partial):
+        os.unlink(partial)
+    try:
+        with open(partial, mode.replace("w", "x")) as file:  # x: never an existing file or a link
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        if os.path.lexists(partial):
+            os.unlink(partial)
