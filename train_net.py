@@ -4,14 +4,14 @@
     python train_net.py --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml --num-gpus 8
     python train_net.py --config-file ... --eval-only MODEL.WEIGHTS model.pth
 
-On a machine without GPUs, --num-gpus N runs N processes on CPU.
+On a machine without GPUs, --num-gpus N runs N processes on CPU. Under torchrun and Slurm's srun,
+each process that they start is one of the run.
 """
 
-from detectron2.engine import default_argument_parser, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from fcos_d2.engine import Trainer, evaluate, setup
+from fcos_d2.engine import Trainer, argument_parser, evaluate, launch, setup
 
 
 def main(args):
@@ -27,12 +27,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser(epilog=__doc__).parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, argument_parser(__doc__).parse_args())

@@ -26,5 +26,5 @@ else:
         model_zoo,
         modeling,
     )
-    from .config import add_fcos_config, get_cfg  # noqa: F401
+    from .config import add_fcos_config, get_cfg, load_cfg  # noqa: F401
     from .predictor import Predictor  # noqa: F401

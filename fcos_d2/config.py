@@ -30,6 +30,11 @@ def add_fcos_config(cfg: CN) -> None:
         # or "auto": bfloat16 on CPU and, for FCOS, on GPUs that have it (Ampere and later), else
         # float16. Detectron2's RoI heads, in R-CNN, round their boxes in bfloat16.
         cfg.SOLVER.AMP.DTYPE = "auto"
+    if "ON_BAD_IMAGE" not in cfg.DATALOADER:
+        # What training does with an image or annotations that cannot be used: "raise" an error
+        # with the file's name, or "skip" it: take another image, with a warning and a count.
+        # Evaluation always raises: without an image its AP would be of another data set.
+        cfg.DATALOADER.ON_BAD_IMAGE = "raise"
     if "CUSTOM" not in cfg.DATASETS:
         # Data sets of your own, registered under their key before training or evaluation, e.g.
         #   DATASETS:
@@ -53,20 +58,35 @@ def get_cfg() -> CN:
     return cfg
 
 
-def load_cfg(config_file: str, opts: Sequence = ()) -> CN:
+def load_cfg(config_file: str, opts: Sequence = (), allow_unsafe: bool = False) -> CN:
     """The config of a YAML file, changed by ``[key, value, ...]``; see :func:`get_cfg`.
 
+    Unlike ``get_cfg().merge_from_file``, which is Detectron2's, it runs no code from the file.
     Entries of ``DATASETS.CUSTOM`` may be changed key by key or be new, and their values, as those
     of ``MODEL.FCOS.REGRESSION_RANGES``, are read as YAML.
 
+    Args:
+        allow_unsafe: run the code that a YAML may contain behind ``!!python``. Some of Detectron2's
+            own configs do.
+
     Raises:
-        ValueError: for a key without a value, and for a key of ``DATASETS.CUSTOM`` that is no entry
-            and no key of one.
+        ValueError: for a key without a value, for a key of ``DATASETS.CUSTOM`` that is no entry
+            and no key of one, and for a YAML with code.
     """
-    if len(opts) % 2:
-        raise ValueError(f"Changes to the config come as pairs of key and value, got {list(opts)}")
+    if len(opts) % 2 or any(str(key).startswith("-") for key in opts[0::2]):
+        raise ValueError(
+            "Changes to the config come as pairs of key and value, after all options such as "
+            f"--resume, got {list(opts)}"
+        )
     cfg = get_cfg()
-    cfg.merge_from_file(config_file)
+    try:
+        cfg.merge_from_file(config_file, allow_unsafe=allow_unsafe)
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(
+            f"{config_file}, or a config that it is based on, contains Python code: {error}. "
+            "Nothing was run. If you trust its makers, pass --allow-unsafe-config "
+            "(allow_unsafe=True)"
+        ) from error
     _drop_keys_of_other_formats(cfg, config_file)
     rest = []
     for key, value in zip(opts[0::2], opts[1::2], strict=True):

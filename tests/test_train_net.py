@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,16 +25,21 @@ SMALL = [
 ]  # fmt: skip
 
 
+without_gpus = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="several processes share the CPU only without GPUs"
+)
+
+
 @pytest.fixture
 def train_net(shapes_folder, tmp_path):
     """Starts train_net.py with its output in tmp_path/output."""
-    env = os.environ | {"DETECTRON2_DATASETS": str(shapes_folder), "OMP_NUM_THREADS": "1"}
+    ours = os.environ | {"DETECTRON2_DATASETS": str(shapes_folder), "OMP_NUM_THREADS": "1"}
 
-    def start(*args, opts=()):
-        command = [sys.executable, "train_net.py", "--config-file", CONFIG, *args]
+    def start(*args, opts=(), launcher=(), env=None):
+        command = [sys.executable, *launcher, "train_net.py", "--config-file", CONFIG, *args]
         command += [*SMALL, "OUTPUT_DIR", str(tmp_path / "output"), *map(str, opts)]
         return subprocess.Popen(
-            command, cwd=ROOT, env=env, text=True,
+            command, cwd=ROOT, env=ours | (env or {}), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -46,26 +52,74 @@ def finish(process, timeout=300):
     return output
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
-def test_two_processes_on_cpu_train_and_evaluate(train_net, tmp_path):
-    output = finish(train_net("--num-gpus", "2", "--dist-url", "auto", opts=["SOLVER.MAX_ITER", 3]))
+def wait_for(process, file, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@without_gpus
+def test_two_processes_stop_by_a_signal_and_one_goes_on(train_net, tmp_path):
+    folder = tmp_path / "output"
+    long = ["SOLVER.MAX_ITER", 10000, "SOLVER.CHECKPOINT_PERIOD", 2]
+    process = train_net("--num-gpus", "2", "--dist-url", "auto", opts=long)
+    wait_for(process, folder / "model_0000001.pth")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output[-3000:]
     assert "World size: 2" in output
+    last = torch.load(folder / (folder / "last_checkpoint").read_text())["iteration"]
+    assert f"Stopped by a signal after iteration {last}" in output
+
+    output = finish(train_net("--resume", opts=["SOLVER.MAX_ITER", last + 3]))
+    assert f"Starting training from iteration {last + 1}" in output
     metrics = {}
-    for line in (tmp_path / "output" / "metrics.json").open():
+    for line in (folder / "metrics.json").open():
         metrics |= json.loads(line)
     assert {"bbox/AP", "loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"} <= metrics.keys()
     assert metrics["fcos/positives_per_image"] > 0
-    assert list((tmp_path / "output").glob("events.out.tfevents*"))  # TensorBoard
-    assert (tmp_path / "output" / "model_final.pth").exists()
+    assert list(folder.glob("events.out.tfevents*"))  # TensorBoard
+    assert torch.load(folder / "model_final.pth")["iteration"] == last + 2
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def slurm(rank, port):
+    return {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank),
+            "SLURM_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "7", "MASTER_PORT": port}  # fmt: skip
+
+
+@without_gpus
+@pytest.mark.parametrize("how", ["torchrun", "slurm", "two machines"])
+def test_processes_that_others_start_are_one_run(train_net, tmp_path, how):
+    """Each has a share of the batch and of the test set, and one of them writes."""
+    opts, port = ["SOLVER.MAX_ITER", 2], free_port()
+    if how == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+        outputs = [finish(train_net(opts=opts, launcher=torchrun))]
+    elif how == "slurm":
+        processes = [train_net(opts=opts, env=slurm(rank, port)) for rank in (0, 1)]
+        outputs = [finish(process) for process in processes]
+    else:
+        url = ["--num-machines", "2", "--dist-url", f"tcp://127.0.0.1:{port}"]
+        processes = [train_net(*url, "--machine-rank", str(r), opts=opts) for r in (0, 1)]
+        outputs = [finish(process) for process in processes]
+    output = "".join(outputs)
+    assert "World size: 2" in output
+    assert output.count("Saving checkpoint to") == 2  # model_final and model_best
+    assert output.count("Evaluation results for bbox") == 1
+    assert len(list((tmp_path / "output").glob("events.out.tfevents*"))) == 1
 
 
 def test_killed_run_resumes_and_its_weights_predict(train_net, tmp_path):
     folder = tmp_path / "output"
     process = train_net(opts=["SOLVER.MAX_ITER", 10000, "SOLVER.CHECKPOINT_PERIOD", 2])
-    deadline = time.monotonic() + 300
-    while not (folder / "model_0000003.pth").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(process, folder / "model_0000003.pth")
     process.send_signal(signal.SIGKILL)
     process.wait()
     last = (folder / "last_checkpoint").read_text()

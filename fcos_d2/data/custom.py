@@ -18,6 +18,8 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from .coco import coco_loader
 from .mapper import with_float_coordinates
@@ -107,6 +109,35 @@ def check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
                 f"The data set {name!r} has the classes {names}, {how} {first!r}, which has "
                 f"{classes[first]}. A detector knows classes by their number: make the names and "
                 "their order the same (in a COCO file the order is that of the category ids)"
+            )
+
+
+def check_test_sets(cfg: CfgNode) -> None:
+    """Load every data set of DATASETS.TEST, before a training that ends with its evaluation.
+
+    Raises:
+        ValueError: for a name that is not registered, a data set without images, another number of
+            classes than the model's, and images that are not there.
+        OSError: for annotations that are not there.
+    """
+    for name in cfg.DATASETS.TEST:
+        if name not in DatasetCatalog:
+            raise ValueError(
+                f"DATASETS.TEST: there is no data set {name!r}. Known are, besides "
+                f"DATASETS.CUSTOM {sorted(cfg.DATASETS.CUSTOM)}: {sorted(DatasetCatalog.list())}"
+            )
+        records = DatasetCatalog.get(name)
+        check_num_classes(cfg, name)
+        if not isinstance(records, list) or not comm.is_main_process():
+            continue
+        if not records:
+            raise ValueError(f"The data set {name!r} of DATASETS.TEST has no images")
+        files = [record["file_name"] for record in records]
+        missing = [file for file in files if not PathManager.isfile(file)]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(files)} images of the data set {name!r} are not there, "
+                f"the first one: {missing[0]}"
             )
 
 

@@ -11,12 +11,19 @@ class DatasetMapper(DetectronMapper):
 
     Detectron2 writes scaled coordinates into arrays of the type that the annotation has, which
     cuts off the fraction where all of them are whole numbers. And it reads images of 16 bits as
-    white, which are refused here.
+    white, which are refused here. Every error names the image.
     """
 
     def __call__(self, dataset_dict: dict) -> dict:
-        check_depth(dataset_dict["file_name"])
-        return super().__call__(with_float_coordinates(dataset_dict))
+        file = dataset_dict["file_name"]
+        try:
+            check_depth(file)
+            return super().__call__(with_float_coordinates(dataset_dict))
+        except Exception as error:  # of many kinds: of PIL, of the annotations, of augmentations
+            raise ValueError(
+                f"The image {file} or its annotations cannot be used ({type(error).__name__}: "
+                f"{error}). Repair it, or remove it from the data set"
+            ) from error
 
 
 def with_float_coordinates(record: dict) -> dict:

@@ -6,9 +6,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from helpers import make_input, tiny_cfg
 
-from fcos_d2.amp import AutocastTrainer, amp_dtype
 from fcos_d2.data import register_custom_datasets
 from fcos_d2.engine import Trainer
+from fcos_d2.engine.amp import AutocastTrainer, amp_dtype
 
 
 @pytest.mark.parametrize(

@@ -11,25 +11,10 @@ from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from helpers import tiny_cfg
 
 from fcos_d2 import model_zoo
 from fcos_d2.data import register_custom_datasets
 from fcos_d2.engine import BestCheckpointer, Trainer, evaluate, setup
-
-
-@pytest.fixture
-def cfg(shapes_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_folder))
-    cfg = tiny_cfg(LOSS_NORMALIZER="ema_fg")
-    cfg.OUTPUT_DIR = str(tmp_path)
-    cfg.SOLVER.IMS_PER_BATCH = 2
-    cfg.SOLVER.STEPS = (3,)
-    cfg.SOLVER.MAX_ITER = 6
-    cfg.SOLVER.CHECKPOINT_PERIOD = 2
-    cfg.SOLVER.WARMUP_ITERS = 0
-    register_custom_datasets(cfg)
-    return cfg
 
 
 class Stop(HookBase):
@@ -175,7 +160,7 @@ def test_proposals_are_evaluated_by_their_recall(cfg):
 
 def test_wrong_number_of_classes_is_an_error_before_training(cfg):
     cfg.MODEL.FCOS.NUM_CLASSES = 80
-    message = r"NUM_CLASSES is 80, but .*'shapes_train' has 3 classes: \['disc', 'square', "
+    message = r"NUM_CLASSES is 80, but .*'shapes_val' has 3 classes: \['disc', 'square', "
     with pytest.raises(ValueError, match=message):
         Trainer(cfg)
     with pytest.raises(ValueError, match="'shapes_val' has 3 classes"):

@@ -1,0 +1,222 @@
+"""Training batches that depend on the seed and the iteration alone.
+
+Which images are in the batch of an iteration, and how they are augmented, is the same for every
+number of data loading workers and of processes (with the same number of images over all of them),
+and for a run that was stopped and resumed.
+
+position   number of an image in the endless stream of all processes, from 0
+"""
+
+import logging
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetFromList,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import trivial_batch_collator
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .proposals import check_proposal_files
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ON_BAD_IMAGE = ("raise", "skip")
+_MAX_SKIPPED_IN_A_ROW = 20
+# The key of an element of a batch that lists what was skipped before it.
+_SKIPPED = "skipped_images"
+
+
+class TrainingLoader:
+    """An endless iterable of this process's share of each batch, as lists of mapped records."""
+
+    def __init__(self, cfg: CfgNode, mapper: Callable[[dict], dict]):
+        """
+        Args:
+            cfg: the data sets, the sampler, and the size of the batch over all processes.
+            mapper: from a record to what the model takes.
+
+        Raises:
+            ValueError: for a batch that the processes cannot share equally, for an unknown value
+                of DATALOADER.ON_BAD_IMAGE, for data sets that are not lists of records, and for
+                files of proposals that could run code.
+        """
+        self.cfg = cfg
+        self.seed, self.first_batch = max(cfg.SEED, 0), 0
+        check_proposal_files(cfg)
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=(
+                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+            ),
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+        if not isinstance(records, list):
+            raise ValueError(
+                f"{cfg.DATASETS.TRAIN} is registered as a {type(records).__name__}, not as a list "
+                "of records. Override Trainer.build_train_loader, for example with Detectron2's "
+                "build_detection_train_loader; such a run does not resume exactly"
+            )
+        on_bad_image = cfg.DATALOADER.ON_BAD_IMAGE
+        if on_bad_image not in ON_BAD_IMAGE:
+            raise ValueError(
+                f"DATALOADER.ON_BAD_IMAGE must be one of {list(ON_BAD_IMAGE)}, got {on_bad_image!r}"
+            )
+        batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+        if batch < 1 or batch % world:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH, {batch} images over all processes, must be a multiple of "
+                f"the {world} processes"
+            )
+        grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+        self.wide = [grouped and r.get("width", 0) > r.get("height", 0) for r in records]
+        self.dataset = _SeededImages(DatasetFromList(records), mapper, on_bad_image == "skip")
+        self.num_skipped = 0
+
+    def start(self, seed: int, first_batch: int) -> None:
+        """Where the next iteration over the batches begins.
+
+        Args:
+            seed: the same in all processes.
+            first_batch: how many batches a resumed run has had. They are passed over without
+                loading their images.
+        """
+        self.seed, self.first_batch = seed, first_batch
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=_BatchSampler(self),
+            num_workers=self.cfg.DATALOADER.NUM_WORKERS,
+            collate_fn=trivial_batch_collator,
+            worker_init_fn=leave_signals_to_the_trainer,
+        )
+        for batch in loader:
+            self._count_skipped(batch)
+            yield batch
+
+    def indices(self) -> Iterator[int]:
+        """The records in the endless order of Detectron2's sampler, over all processes."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.SEED = self.seed
+        with _seeded(self.seed):  # some samplers draw a seed of their own
+            parts = build_detection_train_loader.from_config(
+                cfg, mapper=self.dataset.mapper, dataset=self.dataset.records
+            )
+        # Its __iter__ gives the share of one process, but batches are formed before they are
+        # shared out.
+        return parts["sampler"]._infinite_indices()
+
+    def _count_skipped(self, batch: list[dict]) -> None:
+        # In the process that trains: what workers log reaches no file.
+        for element in batch:
+            for reason in element.pop(_SKIPPED, ()):
+                self.num_skipped += 1
+                logging.getLogger(__name__).warning(
+                    f"Skipped image {self.num_skipped} of this process, and took another one: "
+                    f"{reason}"
+                )
+        if self.num_skipped and has_event_storage():
+            get_event_storage().put_scalar("skipped_images", self.num_skipped)
+
+
+def leave_signals_to_the_trainer(worker_id: int) -> None:
+    """For workers of a data loader: only the process that they work for tells them to end.
+
+    A cluster or a terminal sends its signals to all processes of a job.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_trainer_says, daemon=True).start()
+
+
+def _end_when_the_trainer_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+class _BatchSampler(Sampler[list[tuple[int, int, int]]]):
+    """This process's share of batches of images in one orientation, as (seed, position, index)."""
+
+    def __init__(self, loader: TrainingLoader):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        loader, number = self.loader, 0
+        rank, world = comm.get_rank(), comm.get_world_size()
+        batches: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
+        for position, index in enumerate(loader.indices()):
+            batch = batches[loader.wide[index]]
+            batch.append((loader.seed, position, index))
+            if len(batch) == loader.cfg.SOLVER.IMS_PER_BATCH:
+                if number >= loader.first_batch:
+                    yield batch[rank::world]
+                number += 1
+                batch.clear()
+
+
+class _SeededImages(Dataset):
+    """Mapped records by (seed, position, index), each augmented by its seed and position."""
+
+    def __init__(self, records: Sequence[dict], mapper: Callable, skip: bool):
+        self.records, self.mapper, self.skip = records, mapper, skip
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int, int]) -> dict:
+        seed, position, index = key
+        skipped = []
+        with _seeded(seed, position):
+            for _ in range(_MAX_SKIPPED_IN_A_ROW):
+                try:
+                    element = self.mapper(self.records[index])
+                    # A mapper says by None that it cannot use an image.
+                    reason = f"the mapper refused {self.records[index]['file_name']}"
+                except ValueError as error:
+                    if not self.skip:
+                        raise
+                    element, reason = None, str(error)
+                if element is not None:
+                    return {**element, _SKIPPED: skipped} if skipped else element
+                skipped.append(reason)
+                index = int(np.random.randint(len(self.records)))
+        raise ValueError(f"{len(skipped)} images in a row cannot be used, the last one: {reason}")
+
+
+@contextmanager
+def _seeded(*numbers: int) -> Iterator[None]:
+    """Random numbers that depend on ``numbers`` alone; those of the surroundings go on after it."""
+    states = np.random.get_state(), random.getstate(), torch.get_rng_state()
+    seed_all(*numbers, cuda=False)
+    try:
+        yield
+    finally:
+        np.random.set_state(states[0])
+        random.setstate(states[1])
+        torch.set_rng_state(states[2])
+
+
+def seed_all(*numbers: int, cuda: bool = True) -> None:
+    """Seed the generators of NumPy, Python and PyTorch by whole numbers >= 0."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    np.random.seed(seed)
+    random.seed(seed)
+    if cuda:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

@@ -1,0 +1,16 @@
+from .evaluation import evaluate
+from .hooks import BestCheckpointer
+from .processes import argument_parser, launch
+from .stopping import Stopped
+from .trainer import Trainer, distribute, setup
+
+__all__ = [
+    "BestCheckpointer",
+    "Stopped",
+    "Trainer",
+    "argument_parser",
+    "distribute",
+    "evaluate",
+    "launch",
+    "setup",
+]

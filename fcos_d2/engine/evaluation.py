@@ -1,0 +1,33 @@
+"""Evaluation of weights, without a training."""
+
+from detectron2.config import CfgNode
+
+from ..checkpoint import AtomicCheckpointer
+from .trainer import Trainer
+
+
+def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
+    """Evaluate ``cfg.MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of OUTPUT_DIR.
+
+    With ``TEST.AUG.ENABLED`` also with test-time augmentation.
+
+    Raises:
+        ValueError: without weights or a checkpoint, and for those that do not fill the model.
+    """
+    model = Trainer.build_model(cfg)
+    checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
+    if resume and not checkpointer.has_checkpoint():
+        raise ValueError(
+            f"There is no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR!r} to evaluate with --resume"
+        )
+    if not resume and not cfg.MODEL.WEIGHTS:
+        raise ValueError(
+            "Name the weights to evaluate: MODEL.WEIGHTS FILE, or --resume for the last "
+            "checkpoint of OUTPUT_DIR"
+        )
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer.check_complete()
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
+    return results

@@ -1,0 +1,173 @@
+"""Starts a run in one process or many: by --num-gpus, torchrun, or Slurm."""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from detectron2 import engine as detectron2_engine
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
+
+from .stopping import STOP_SIGNALS, exit_code
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """Detectron2's options of a training, and ours."""
+    parser = detectron2_engine.default_argument_parser(epilog=description)
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew in an OUTPUT_DIR that has checkpoints of an earlier run, and delete them",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=30,
+        metavar="MINUTES",
+        help="how long processes wait for another one before they end with an error (30)",
+    )
+    parser.add_argument(
+        "--allow-unsafe-config",
+        action="store_true",
+        help="run the Python code that a YAML file contains, as some of Detectron2's own do",
+    )
+    return parser
+
+
+def launch(main: Callable, args: argparse.Namespace) -> object:
+    """Call ``main(args)`` in as many processes as asked for.
+
+    Where torchrun or Slurm's srun has started several processes, each of them is one of the run.
+    Else there are ``args.num_gpus`` new ones on each of ``args.num_machines``. Signals that tell a
+    run to stop are passed on to them, and the exit code of a run that was stopped is its own.
+
+    Args:
+        args: of :func:`argument_parser`.
+
+    Returns:
+        what ``main`` returns, unless it runs in new processes.
+    """
+    timeout = timedelta(minutes=args.timeout)
+    place = _place_in_environment()
+    if place is not None:
+        _join(place, timeout)
+        try:
+            return main(args)
+        finally:
+            dist.destroy_process_group()
+    if args.num_gpus * args.num_machines == 1:
+        return main(args)
+    told = []
+
+    def pass_on(number: int, frame: object) -> None:
+        told.append(number)
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        detectron2_engine.launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+            timeout=timeout,
+        )
+    except ProcessExitedException as error:
+        # A single process may have been told to stop, which then stops them all.
+        if not told and error.exit_code not in map(exit_code, STOP_SIGNALS):
+            raise
+        sys.exit(exit_code(told[-1]) if told else error.exit_code)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if told:
+        sys.exit(exit_code(told[-1]))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One process among those that something else has started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    url: str
+
+
+def _place_in_environment() -> _Place | None:
+    """Where this process is among others, or None if it is alone."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        place = _Place(
+            rank=int(env["RANK"]),
+            world_size=int(env["WORLD_SIZE"]),
+            local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
+            url="env://",
+        )
+    elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
+        world_size = int(env["SLURM_NTASKS"])
+        address = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+        # All tasks of a job find the same port, and other jobs on the machine another one.
+        port = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
+        place = _Place(
+            rank=int(env["SLURM_PROCID"]),
+            world_size=world_size,
+            local_rank=int(env.get("SLURM_LOCALID", 0)),
+            local_world_size=_slurm_tasks_per_node(world_size),
+            url=f"tcp://{address}:{port}",
+        )
+    else:
+        return None
+    return place if place.world_size > 1 else None
+
+
+def _slurm_tasks_per_node(world_size: int) -> int:
+    """Number of tasks on each machine, e.g. of "4(x2)".
+
+    Raises:
+        ValueError: if the machines have different numbers.
+    """
+    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE")
+    if text is None:
+        return world_size
+    counts = {int(part.partition("(")[0]) for part in text.split(",")}
+    if len(counts) > 1:
+        raise ValueError(
+            f"Slurm has started different numbers of tasks on the machines ({text}). Ask for the "
+            "same number on each, with --ntasks-per-node"
+        )
+    return counts.pop()
+
+
+def _join(place: _Place, timeout: timedelta) -> None:
+    """Join the process group, as Detectron2's launch does for the processes that it starts."""
+    print(  # the loggers are set up later, when the config is known
+        f"Process {place.rank} of {place.world_size} waits for the others "
+        f"({place.url}, at most {timeout.total_seconds() / 60:g} minutes)",
+        flush=True,
+    )
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        # Slurm may show each task its own GPU alone.
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    dist.init_process_group(
+        backend="NCCL" if has_gpu else "GLOO",
+        init_method=place.url,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+    )
+    comm.create_local_process_group(place.local_world_size)
+    comm.synchronize()

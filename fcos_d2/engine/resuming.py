@@ -1,0 +1,203 @@
+"""A run that goes on where it was stopped, and is the run that was never stopped."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.events import JSONWriter, TensorboardXWriter
+
+from ..checkpoint import AtomicCheckpointer, read_checkpoint, replacing
+
+# Keys and sections without influence on the weights that come out of a training.
+_WITHOUT_INFLUENCE = (
+    "OUTPUT_DIR",
+    "VIS_PERIOD",
+    "VERSION",
+    "MODEL.WEIGHTS",
+    "DATALOADER.NUM_WORKERS",
+    "DATASETS.TEST",
+    "DATASETS.PROPOSAL_FILES_TEST",
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "INPUT.MIN_SIZE_TEST",
+    "INPUT.MAX_SIZE_TEST",
+    "TEST",
+)
+
+
+def refuse_or_delete_earlier_run(folder: str, overwrite: bool) -> None:
+    """What a new run does with the checkpoints of an earlier one in its OUTPUT_DIR.
+
+    Args:
+        overwrite: delete them, with ``last_checkpoint`` and ``metrics.json``.
+
+    Raises:
+        ValueError: if there are some, and they shall not be overwritten.
+    """
+    checkpointer = AtomicCheckpointer(torch.nn.Identity(), folder)
+    if not checkpointer.has_checkpoint():
+        return
+    if not overwrite:
+        raise ValueError(
+            f"OUTPUT_DIR {folder!r} has checkpoints of an earlier run. Add --resume to go on with "
+            "it, choose another OUTPUT_DIR, or add --overwrite to delete them and start anew"
+        )
+    if comm.is_main_process():
+        names = ("last_checkpoint", "model_best.pth", "metrics.json")
+        for file in [os.path.join(folder, n) for n in names] + checkpointer.checkpoints_of_run():
+            if os.path.lexists(file):
+                os.unlink(file)
+
+
+def checkpoint_to_resume(
+    checkpointer: AtomicCheckpointer, cfg: CfgNode
+) -> tuple[str, dict[str, Any]] | None:
+    """File and content of the checkpoint that all processes resume from, None if there is none.
+
+    Raises:
+        ValueError: if the processes see different checkpoints, or have different configs.
+    """
+    found, seen = None, "none"
+    if checkpointer.has_checkpoint():
+        file = checkpointer.get_checkpoint_file()
+        found = file, read_checkpoint(file)
+        seen = f"{os.path.basename(file)} (iteration {found[1].get('iteration')})"
+    config = hashlib.sha256(json.dumps(_flat(cfg.dump())).encode()).hexdigest()
+    everywhere = comm.all_gather((seen, config))
+    if len({seen for seen, _ in everywhere}) > 1:
+        raise ValueError(
+            f"The processes see different checkpoints in OUTPUT_DIR {cfg.OUTPUT_DIR!r}: "
+            + ", ".join(f"process {rank}: {seen}" for rank, (seen, _) in enumerate(everywhere))
+            + ". It must be on a file system that all machines share"
+        )
+    if len({config for _, config in everywhere}) > 1:
+        raise ValueError("The processes have different configs: give all the same command line")
+    return found
+
+
+def check_resumable(
+    checkpoint: Mapping, cfg: CfgNode, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Compare a checkpoint with the run that shall go on from it, before anything is loaded.
+
+    Differences of the config that influence the training are listed in a warning; the new values
+    count.
+
+    Raises:
+        ValueError: for parameters of other names or shapes, for parameters that the optimizer
+            groups otherwise, and for another number of images per batch, with which the order of
+            the images could not go on.
+    """
+    changes = _changes(checkpoint.get("config"), cfg)
+    listed = "".join(f"\n  {k}: {old!r} -> {new!r}" for k, (old, new) in changes.items())
+    if listed:
+        logging.getLogger(__name__).warning(
+            f"The config differs from that of the checkpoint; the new values count:{listed}"
+        )
+    problems = _other_shapes(checkpoint["model"], model)
+    if problems:
+        raise ValueError(
+            "The checkpoint is of another model. Choose the config that it was trained with, or "
+            f"start a new run from it with MODEL.WEIGHTS and another OUTPUT_DIR. {problems}"
+            + (f". Changes of the config:{listed}" if listed else "")
+        )
+    saved = checkpoint["trainer"]["_trainer"]["optimizer"]["param_groups"]
+    if [len(g["params"]) for g in saved] != [len(g["params"]) for g in optimizer.param_groups]:
+        raise ValueError(
+            "The checkpoint's optimizer has other groups of parameters: SOLVER's weight decays or "
+            f"factors of rates have changed. Set them back, or start a new run. Changes:{listed}"
+        )
+    if "SOLVER.IMS_PER_BATCH" in changes:
+        old, new = changes["SOLVER.IMS_PER_BATCH"]
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH was {old} and is {new}: the order of the images could not go "
+            f"on. Set it to {old} (over all processes, whose number may change), or start a new "
+            "run from the checkpoint with MODEL.WEIGHTS and another OUTPUT_DIR"
+        )
+
+
+class MetricsWriter(JSONWriter):
+    """Detectron2's, without what an earlier process wrote after its last checkpoint."""
+
+    def __init__(self, json_file: str):
+        self.json_file = json_file
+        super().__init__(json_file)
+
+    def rows(self) -> list[dict]:
+        """What the file holds; a line that was cut short is left out."""
+        with open(self.json_file) as file:
+            return [json.loads(line) for line in file if line.endswith("}\n")]
+
+    def resume_at(self, iteration: int) -> None:
+        """Drop the rows of an iteration and later."""
+        kept = [row for row in self.rows() if row["iteration"] < iteration]
+        self.close()
+        with replacing(self.json_file, "w") as file:
+            file.writelines(json.dumps(row, sort_keys=True) + "\n" for row in kept)
+        super().__init__(self.json_file)
+
+
+class TensorboardWriter(TensorboardXWriter):
+    """Detectron2's, which can hide what an earlier process wrote after its last checkpoint."""
+
+    def resume_at(self, iteration: int) -> None:
+        """Hide the rows of an iteration and later; call it before anything is written."""
+        self._writer_args["purge_step"] = iteration
+
+
+def _changes(saved: str | None, cfg: CfgNode) -> dict[str, tuple]:
+    """Values of the config that was saved and of the new one, where they differ and matter."""
+    if saved is None:  # of an older version
+        return {}
+    old, new = _flat(saved), _flat(cfg.dump())
+    return {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    }
+
+
+def _flat(dumped: str) -> dict[str, object]:
+    """{"SECTION.KEY": value} of a dumped config, without what has no influence."""
+
+    def visit(node: Mapping, prefix: str) -> dict[str, object]:
+        flat: dict[str, object] = {}
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if name in _WITHOUT_INFLUENCE:
+                continue
+            if isinstance(value, Mapping):
+                flat |= visit(value, f"{name}.")
+            else:
+                flat[name] = value
+        return flat
+
+    return visit(yaml.safe_load(dumped), "")
+
+
+def _other_shapes(saved: Mapping[str, torch.Tensor], model: torch.nn.Module) -> str:
+    """Parameters that a checkpoint lacks, has too many, or has in another shape; "" for none."""
+    saved = {name.removeprefix("module."): x for name, x in saved.items()}
+    ours = model.state_dict()
+    parameters = {name for name, _ in model.named_parameters()}
+    lists = {
+        "Missing": sorted(parameters - saved.keys()),
+        "Unknown": sorted(saved.keys() - ours.keys()),
+        "Of another shape": [
+            f"{name} {tuple(saved[name].shape)}, here {tuple(x.shape)}"
+            for name, x in ours.items()
+            if name in saved and saved[name].shape != x.shape
+        ],
+    }
+    return "; ".join(
+        f"{title}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for title, names in lists.items()
+        if names
+    )

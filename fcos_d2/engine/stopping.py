@@ -1,0 +1,95 @@
+"""Runs that are told to stop by a signal save a checkpoint first.
+
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end a run after the step that it is in, or in the middle of an
+evaluation. All processes stop after the same step. Clusters send these signals before they take a
+machine away; ``--resume`` goes on as if nothing had happened.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ..data.training_loader import STOP_SIGNALS
+
+# Signals belong to the process, and so does what is known of them.
+_told = 0  # the last signal, 0 for none
+_may_leave = False  # whether an evaluation runs, which may be left at any point
+
+
+class Stopped(SystemExit):
+    """Ends the process, after a signal, with its :func:`exit_code`."""
+
+    def __init__(self):
+        super().__init__(exit_code(_told))
+
+
+def exit_code(number: int) -> int:
+    """Of a run that a signal has stopped: 130 for Ctrl-C, and 143 for the others."""
+    return 130 if number == signal.SIGINT else 143
+
+
+@contextmanager
+def signals_awaited() -> Iterator[None]:
+    """Remember the signals that tell to stop, in place of what they do otherwise.
+
+    Outside the main thread, where Python handles no signals, it does nothing.
+    """
+    global _told
+    _told = 0
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _remember) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _remember(number: int, frame: object) -> None:
+    global _told
+    _told = number
+    if _may_leave:
+        raise Stopped
+
+
+@contextmanager
+def left_when_told() -> Iterator[None]:
+    """An evaluation, which is left at once when a signal has told to stop.
+
+    Raises:
+        Stopped: there and then. Also in place of an error, which may come of another process that
+            has left already.
+    """
+    global _may_leave
+    _may_leave = True
+    try:
+        if _told:
+            raise Stopped
+        yield
+    except Exception as error:
+        if _told:
+            raise Stopped from error
+        raise
+    finally:
+        _may_leave = False
+
+
+class StopWhenTold(HookBase):
+    """Ends the training after the step in which one of the processes was told to stop.
+
+    Not after the last step: what comes then is the evaluation.
+    """
+
+    def after_step(self) -> None:
+        global _told
+        _told = max(comm.all_gather(_told))
+        if _told and self.trainer.iter + 1 < self.trainer.max_iter:
+            self.trainer.save_where_stopped()
+            comm.synchronize()  # a process that ends may take the others with it
+            raise Stopped

@@ -1,0 +1,294 @@
+"""Detectron2's DefaultTrainer, adapted to FCOS, and to runs that are stopped and resumed."""
+
+import logging
+import os
+import weakref
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.engine import (
+    DefaultTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_setup,
+    hooks,
+)
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter
+from detectron2.utils.logger import setup_logger
+
+from ..checkpoint import AtomicCheckpointer
+from ..config import load_cfg
+from ..data import (
+    DatasetMapper,
+    TrainingLoader,
+    check_num_classes,
+    check_same_classes,
+    check_test_sets,
+    register_custom_datasets,
+)
+from ..data.proposals import check_proposal_files
+from ..data.training_loader import leave_signals_to_the_trainer, seed_all
+from ..modeling import FCOSWithTTA
+from .amp import AutocastTrainer, amp_dtype
+from .hooks import AgreeOnBuffers, BestCheckpointer, OwedEvaluation, WaitingLog
+from .resuming import (
+    MetricsWriter,
+    TensorboardWriter,
+    check_resumable,
+    checkpoint_to_resume,
+    refuse_or_delete_earlier_run,
+)
+from .stopping import Stopped, StopWhenTold, left_when_told, signals_awaited
+
+_AUGMENTED = {"FCOS": FCOSWithTTA, "GeneralizedRCNN": GeneralizedRCNNWithTTA}
+
+
+def setup(args) -> CfgNode:
+    """Build the config of a run, register its data sets, and set up logging.
+
+    Args:
+        args: from :func:`argument_parser`, or Detectron2's.
+
+    Raises:
+        ValueError: for no config file, for test-time augmentation of a model that it is not
+            offered for, and for a new run in the folder of an earlier one.
+    """
+    if not args.config_file:
+        raise ValueError("Name a config: --config-file configs/COCO-Detection/...yaml")
+    cfg = load_cfg(args.config_file, args.opts, getattr(args, "allow_unsafe_config", False))
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE not in _AUGMENTED:
+        raise ValueError(
+            f"TEST.AUG is offered for MODEL.META_ARCHITECTURE {list(_AUGMENTED)}, not "
+            f"{cfg.MODEL.META_ARCHITECTURE!r}: set TEST.AUG.ENABLED False"
+        )
+    cfg.freeze()
+    if not getattr(args, "eval_only", False) and not getattr(args, "resume", False):
+        refuse_or_delete_earlier_run(cfg.OUTPUT_DIR, getattr(args, "overwrite", False))
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fcos_d2")
+    register_custom_datasets(cfg)
+    return cfg
+
+
+class Trainer(DefaultTrainer):
+    """DefaultTrainer that loses nothing, and that runs DDP and AMP on CPU too.
+
+    A run that is resumed ends with the weights of one that was never stopped. The best checkpoint
+    is kept besides the last ones.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # Follows DefaultTrainer.__init__ of Detectron2's commit 02b5c4e, with another checkpointer,
+        # AMP on every device, and DDP on CPU. The last cannot be had through a hook: DefaultTrainer
+        # names a device to DDP, which raises an error for a model on CPU.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        check_test_sets(cfg)
+        if comm.is_main_process():
+            for name in cfg.DATASETS.TEST:  # what it cannot evaluate is an error now
+                self.build_evaluator(cfg, name)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        model = distribute(model, cfg.MODEL.DEVICE)
+        if cfg.SOLVER.AMP.ENABLED:
+            self._trainer = AutocastTrainer(
+                model, data_loader, optimizer, cfg.MODEL.DEVICE, amp_dtype(cfg)
+            )
+        else:
+            self._trainer = SimpleTrainer(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        # What the order of the images, their augmentation and the model's random numbers depend on.
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint of OUTPUT_DIR if asked to and there is one, else MODEL.WEIGHTS.
+
+        A resumed run takes rates, weight decay and momentum from its config, and everything else
+        from the checkpoint.
+
+        Raises:
+            ValueError: for a checkpoint that this run cannot go on from, before anything is
+                loaded; see :func:`check_resumable` and :func:`checkpoint_to_resume`.
+        """
+        found = checkpoint_to_resume(self.checkpointer, self.cfg) if resume else None
+        if found is None:
+            self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
+            return
+        file, checkpoint = found
+        check_resumable(checkpoint, self.cfg, self.checkpointer.model, self.optimizer)
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]
+        rates = list(self.scheduler.base_lrs)
+        if self.cfg.SEED < 0 and checkpoint.get("seed") is not None:
+            self.seed = checkpoint["seed"]
+        del found, checkpoint  # it is read again
+        self.checkpointer.load(file)
+        self.scheduler.base_lrs = rates
+        for group, new, rate in zip(self._groups(), settings, self.scheduler.get_lr(), strict=True):
+            group.update(new, lr=rate)
+        self.start_iter = self.iter + 1
+        if comm.is_main_process():
+            self._metrics.resume_at(self.start_iter)
+            self._tensorboard.resume_at(self.start_iter)
+
+    def _groups(self) -> list[dict]:
+        return self.optimizer.param_groups
+
+    def train(self) -> dict | None:
+        """Train; see DefaultTrainer.
+
+        Raises:
+            Stopped: after SIGTERM, SIGINT or SIGUSR1, once a checkpoint has been written.
+        """
+        logger = logging.getLogger(__name__)
+        # The same in a run that is resumed.
+        self.checkpointer.description = {"config": self.cfg.dump(), "seed": self.seed}
+        if isinstance(self.data_loader, TrainingLoader):
+            self.data_loader.start(self.seed, first_batch=self.start_iter)
+            logger.info(f"The order of the images and their augmentation have seed {self.seed}")
+        else:
+            logger.warning("The data loader is not a TrainingLoader: its images start anew")
+        with signals_awaited():
+            try:
+                return super().train()
+            except Stopped:
+                self.save_where_stopped()
+                logger.info(f"Stopped by a signal after iteration {self.iter}. --resume goes on")
+                raise
+
+    def save_where_stopped(self) -> None:
+        """Write a checkpoint between two iterations, unless there is one."""
+        name = f"model_{self.iter:07d}"
+        file = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
+        if self.iter + 1 < self.max_iter and not os.path.isfile(file):
+            self.checkpointer.save(name, iteration=self.iter)
+
+    def run_step(self) -> None:
+        # What the model draws at random, such as the samples that R-CNN learns from.
+        seed_all(self.seed, self.iter, comm.get_rank())
+        super().run_step()
+
+    def build_hooks(self) -> list:
+        all_hooks = super().build_hooks()
+        if comm.is_main_process() and len(self.cfg.DATASETS.TEST):
+            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, self._metric())
+            evaluation = [isinstance(h, hooks.EvalHook) for h in all_hooks].index(True)
+            all_hooks.insert(evaluation + 1, best)
+        if self.cfg.TEST.AUG.ENABLED:
+            # At the end of training only, before the writers.
+            evaluate_augmented = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
+            writers = [i for i, h in enumerate(all_hooks) if isinstance(h, hooks.PeriodicWriter)]
+            all_hooks.insert(writers[0] if writers else len(all_hooks), evaluate_augmented)
+        evaluating = [h for h in all_hooks if isinstance(h, hooks.EvalHook | BestCheckpointer)]
+        owed = OwedEvaluation(self._was_evaluated, evaluating)
+        # The statistics come before what evaluates and saves them.
+        return [WaitingLog(), AgreeOnBuffers(), *all_hooks, owed, StopWhenTold()]
+
+    def _metric(self) -> str:
+        """Name of the value that the best checkpoint is chosen by."""
+        # With several data sets their names stand before the metric; the first one decides.
+        prefix = f"{self.cfg.DATASETS.TEST[0]}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
+        proposals_alone = self.cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
+        return prefix + ("box_proposals/AR@1000" if proposals_alone else "bbox/AP")
+
+    def _was_evaluated(self, iteration: int) -> bool:
+        if not comm.is_main_process() or not len(self.cfg.DATASETS.TEST):
+            return True
+        rows = self._metrics.rows()
+        return any(r["iteration"] == iteration and self._metric() in r for r in rows)
+
+    def build_writers(self) -> list:
+        self._metrics = MetricsWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        self._tensorboard = TensorboardWriter(self.cfg.OUTPUT_DIR)
+        return [CommonMetricPrinter(self.max_iter), self._metrics, self._tensorboard]
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict:
+        """As DefaultTrainer; a training that is told to stop leaves it at once."""
+        with left_when_told():
+            return super().test(cfg, model, evaluators)
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> dict:
+        """Evaluate with test-time augmentation; the results have "_TTA" behind their names."""
+        logging.getLogger(__name__).info("Evaluating with test-time augmentation ...")
+        wrapper = _AUGMENTED[cfg.MODEL.META_ARCHITECTURE]
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        # The augmentation scales the original pixels, not those at the size of the plain test.
+        original = cfg.clone()
+        original.defrost()
+        original.INPUT.MIN_SIZE_TEST = 0
+        results = cls.test(original, wrapper(cfg, model), evaluators)
+        return {f"{name}_TTA": value for name, value in results.items()}
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainingLoader:
+        loader = TrainingLoader(cfg, DatasetMapper(cfg, is_train=True))
+        check_same_classes(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+        for name in cfg.DATASETS.TRAIN:
+            check_num_classes(cfg, name)
+        return loader
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        mapper = DatasetMapper(cfg, is_train=False)
+        check_proposal_files(cfg)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader.worker_init_fn = leave_signals_to_the_trainer
+        check_num_classes(cfg, dataset_name)
+        return loader
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """The evaluator that the data set's ``evaluator_type`` asks for.
+
+        Raises:
+            NotImplementedError: for another type than "coco" and "pascal_voc".
+        """
+        evaluator_type = _evaluator_type(dataset_name)
+        if evaluator_type == "coco":
+            folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+            # Tasks are those that the predictions have: masks and keypoints of R-CNN too. A
+            # converted data set is not cached: the annotations may change between two runs.
+            return COCOEvaluator(
+                dataset_name,
+                output_dir=folder,
+                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+                allow_cached_coco=False,
+            )
+        return PascalVOCDetectionEvaluator(dataset_name)
+
+
+def _evaluator_type(dataset_name: str) -> str:
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    if evaluator_type not in ("coco", "pascal_voc"):
+        raise NotImplementedError(
+            f"The data set {dataset_name!r} has evaluator_type {evaluator_type!r}; 'coco' and "
+            "'pascal_voc' are supported. Set it in the data set's metadata, or override "
+            "Trainer.build_evaluator"
+        )
+    return evaluator_type
+
+
+def distribute(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    """The model, on ``device``, under DDP where there are several processes."""
+    on_cpu = torch.device(device).type == "cpu"
+    # Without device_ids Detectron2 would pass the local rank, which DDP refuses for CPU modules,
+    # and which is not the device's number where a process sees its own GPU alone.
+    device_ids = None if on_cpu else [torch.cuda.current_device()]
+    return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)

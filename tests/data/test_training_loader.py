@@ -1,0 +1,199 @@
+import itertools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.utils.events import EventStorage
+from helpers import tiny_cfg
+
+from fcos_d2.data import DatasetMapper, TrainingLoader, register_custom_datasets, training_loader
+
+NUM_IMAGES = 600
+
+
+@pytest.fixture
+def cfg(shapes_folder, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_folder))
+    cfg = tiny_cfg()
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    cfg.SEED = 5
+    register_custom_datasets(cfg)
+    return cfg
+
+
+def file_of(element):
+    return element["file_name"].rsplit("/", 1)[1]
+
+
+def batches(cfg, number, first_batch=0, mapper=dict):
+    loader = TrainingLoader(cfg, mapper)
+    loader.start(cfg.SEED, first_batch)
+    return list(itertools.islice(loader, number))
+
+
+def names(cfg, number, first_batch=0):
+    return [[file_of(x) for x in batch] for batch in batches(cfg, number, first_batch)]
+
+
+def test_batches_are_those_of_one_shuffled_stream_in_two_orientations(cfg):
+    """The slow reference: shuffled epochs one after the other, sorted into two buckets."""
+    generator = torch.Generator().manual_seed(cfg.SEED)
+    records = DatasetCatalog.get("shapes_train")
+    expected, buckets = [], {True: [], False: []}
+    while len(expected) < 200:  # more than an epoch
+        for index in torch.randperm(NUM_IMAGES, generator=generator).tolist():
+            bucket = buckets[records[index]["width"] > records[index]["height"]]
+            bucket.append(file_of(records[index]))
+            if len(bucket) == 4:
+                expected.append(list(bucket))
+                bucket.clear()
+    assert names(cfg, 200) == expected[:200]
+    first_epoch = list(itertools.chain(*expected[:140]))
+    assert len(set(first_epoch)) == len(first_epoch) == 560
+
+
+def among_two(monkeypatch, rank):
+    fake = SimpleNamespace(get_world_size=lambda: 2, get_rank=lambda: rank)
+    monkeypatch.setattr(training_loader, "comm", fake)
+
+
+SAMPLERS = {
+    "TrainingSampler": {},
+    "RepeatFactorTrainingSampler": {"REPEAT_THRESHOLD": 0.9},
+    "RandomSubsetTrainingSampler": {"RANDOM_SUBSET_RATIO": 0.1},
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_passes_over_batches_and_shares_them_among_processes(cfg, monkeypatch, sampler):
+    cfg.DATALOADER.SAMPLER_TRAIN = sampler
+    cfg.DATALOADER.update(SAMPLERS[sampler])
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
+    whole = names(cfg, 30)
+    assert names(cfg, 30) == whole
+    assert names(cfg, 10, first_batch=20) == whole[20:]
+    if sampler == "RandomSubsetTrainingSampler":
+        assert len(set(itertools.chain(*whole))) <= 55  # a tenth of those that are not empty
+    shares = []
+    for rank in (0, 1):
+        among_two(monkeypatch, rank)
+        shares.append(names(cfg, 30))
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sorted(parts[0] + parts[1]) == sorted(batch)
+        assert len(parts[0]) == len(parts[1]) == 2
+
+
+def test_repeats_rare_images_as_detectron2_does(cfg):
+    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    cfg.DATALOADER.REPEAT_THRESHOLD = 0.9
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    records = DatasetCatalog.get("shapes_train")
+    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(records, 0.9)
+    theirs = iter(RepeatFactorTrainingSampler(factors, seed=cfg.SEED))
+    expected = [file_of(records[i]) for i in itertools.islice(theirs, 400)]
+    assert list(itertools.chain(*names(cfg, 100))) == expected
+
+
+def test_pixels_depend_on_seed_and_position_alone(cfg):
+    cfg.INPUT.MIN_SIZE_TRAIN = (64, 96, 128)
+    mapper = DatasetMapper(cfg, is_train=True)
+    np.random.seed(1)
+    expected = np.random.RandomState(1).rand()
+    first = batches(cfg, 12, mapper=mapper)
+    assert np.random.rand() == expected  # those of the surroundings go on
+    np.random.seed(2)
+    cfg.DATALOADER.NUM_WORKERS = 3
+    second = batches(cfg, 7, first_batch=5, mapper=mapper)
+    for a, b in zip(itertools.chain(*first[5:]), itertools.chain(*second), strict=True):
+        assert a["file_name"] == b["file_name"]
+        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["instances"].gt_boxes.tensor, b["instances"].gt_boxes.tensor)
+    sizes = {min(x["image"].shape[1:]) for x in itertools.chain(*first)}
+    assert sizes == {64, 96, 128}  # augmentation is random at all
+    cfg.SEED = 6
+    other = batches(cfg, 12, mapper=mapper)
+    assert [[file_of(x) for x in b] for b in other] != [[file_of(x) for x in b] for b in first]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(cfg, monkeypatch):
+    cfg.SOLVER.IMS_PER_BATCH = 5
+    among_two(monkeypatch, 0)
+    with pytest.raises(ValueError, match=r"IMS_PER_BATCH, 5 images .* multiple of the 2 processes"):
+        TrainingLoader(cfg, dict)
+
+
+def test_data_sets_that_are_no_lists_are_refused(cfg):
+    class Numbers(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return i
+
+    DatasetCatalog.register("numbers", Numbers)
+    cfg.DATASETS.TRAIN = ("numbers",)
+    with pytest.raises(ValueError, match=r"a Numbers, not as a list.*Override"):
+        TrainingLoader(cfg, dict)
+    DatasetCatalog.remove("numbers")
+
+
+@pytest.fixture
+def with_bad_images(cfg, shapes_folder, tmp_path):
+    """A data set of 12 images, of which two are damaged."""
+    data = json.loads((shapes_folder / "shapes" / "train.json").read_text())
+    data["images"] = data["images"][:12]
+    ids = {x["id"] for x in data["images"]}
+    data["annotations"] = [a for a in data["annotations"] if a["image_id"] in ids]
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, image in enumerate(data["images"]):
+        pixels = (shapes_folder / "shapes" / "train" / image["file_name"]).read_bytes()
+        pixels = pixels[: len(pixels) // 2] if i == 3 else b"text" if i == 7 else pixels
+        (images / image["file_name"]).write_bytes(pixels)
+    (tmp_path / "bad.json").write_text(json.dumps(data))
+    entry = {"FORMAT": "coco", "JSON": str(tmp_path / "bad.json"), "IMAGES": str(images)}
+    cfg.DATASETS.CUSTOM.bad = type(cfg)(entry, new_allowed=True)
+    register_custom_datasets(cfg)
+    cfg.DATASETS.TRAIN = ("bad",)
+    return cfg
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_error_names_the_bad_image(with_bad_images, workers):
+    with_bad_images.DATALOADER.NUM_WORKERS = workers
+    with pytest.raises(ValueError, match=r"images/000[48]\.png or its annotations cannot be used"):
+        batches(with_bad_images, 6, mapper=DatasetMapper(with_bad_images, is_train=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_skipped_and_counted_where_asked_for(with_bad_images, workers, caplog):
+    cfg = with_bad_images
+    cfg.DATALOADER.ON_BAD_IMAGE, cfg.DATALOADER.NUM_WORKERS = "skip", workers
+    with EventStorage() as storage, caplog.at_level("WARNING"):
+        found = batches(cfg, 9, mapper=DatasetMapper(cfg, is_train=True))
+    assert {file_of(x) for x in itertools.chain(*found)}.isdisjoint({"0004.png", "0008.png"})
+    assert all(len(batch) == 4 for batch in found)
+    # 9 batches of 4 are three epochs, but for what the buckets hold; each has two bad images.
+    number = storage.history("skipped_images").latest()
+    assert 2 <= number <= 10
+    assert f"Skipped image {number:.0f} of this process" in caplog.text
+    assert "0004.png or its annotations cannot be used" in caplog.text
+    assert "skipped_images" not in found[0][0]
+
+
+def test_nothing_but_bad_images_is_an_error(with_bad_images, tmp_path):
+    cfg = with_bad_images
+    cfg.DATALOADER.ON_BAD_IMAGE = "skip"
+    for file in (tmp_path / "images").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="20 images in a row cannot be used"):
+        batches(cfg, 1, mapper=DatasetMapper(cfg, is_train=True))
+    cfg.DATALOADER.ON_BAD_IMAGE = "ignore"
+    with pytest.raises(ValueError, match=r"ON_BAD_IMAGE must be one of \['raise', 'skip'\]"):
+        TrainingLoader(cfg, dict)

@@ -1,0 +1,220 @@
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fcos_d2 import model_zoo
+from fcos_d2.engine import Trainer, resuming, setup
+
+EVALUATION = {"bbox": {"AP": 1.0}}
+
+
+class Killed(HookBase):
+    """Ends the run without a chance to save, as a kill does."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            raise KeyboardInterrupt
+
+
+def run(cfg, resume=False, killed_before=None, **keys):
+    """Train; the keys are of SOLVER."""
+    cfg = cfg.clone()
+    for key, value in keys.items():
+        cfg.SOLVER[key] = value
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    if killed_before is None:
+        trainer.train()
+    else:
+        trainer.register_hooks([Killed(killed_before)])
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    return trainer
+
+
+def state(trainer):
+    momentum = [s["momentum_buffer"] for s in trainer.optimizer.state.values()]
+    return [*trainer.model.state_dict().values(), *momentum]
+
+
+@pytest.fixture
+def initial_weights(cfg, tmp_path):
+    cfg.MODEL.WEIGHTS = str(tmp_path / "initial.pth")
+    torch.save(Trainer.build_model(cfg).state_dict(), cfg.MODEL.WEIGHTS)
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda *args: EVALUATION))
+
+
+@pytest.mark.parametrize(
+    ("seed", "sampler"), [(3, "TrainingSampler"), (-1, "RepeatFactorTrainingSampler")]
+)
+@pytest.mark.usefixtures("initial_weights", "no_evaluation")
+def test_a_resumed_run_is_the_run_that_was_never_stopped(cfg, tmp_path, seed, sampler):
+    cfg.MODEL.RESNETS.NORM = "BN"  # statistics of the images, too
+    cfg.INPUT.MIN_SIZE_TRAIN = (96, 128)
+    cfg.DATALOADER.SAMPLER_TRAIN = sampler
+    cfg.DATALOADER.REPEAT_THRESHOLD = 0.9
+    cfg.SEED, cfg.DATALOADER.NUM_WORKERS = seed, 0
+    cfg.OUTPUT_DIR = str(tmp_path / "stopped")
+    Path(cfg.OUTPUT_DIR).mkdir()
+    first_seed = run(cfg, killed_before=3).seed  # after the checkpoint of iteration 1
+    cfg.DATALOADER.NUM_WORKERS = 2
+    assert run(cfg, resume=True, killed_before=5).start_iter == 2
+    resumed = run(cfg, resume=True)
+    assert resumed.start_iter == 4
+    assert resumed.seed == first_seed
+    assert seed == -1 or resumed.seed == seed
+
+    cfg.SEED = first_seed
+    cfg.OUTPUT_DIR = str(tmp_path / "undisturbed")
+    Path(cfg.OUTPUT_DIR).mkdir()
+    undisturbed = run(cfg)
+    pairs = list(zip(state(undisturbed), state(resumed), strict=True))
+    assert len(pairs) > 150
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(  # it did learn
+        undisturbed.model.head.cls_logits.weight,
+        torch.load(cfg.MODEL.WEIGHTS)["head.cls_logits.weight"],
+    )
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_every_run_without_a_seed_has_an_order_of_its_own(cfg):
+    cfg.SEED = -1
+    assert Trainer(cfg).seed != Trainer(cfg).seed
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_metrics_are_not_written_twice(cfg, tmp_path):
+    # Rows are written every 20 iterations, and in the end.
+    run(cfg, MAX_ITER=45, CHECKPOINT_PERIOD=15, killed_before=41)
+    with (tmp_path / "metrics.json").open("a") as file:
+        file.write('{"cut short')
+    run(cfg, MAX_ITER=45, CHECKPOINT_PERIOD=15, resume=True)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    losses = [row["iteration"] for row in rows if "total_loss" in row]
+    assert losses == [19, 39, 44]
+    tensorboard = EventAccumulator(str(tmp_path))
+    tensorboard.Reload()
+    assert [event.step for event in tensorboard.Scalars("total_loss")] == [19, 39, 44]
+
+
+def test_an_evaluation_that_was_missed_is_done_on_resuming(cfg, tmp_path, monkeypatch):
+    evaluated = []
+
+    def evaluate(cls, cfg, model, evaluators=None):
+        evaluated.append(model.head.cls_logits.weight.detach().clone())
+        if len(evaluated) == 1:
+            raise KeyboardInterrupt
+        return EVALUATION
+
+    monkeypatch.setattr(Trainer, "test", classmethod(evaluate))
+    cfg.TEST.EVAL_PERIOD = 2
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    resumed = run(cfg, resume=True)
+    assert len(evaluated) == 4  # that of iteration 1 twice, then 3 and 5
+    assert torch.equal(evaluated[0], evaluated[1])
+    # Detectron2 counts the last one by one too many.
+    assert [i for _, i in resumed.storage.history("bbox/AP").values()] == [1, 3, 6]
+    assert torch.load(tmp_path / "model_best.pth")["best_iter"] == 1
+    run(cfg, resume=True)
+    assert len(evaluated) == 5  # the final one again, nothing else
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_changed_learning_rate_counts_and_is_said(cfg, caplog):
+    caplog.set_level("WARNING")
+    run(cfg, STEPS=(3,), killed_before=5)  # saved after iteration 3
+    cfg.INPUT.MIN_SIZE_TRAIN = (96,)
+    resumed = run(cfg, resume=True, STEPS=(3,), BASE_LR=0.5, MOMENTUM=0.8, killed_before=4)
+    groups = resumed.optimizer.param_groups
+    assert {g["lr"] for g in groups} == {0.05}  # a tenth, after STEPS
+    assert {g["momentum"] for g in groups} == {0.8}
+    for change in ("SOLVER.BASE_LR: 0.02 -> 0.5", "SOLVER.MOMENTUM: 0.9 -> 0.8",
+                   "INPUT.MIN_SIZE_TRAIN: [128] -> [96]"):  # fmt: skip
+        assert change in caplog.text
+    caplog.clear()
+    run(cfg, resume=True, STEPS=(3,), BASE_LR=0.02, CHECKPOINT_PERIOD=3, MAX_ITER=6)
+    assert "CHECKPOINT_PERIOD" not in caplog.text
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_what_cannot_go_on_is_refused_before_anything_is_loaded(cfg, tmp_path):
+    run(cfg, MAX_ITER=2)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+
+    @contextmanager
+    def refused(match):
+        other = cfg.clone()
+        with pytest.raises(ValueError, match=match):
+            yield other
+            Trainer(other).resume_or_load(resume=True)
+
+    with refused(r"SOLVER\.IMS_PER_BATCH was 2 and is 4.*Set it to 2") as other:
+        other.SOLVER.IMS_PER_BATCH = 4
+    with refused(r"(?s)another model.*Missing: head\.cls_tower\.3.*NUM_CLS_CONVS: 1 -> 2") as other:
+        other.MODEL.FCOS.NUM_CLS_CONVS = 2
+    with refused(r"Of another shape: .*lateral3\.weight \(64, 128, 1, 1\), here \(128") as other:
+        other.MODEL.FPN.OUT_CHANNELS = 128
+    with refused(r"(?s)other groups of parameters.*BIAS_LR_FACTOR: 1\.0 -> 2\.0") as other:
+        other.SOLVER.BIAS_LR_FACTOR = 2.0
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name in before} == before
+
+
+def test_processes_must_see_the_same(cfg, monkeypatch):
+    trainer = Trainer(cfg)
+
+    def others(*seen):
+        monkeypatch.setattr(resuming.comm, "all_gather", lambda mine: [mine, *seen])
+        trainer.resume_or_load(resume=True)
+
+    monkeypatch.setattr(resuming, "_flat", lambda dumped: {})
+    same = resuming.hashlib.sha256(b"{}").hexdigest()
+    with pytest.raises(ValueError, match=r"process 0: none, process 1: model_1.*machines share"):
+        others(("model_1.pth (iteration 1)", same))
+    with pytest.raises(ValueError, match="different configs"):
+        others(("none", "another"))
+    others(("none", same))
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_new_run_does_not_mix_with_an_earlier_one(cfg, tmp_path):
+    run(cfg)
+    config = model_zoo.get_config_file("quick_schedules/fcos_R_18_FPN_shapes.yaml")
+    args = {"config_file": config, "opts": ["OUTPUT_DIR", str(tmp_path)], "eval_only": False}
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"has checkpoints of an earlier run. Add --resume"):
+        setup(SimpleNamespace(**args, resume=False))
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    (tmp_path / "of_mine.pth").touch()
+    setup(SimpleNamespace(**args, resume=True))
+    assert (tmp_path / "model_final.pth").exists()
+    setup(SimpleNamespace(**args, resume=False, overwrite=True))
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["of_mine.pth"]
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_checkpoint_without_a_config_is_resumed(cfg, tmp_path, monkeypatch):
+    """As versions before this one wrote it."""
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda *args: EVALUATION))
+    run(cfg, MAX_ITER=2)
+    last = tmp_path / "model_final.pth"
+    saved = torch.load(last)
+    del saved["config"], saved["seed"]
+    torch.save(saved, last)
+    assert run(cfg, resume=True, MAX_ITER=4).start_iter == 2
