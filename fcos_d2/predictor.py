@@ -8,8 +8,10 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultPredictor
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_model
 
+from .checkpoint import AtomicCheckpointer
 from .data.image_files import read_image
 from .data.voc import IMAGE_SUFFIXES
 from .modeling import FCOS
@@ -46,16 +48,19 @@ class Predictor:
                 found there is a warning, and the detector runs as without.
 
         Raises:
-            ValueError: for a batch size below 1, another order of channels, or to optimize another
-                detector or one whose weights are not finite.
+            ValueError: for a batch size below 1, another order of channels, weights that do not
+                fit or could run code, or to optimize another detector or one whose weights are
+                not finite.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if channels not in ("BGR", "RGB"):
             raise ValueError(f"channels must be 'BGR' or 'RGB', got {channels!r}")
-        default = DefaultPredictor(cfg)
-        self.model, self.resize = default.model, default.aug
-        self.model_channels = default.input_format
+        # As DefaultPredictor, which would run code from a .pkl file of weights.
+        self.model = build_model(cfg.clone()).eval()
+        AtomicCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
+        self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+        self.model_channels = cfg.INPUT.FORMAT
         self.batch_size, self.channels = batch_size, channels
         if optimize:
             self._optimize()

@@ -7,7 +7,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import tiny_cfg
 
 from fcos_d2.config import get_cfg
-from fcos_d2.data import check_num_classes, check_same_classes, register_custom_datasets
+from fcos_d2.data import (
+    check_num_classes,
+    check_same_classes,
+    check_test_sets,
+    register_custom_datasets,
+)
 
 
 @pytest.fixture
@@ -238,6 +243,33 @@ def test_classes_of_train_and_test_are_compared(register, datasets_folder):
 def test_errors_say_what_is_wrong(register, entry, message):
     with pytest.raises(ValueError, match=message):
         register(pets=entry)
+
+
+def test_test_sets_are_looked_at_before_the_training(register, datasets_folder):
+    write_voc(datasets_folder / "pets", [(5, 5, 20, 20)])
+    coco = {"FORMAT": "coco", "JSON": "missing.json", "IMAGES": "pets"}
+    register(pets=voc(), other=coco)
+    cfg = tiny_cfg(NUM_CLASSES=2)
+
+    def check(*names):
+        cfg.DATASETS.TEST = names
+        check_test_sets(cfg)
+
+    check("pets")
+    check()
+    with pytest.raises(ValueError, match="there is no data set 'pest'"):
+        check("pets", "pest")
+    with pytest.raises(FileNotFoundError, match=r"missing\.json"):
+        check("other")
+    (datasets_folder / "pets" / "JPEGImages" / "b.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 of 2 images .*'pets' are not there.*b\.jpg"):
+        check("pets")
+    (datasets_folder / "pets" / "ImageSets" / "Main" / "train.txt").write_text("")
+    with pytest.raises(ValueError, match="'pets' of DATASETS.TEST has no images"):
+        check("pets")
+    cfg.MODEL.FCOS.NUM_CLASSES = 3
+    with pytest.raises(ValueError, match="'pets' has 2 classes"):
+        check("pets")
 
 
 def test_name_of_a_built_in_data_set(register):

@@ -1,0 +1,169 @@
+"""Nothing that is loaded runs code: a payload for every entrance."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from helpers import tiny_cfg
+
+from fcos_d2 import Predictor, load_cfg, model_zoo
+from fcos_d2.checkpoint import AtomicCheckpointer, read_checkpoint
+from fcos_d2.data import register_custom_datasets
+from fcos_d2.engine import Trainer, evaluate
+
+
+class Payload:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.fixture
+def cfg(shapes_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_folder))
+    cfg = tiny_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    Path(cfg.OUTPUT_DIR).mkdir()
+    register_custom_datasets(cfg)
+    return cfg
+
+
+def weights_file(folder, suffix, content, protocol=2):
+    file = folder / f"weights{suffix}"
+    if suffix == ".pkl":
+        file.write_bytes(pickle.dumps(content, protocol=protocol))
+    elif suffix == ".pth":
+        torch.save(content, file)
+    else:  # the format of PyTorch before version 1.6
+        file = folder / "legacy.pth"
+        torch.save(content, file, _use_new_zipfile_serialization=False)
+    return str(file)
+
+
+ENTRANCES = {
+    "training": lambda cfg: Trainer(cfg).resume_or_load(resume=False),
+    "evaluation": evaluate,
+    "Predictor": Predictor,
+    "model zoo": lambda cfg: model_zoo.get(
+        "quick_schedules/fcos_R_18_FPN_shapes.yaml", weights=cfg.MODEL.WEIGHTS, device="cpu"
+    ),
+    "tools": lambda cfg: read_checkpoint(cfg.MODEL.WEIGHTS),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", "legacy"])
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_weights(cfg, tmp_path, entrance, suffix):
+    content = {"model": {"a": torch.ones(1).numpy()}, "__author__": Payload(tmp_path / "ran")}
+    cfg.MODEL.WEIGHTS = weights_file(tmp_path, suffix, content)
+    with pytest.raises(ValueError, match="Nothing was run"):
+        ENTRANCES[entrance](cfg)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_payload_would_run(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+def test_resume(cfg, tmp_path):
+    torch.save({"model": {}, "x": Payload(tmp_path / "ran")}, tmp_path / "output/model_final.pth")
+    (tmp_path / "output" / "last_checkpoint").write_text("model_final.pth")
+    with pytest.raises(ValueError, match="Nothing was run"):
+        Trainer(cfg).resume_or_load(resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_best_checkpoint_of_a_resumed_run(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda *args: {"bbox": {"AP": 1.0}}))
+    cfg.SOLVER.MAX_ITER = 1
+    Trainer(cfg).train()
+    torch.save({"model": {}, "best_metric": Payload(tmp_path / "ran")},
+               tmp_path / "output" / "model_best.pth")  # fmt: skip
+    cfg.SOLVER.MAX_ITER = 2
+    resumed = Trainer(cfg)
+    resumed.resume_or_load(resume=True)
+    resumed.train()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"])
+def test_proposals(cfg, tmp_path, key):
+    file = tmp_path / "proposals.pkl"
+    file.write_bytes(pickle.dumps({"ids": [], "boxes": Payload(tmp_path / "ran")}))
+    cfg.MODEL.LOAD_PROPOSALS = True
+    cfg.DATASETS[key] = (str(file),)
+    build = (
+        Trainer.build_train_loader
+        if "TRAIN" in key
+        else lambda cfg: Trainer.build_test_loader(cfg, "shapes_val")
+    )
+    with pytest.raises(ValueError, match="Nothing was run"):
+        build(cfg)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_proposals_without_code_are_loaded(cfg, tmp_path):
+    records = DatasetCatalog.get("shapes_train")
+    proposals = {
+        "ids": [r["image_id"] for r in records],
+        "boxes": [np.array([[1.0, 2.0, 30.0, 40.0]], np.float32) for _ in records],
+        "objectness_logits": [np.ones(1, np.float32) for _ in records],
+        "bbox_mode": records[0]["annotations"][0]["bbox_mode"].__class__.XYXY_ABS,
+    }
+    file = tmp_path / "proposals.pkl"
+    file.write_bytes(pickle.dumps(proposals))
+    cfg.MODEL.LOAD_PROPOSALS = True
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = (str(file),)
+    batch = next(iter(Trainer.build_train_loader(cfg)))
+    assert len(batch[0]["proposals"]) == 1
+
+
+@pytest.mark.parametrize("as_base", [False, True])
+def test_yaml(tmp_path, as_base):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"SEED: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n")
+    if as_base:
+        (tmp_path / "child.yaml").write_text("_BASE_: config.yaml\n")
+        file = tmp_path / "child.yaml"
+    with pytest.raises(ValueError, match=r"(?s)contains Python code.*Nothing was run.*--allow"):
+        load_cfg(str(file))
+    assert not (tmp_path / "ran").exists()
+    load_cfg(str(file), allow_unsafe=True)
+    assert (tmp_path / "ran").exists()
+
+
+def test_detectron2s_configs_with_code_are_read_where_asked_for():
+    from detectron2.model_zoo import get_config_file
+
+    file = get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    assert load_cfg(file, allow_unsafe=True).MODEL.META_ARCHITECTURE == "RetinaNet"
+    with pytest.raises(ValueError, match="contains Python code"):
+        load_cfg(file)
+
+
+def test_files_of_detectron2s_zoo_are_still_read(tmp_path):
+    """Its .pkl files hold plain arrays; and files of Detectron, in names of Caffe2."""
+    cfg = tiny_cfg()
+    model = build_model(cfg)
+    arrays = {k: v.numpy() for k, v in model.state_dict().items()}
+    file = weights_file(tmp_path, ".pkl", {"model": arrays, "__author__": "Detectron2"})
+    other = build_model(cfg)
+    AtomicCheckpointer(other).load(file)
+    for name, value in other.state_dict().items():
+        assert (value.numpy() == arrays[name]).all()
+    conv1 = np.full((64, 3, 7, 7), 0.5, np.float32)
+    caffe2 = {"blobs": {"conv1_w": conv1, "conv1_w_momentum": conv1,
+                        "res2_0_branch2a_w": np.zeros((64, 64, 3, 3), np.float32)}}  # fmt: skip
+    AtomicCheckpointer(other).load(weights_file(tmp_path, ".pkl", caffe2))
+    assert (other.backbone.bottom_up.stem.conv1.weight == 0.5).all()

@@ -1,0 +1,227 @@
+#!/usr/bin/env python
+"""Hurt small trainings in many ways, and see whether they end as undisturbed ones do.
+
+    python tools/fault_injection.py [--kills 20] [--folder output/faults]
+
+Kills, signals, damaged checkpoints, a full disk and a folder that cannot be written to, in one and
+two processes on CPU. After each fault the run is resumed. It has survived if its weights are those
+of a run that nothing has disturbed. Takes about ten minutes on two cores; exits with 1 if a run did
+not survive. Files that would run code are the subject of tests/test_hostile_files.py.
+"""
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from fcos_d2.data import make_shapes_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "configs/quick_schedules/fcos_R_18_FPN_shapes.yaml"
+NUM_ITERATIONS, PERIOD = 40, 5
+NOBODY = 65534
+SETTINGS = [
+    "MODEL.FCOS.NUM_CLS_CONVS", 1, "MODEL.FCOS.NUM_BOX_CONVS", 1, "SOLVER.IMS_PER_BATCH", 2,
+    "SOLVER.MAX_ITER", NUM_ITERATIONS, "SOLVER.CHECKPOINT_PERIOD", PERIOD, "SEED", 1,
+    "TEST.EVAL_PERIOD", 20, "DATALOADER.NUM_WORKERS", 2,
+]  # fmt: skip
+
+
+class Run:
+    """A training in a folder of its own, which is started again and again."""
+
+    def __init__(self, folder: Path, name: str, processes: int = 1):
+        self.output, self.processes = folder / name, processes
+        self.env = os.environ | {"DETECTRON2_DATASETS": str(folder), "OMP_NUM_THREADS": "1"}
+        shutil.rmtree(self.output, ignore_errors=True)
+        self.log = folder / f"{name}.log"
+        self.log.write_text("")
+
+    def start(self, **options: object) -> subprocess.Popen:
+        command = [sys.executable, "train_net.py", "--config-file", CONFIG, "--resume"]
+        command += ["--num-gpus", self.processes, "--dist-url", "auto", *SETTINGS]
+        return subprocess.Popen(
+            [*map(str, command), "OUTPUT_DIR", str(self.output)],
+            cwd=ROOT,
+            env=self.env,
+            stdout=self.log.open("a"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **options,
+        )
+
+    def finish(self) -> int:
+        return self.start().wait(timeout=600)
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.output.glob("model_0*.pth"), key=os.path.getmtime)
+
+    def wait_for(self, process: subprocess.Popen, text: str) -> None:
+        """Until the log has it once more."""
+        before = self.log.read_text().count(text)
+        while process.poll() is None and self.log.read_text().count(text) == before:
+            time.sleep(0.02)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return torch.load(self.output / "model_final.pth")["model"]
+
+
+def kill_all(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
+    """To the whole session, as a cluster does it."""
+    os.killpg(process.pid, number)
+
+
+def random_kills(run: Run, count: int, seconds: float) -> str:
+    rng = random.Random(0)
+    for _ in range(count):
+        process = run.start()
+        try:
+            process.wait(timeout=rng.uniform(0.3, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            kill_all(process)
+            process.wait()
+    run.finish()
+    resumed = run.log.read_text().count("Starting training from iteration")
+    return f"{count} kills, training reached {resumed} times"
+
+
+def stop_signal(run: Run, number: int, moment: str, code: int, resume_on: int = 1) -> str:
+    process = run.start()
+    run.wait_for(process, moment)
+    begin = time.monotonic()
+    kill_all(process, number)
+    exit_code = process.wait(timeout=120)
+    seconds = time.monotonic() - begin
+    if exit_code != code:
+        raise RuntimeError(f"exit code {exit_code}, not {code}")
+    saved = run.checkpoints()[-1].name
+    run.processes = resume_on
+    run.finish()
+    return f"exit code {exit_code} after {seconds:.1f} s with {saved}"
+
+
+def damaged_checkpoint(run: Run, damage: Callable[[bytes], bytes]) -> str:
+    process = run.start()
+    while process.poll() is None and len(run.checkpoints()) < 4:
+        time.sleep(0.02)
+    kill_all(process)
+    process.wait()
+    last = run.output / (run.output / "last_checkpoint").read_text()
+    last.write_bytes(damage(last.read_bytes()))
+    run.finish()
+    if f"{last} is missing or damaged: resuming from" not in run.log.read_text():
+        raise RuntimeError("the damage was not noticed")
+    return f"{last.name} was passed over"
+
+
+def full_disk(run: Run) -> str:
+    def no_large_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    process = run.start()
+    while process.poll() is None and len(run.checkpoints()) < 2:
+        time.sleep(0.02)
+    kill_all(process)
+    process.wait()
+    before = [p.name for p in run.checkpoints()]
+    code = run.start(preexec_fn=no_large_files).wait(timeout=600)
+    if code == 0 or list(run.output.glob("*.partial")):
+        raise RuntimeError(f"exit code {code}, left: {list(run.output.glob('*.partial'))}")
+    if [p.name for p in run.checkpoints()] != before:
+        raise RuntimeError("checkpoints were lost or are incomplete")
+    run.finish()
+    return f"exit code {code}, earlier checkpoints kept, no partial file"
+
+
+def read_only_folder(run: Run) -> str:
+    run.output.mkdir()
+    run.output.chmod(0o555)
+    as_user = {"user": NOBODY} if os.geteuid() == 0 else {}  # root may write everywhere
+    begin = time.monotonic()
+    code = run.start(**as_user).wait(timeout=600)
+    seconds = time.monotonic() - begin
+    run.output.chmod(0o755)
+    if code == 0 or "Starting training" in run.log.read_text():
+        raise RuntimeError(f"exit code {code} after training")
+    run.finish()
+    return f"exit code {code} after {seconds:.0f} s, before the first iteration"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--folder", type=Path, default=Path("output/faults"))
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    make_shapes_dataset(folder / "shapes")
+
+    begin = time.monotonic()
+    undisturbed = {1: Run(folder, "undisturbed")}
+    undisturbed[1].finish()
+    seconds = time.monotonic() - begin
+    undisturbed[2] = Run(folder, "undisturbed_2", processes=2)
+    undisturbed[2].finish()
+
+    training, evaluating = "Starting training from iteration", "Start inference on"
+    zeros = {"cut short": lambda x: x[: len(x) // 2],
+             "64 bytes zeroed": lambda x: x[: len(x) // 2] + bytes(64) + x[len(x) // 2 + 64 :],
+             "empty": lambda x: b""}  # fmt: skip
+    faults: dict[str, tuple[int, Callable[[Run], str]]] = {
+        "killed at random moments": (1, lambda r: random_kills(r, args.kills, seconds)),
+        "killed at random moments, 2 processes": (2, lambda r: random_kills(r, 5, seconds)),
+        "SIGTERM in training": (1, lambda r: stop_signal(r, signal.SIGTERM, training, 143)),
+        "SIGINT in training": (1, lambda r: stop_signal(r, signal.SIGINT, training, 130)),
+        "SIGUSR1 in training": (1, lambda r: stop_signal(r, signal.SIGUSR1, training, 143)),
+        "SIGTERM in evaluation": (1, lambda r: stop_signal(r, signal.SIGTERM, evaluating, 143)),
+        "SIGTERM in evaluation, 2 processes": (
+            2,
+            lambda r: stop_signal(r, signal.SIGTERM, evaluating, 143, resume_on=2),
+        ),
+        "SIGTERM, from 2 processes to 1": (
+            2,
+            lambda r: stop_signal(r, signal.SIGTERM, training, 143, resume_on=1),
+        ),
+        "SIGTERM, from 1 process to 2": (
+            1,
+            lambda r: stop_signal(r, signal.SIGTERM, training, 143, resume_on=2),
+        ),
+        **{f"last checkpoint {name}": (1, lambda r, damage=damage: damaged_checkpoint(r, damage))
+           for name, damage in zeros.items()},
+        "disk full while saving": (1, full_disk),
+        "folder that cannot be written to": (1, read_only_folder),
+    }  # fmt: skip
+    rows = []
+    for number, (fault, (processes, inject)) in enumerate(faults.items()):
+        run = Run(folder, f"fault_{number}", processes)
+        try:
+            what = inject(run)
+            difference = largest_difference(run.weights(), undisturbed[processes].weights())
+            mixed = run.processes != processes
+            survived = difference < 1e-3 if mixed else difference == 0
+        except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+            what, difference, survived = f"{error!r}; see {run.log}", float("nan"), False
+        rows.append([fault, "yes" if survived else "NO", difference, what])
+        print(f"{fault}: {rows[-1][1:]}", flush=True)
+    print(tabulate(rows, ["fault", "survived", "largest difference of a weight", "what happened"]))
+    if any(row[1] == "NO" for row in rows):
+        sys.exit(1)
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in b)
+
+
+if __name__ == "__main__":
+    main()
