@@ -58,10 +58,9 @@ def launch(main: Callable, args: argparse.Namespace) -> object:
     place = _place_in_environment()
     if place is not None:
         _join(place, timeout)
-        try:
-            return main(args)
-        finally:
-            dist.destroy_process_group()
+        result = main(args)
+        dist.destroy_process_group()
+        return result
     if args.num_gpus * args.num_machines == 1:
         return main(args)
     told = []
@@ -103,6 +102,7 @@ class _Place:
     local_rank: int
     local_world_size: int
     url: str
+    variable: str  # that says how many processes there are
 
 
 def _place_in_environment() -> _Place | None:
@@ -115,6 +115,7 @@ def _place_in_environment() -> _Place | None:
             local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
             local_world_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
             url="env://",
+            variable="WORLD_SIZE",
         )
     elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
         world_size = int(env["SLURM_NTASKS"])
@@ -127,6 +128,7 @@ def _place_in_environment() -> _Place | None:
             local_rank=int(env.get("SLURM_LOCALID", 0)),
             local_world_size=_slurm_tasks_per_node(world_size),
             url=f"tcp://{address}:{port}",
+            variable="SLURM_NTASKS",
         )
     else:
         return None
@@ -154,8 +156,8 @@ def _slurm_tasks_per_node(world_size: int) -> int:
 def _join(place: _Place, timeout: timedelta) -> None:
     """Join the process group, as Detectron2's launch does for the processes that it starts."""
     print(  # the loggers are set up later, when the config is known
-        f"Process {place.rank} of {place.world_size} waits for the others "
-        f"({place.url}, at most {timeout.total_seconds() / 60:g} minutes)",
+        f"Process {place.rank} waits for the others ({place.url}, at most "
+        f"{timeout.total_seconds() / 60:g} minutes): {place.variable} is {place.world_size}",
         flush=True,
     )
     has_gpu = torch.cuda.is_available()

@@ -265,7 +265,7 @@ def test_test_sets_are_looked_at_before_the_training(register, datasets_folder):
     with pytest.raises(ValueError, match=r"1 of 2 images .*'pets' are not there.*b\.jpg"):
         check("pets")
     (datasets_folder / "pets" / "ImageSets" / "Main" / "train.txt").write_text("")
-    with pytest.raises(ValueError, match="'pets' of DATASETS.TEST has no images"):
+    with pytest.raises(ValueError, match=r"'pets' .* has no images"):
         check("pets")
     cfg.MODEL.FCOS.NUM_CLASSES = 3
     with pytest.raises(ValueError, match="'pets' has 2 classes"):
