@@ -61,7 +61,9 @@ def get_cfg() -> CN:
 def load_cfg(config_file: str, opts: Sequence = (), allow_unsafe: bool = False) -> CN:
     """The config of a YAML file, changed by ``[key, value, ...]``; see :func:`get_cfg`.
 
-    Unlike ``get_cfg().merge_from_file``, which is Detectron2's, it runs no code from the file.
+    Unlike ``get_cfg().merge_from_file``, which is Detectron2's, it runs no code from the file, and
+    registers the data sets of ``DATASETS.CUSTOM``, so that what shows detections finds the names
+    of the classes.
     Entries of ``DATASETS.CUSTOM`` may be changed key by key or be new, and their values, as those
     of ``MODEL.FCOS.REGRESSION_RANGES``, are read as YAML.
 
@@ -97,6 +99,10 @@ def load_cfg(config_file: str, opts: Sequence = (), allow_unsafe: bool = False) 
         else:
             rest += [key, value]
     cfg.merge_from_list(rest)
+    # The data sets know the names of the classes. Imported here, as most of data imports this.
+    from .data.custom import register_custom_datasets
+
+    register_custom_datasets(cfg)
     return cfg
 
 

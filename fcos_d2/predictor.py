@@ -8,10 +8,12 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.catalog import Metadata
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 
 from .checkpoint import AtomicCheckpointer
+from .data import class_names
 from .data.image_files import read_image
 from .data.voc import IMAGE_SUFFIXES
 from .modeling import FCOS
@@ -29,7 +31,8 @@ class Predictor:
     Images that the network sees at one size, padding included, run together. As padding an image
     further would change its detections, others never do: what comes out for an image is what
     Detectron2's DefaultPredictor gives for it alone, up to rounding. Results come in the order
-    of the images.
+    of the images. ``metadata`` has the names of the classes, if the weights or the data sets say
+    them, for Detectron2's Visualizer.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class Predictor:
             raise ValueError(f"channels must be 'BGR' or 'RGB', got {channels!r}")
         # As DefaultPredictor, which would run code from a .pkl file of weights.
         self.model = build_model(cfg.clone()).eval()
-        AtomicCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
+        checkpointer = AtomicCheckpointer(self.model)
+        checkpointer.load(cfg.MODEL.WEIGHTS)
+        self.metadata = _metadata(cfg, checkpointer.class_names)
         self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self.model_channels = cfg.INPUT.FORMAT
         self.batch_size, self.channels = batch_size, channels
@@ -180,6 +185,12 @@ class Predictor:
     @torch.no_grad()
     def _detect(self, model_inputs: list[dict]) -> list[dict]:
         return self.model(model_inputs)
+
+
+def _metadata(cfg: CfgNode, names: list[str] | None) -> Metadata:
+    """What the Visualizer takes: the names that the weights say, or else those of the data set."""
+    names = names or class_names(cfg)
+    return Metadata(name="detector", **({"thing_classes": names} if names else {}))
 
 
 def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:

@@ -13,6 +13,7 @@ from .reading import read_checkpoint
 from .writing import replacing
 
 _BATCH_COUNTER = ".num_batches_tracked"
+_CLASS_LAYER = "head.cls_logits."
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -31,6 +32,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.description: dict[str, Any] = {}  # plain data that every checkpoint carries
         self._tag = True
         self.missing: list[str] = []  # names that the last file had not, or in another shape
+        self.class_names: list[str] | None = None  # that the last file says
+        # Of the data that is trained on. A class layer of other ones is not loaded.
+        self.classes_of_data: list[str] | None = None
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
         """Save as Detectron2 does; a run does not resume from a file without ``tag``."""
@@ -39,6 +43,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
             super().save(name, **self.description, **kwargs)
         finally:
             self._tag = True
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        rest = super().load(path, *args, **kwargs)
+        self.class_names = rest.get("class_names")
+        return rest
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         if self._tag:
@@ -96,6 +105,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: Any) -> Any:
         source = checkpoint.get("__author__", "the file")
+        names = checkpoint.get("class_names")
+        if None not in (names, self.classes_of_data) and names != self.classes_of_data:
+            for name in [n for n in checkpoint["model"] if n.startswith(_CLASS_LAYER)]:
+                del checkpoint["model"][name]
         incompatible = super()._load_model(checkpoint)
         wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
         self.missing = [*incompatible.missing_keys, *wrong_shape]
@@ -108,7 +121,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         total = sum(x.numel() for x in tensors.values())
         self.logger.info(
             f"Loaded {sum(loaded.values()):,} of the model's {total:,} values from {source}, in "
-            f"{len(loaded)} of {len(tensors)} tensors; the others keep their initial values"
+            f"{len(loaded)} of {len(tensors)} tensors. "
+            + (f"Initial values keep {_shortened(self.missing)}" if self.missing else "")
         )
         if all(".stem." in f".{name}" for name in loaded):
             what = "nothing but the stem of the backbone" if loaded else "nothing"

@@ -1,4 +1,12 @@
-from .custom import check_num_classes, check_same_classes, check_test_sets, register_custom_datasets
+from .custom import (
+    check_names_of_detector,
+    check_num_classes,
+    check_same_classes,
+    check_test_sets,
+    class_names,
+    register_custom_datasets,
+    with_class_names,
+)
 from .mapper import DatasetMapper
 from .shapes import make_shapes_dataset
 from .training_loader import TrainingLoader
@@ -6,9 +14,12 @@ from .training_loader import TrainingLoader
 __all__ = [
     "DatasetMapper",
     "TrainingLoader",
+    "check_names_of_detector",
     "check_num_classes",
     "check_same_classes",
     "check_test_sets",
+    "class_names",
     "make_shapes_dataset",
     "register_custom_datasets",
+    "with_class_names",
 ]

@@ -18,10 +18,13 @@ _NAMED = 10  # entries of a kind that a message names
 _copies: tempfile.TemporaryDirectory | None = None
 
 
-def coco_loader(json_file: str, image_root: str, name: str) -> Callable[[], list[dict]]:
+def coco_loader(
+    json_file: str, image_root: str, name: str, classes: Sequence[str] | None = None
+) -> Callable[[], list[dict]]:
     """A function that loads a data set with Detectron2's loader, from a checked file.
 
-    A file that had to be cleaned is loaded, and later evaluated, from a copy of it.
+    A file that had to be cleaned is loaded, and later evaluated, from a copy of it. If ``classes``
+    are given, another list in the file is a ValueError.
     """
     source: str | None = None
 
@@ -29,6 +32,12 @@ def coco_loader(json_file: str, image_root: str, name: str) -> Callable[[], list
         nonlocal source
         if source is None:
             data, is_changed = read_coco_json(json_file)
+            found = [c["name"] for c in sorted(data["categories"], key=lambda c: c["id"])]
+            if classes is not None and found != list(classes):
+                raise ValueError(
+                    f"{json_file} has the classes {found}, but CLASSES of the data set {name!r} "
+                    f"are {list(classes)}. Remove CLASSES, or take the file that they are of"
+                )
             source = _write_copy(name, data) if is_changed else json_file
             # The COCO evaluator reads this file.
             MetadataCatalog.get(name).set(json_file=source)

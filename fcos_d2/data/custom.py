@@ -7,10 +7,12 @@ Each entry is registered with Detectron2 under its key. Two formats::
         cells_train: {FORMAT: "coco", JSON: "cells/train.json", IMAGES: "cells/images"}
         cells_test: {FORMAT: "voc", ROOT: "cells", SPLIT: "test", CLASSES: ["RBC", "WBC"]}
 
-A VOC entry may set ``EVALUATOR`` to ``"coco"`` (the default, which takes the boxes as loaded) or
-``"pascal_voc"`` (which reads the XML files itself, and ignores "difficult" objects). Relative paths
-start at the folder in the environment variable DETECTRON2_DATASETS, or else at ``datasets``, as for
-Detectron2's built-in data sets.
+A COCO entry may have ``CLASSES``, too: then its classes are known before the file is read, and the
+file must have these. The config that a run writes has them. A VOC entry may set ``EVALUATOR`` to
+``"coco"`` (the default, which takes the boxes as loaded) or ``"pascal_voc"`` (which reads the XML
+files itself, and ignores "difficult" objects). Relative paths start at the folder in the
+environment variable DETECTRON2_DATASETS, or else at ``datasets``, as for Detectron2's built-in data
+sets.
 """
 
 import os
@@ -27,7 +29,7 @@ from .voc import check_readable_by_pascal_voc_evaluator, load_voc
 
 # The required and the optional keys of each format.
 _KEYS = {
-    "coco": ({"FORMAT", "JSON", "IMAGES"}, set()),
+    "coco": ({"FORMAT", "JSON", "IMAGES"}, {"CLASSES"}),
     "voc": ({"FORMAT", "ROOT", "SPLIT", "CLASSES"}, {"EVALUATOR"}),
 }
 # The section of MODEL with each meta architecture's NUM_CLASSES; ProposalNetwork has none.
@@ -64,6 +66,47 @@ def register_custom_datasets(cfg: CfgNode) -> None:
         else:
             _register_voc(name, entry)
         _registered[name] = registration
+
+
+def with_class_names(cfg: CfgNode) -> CfgNode:
+    """A copy of a config whose entries of DATASETS.CUSTOM say the classes of loaded data sets."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for name, entry in cfg.DATASETS.CUSTOM.items():
+        classes = MetadataCatalog.get(name).get("thing_classes", None)
+        if classes is not None:
+            entry["CLASSES"] = list(classes)
+    return cfg
+
+
+def class_names(cfg: CfgNode) -> list[str] | None:
+    """The classes of the first registered data set of a config that says them, or None."""
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if name in DatasetCatalog:
+            classes = MetadataCatalog.get(name).get("thing_classes", None)
+            if classes is not None:
+                return list(classes)
+    return None
+
+
+def check_names_of_detector(names: Sequence[str] | None, dataset_name: str) -> None:
+    """Compare the classes that a detector was trained on with those of a loaded data set.
+
+    Args:
+        names: None if they are not known.
+
+    Raises:
+        ValueError: if they differ, or are in another order, with both lists.
+    """
+    theirs = list(MetadataCatalog.get(dataset_name).get("thing_classes", ()))
+    if names is None or not theirs or list(names) == theirs:
+        return
+    how = "in another order than" if sorted(names) == sorted(theirs) else "unlike"
+    raise ValueError(
+        f"The data set {dataset_name!r} has the classes {theirs}, {how} the detector, which was "
+        f"trained on {list(names)}. It knows classes by their number: take another data set, or "
+        "make the names and their order the same"
+    )
 
 
 def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
@@ -159,10 +202,13 @@ def _check_entry(name: str, entry: dict) -> None:
 
 def _register_coco(name: str, entry: dict) -> None:
     images = _path(entry["IMAGES"])
-    load_records = coco_loader(_path(entry["JSON"]), images, name)
+    classes = entry.get("CLASSES")
+    load_records = coco_loader(_path(entry["JSON"]), images, name, classes)
     # For those who do not use our mapper the coordinates are made floating point here.
     DatasetCatalog.register(name, lambda: [with_float_coordinates(x) for x in load_records()])
-    MetadataCatalog.get(name).set(image_root=images, evaluator_type="coco")
+    metadata = MetadataCatalog.get(name).set(image_root=images, evaluator_type="coco")
+    if classes is not None:
+        metadata.set(thing_classes=list(classes))
 
 
 def _register_voc(name: str, entry: dict) -> None:

@@ -1,8 +1,10 @@
 """Evaluation of weights, without a training."""
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 
 from ..checkpoint import AtomicCheckpointer
+from ..data import check_names_of_detector
 from .trainer import Trainer
 
 
@@ -12,7 +14,8 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
     With ``TEST.AUG.ENABLED`` also with test-time augmentation.
 
     Raises:
-        ValueError: without weights or a checkpoint, and for those that do not fill the model.
+        ValueError: without weights or a checkpoint, for those that do not fill the model, and if
+            they say other classes than those of a data set, or in another order.
     """
     model = Trainer.build_model(cfg)
     checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
@@ -27,6 +30,9 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
         )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     checkpointer.check_complete()
+    for name in cfg.DATASETS.TEST:
+        DatasetCatalog.get(name)  # only then are the classes of every data set known
+        check_names_of_detector(checkpointer.class_names, name)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))

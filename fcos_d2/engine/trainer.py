@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint import AtomicCheckpointer
+from ..checkpoint import AtomicCheckpointer, replacing
 from ..config import load_cfg
 from ..data import (
     DatasetMapper,
@@ -29,7 +29,9 @@ from ..data import (
     check_num_classes,
     check_same_classes,
     check_test_sets,
+    class_names,
     register_custom_datasets,
+    with_class_names,
 )
 from ..data.proposals import check_proposal_files
 from ..data.training_loader import leave_signals_to_the_trainer, seed_all
@@ -125,10 +127,13 @@ class Trainer(DefaultTrainer):
         """
         found = checkpoint_to_resume(self.checkpointer, self.cfg) if resume else None
         if found is None:
+            self.checkpointer.classes_of_data = class_names(self.cfg)
             self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
             return
         file, checkpoint = found
-        check_resumable(checkpoint, self.cfg, self.checkpointer.model, self.optimizer)
+        check_resumable(
+            checkpoint, with_class_names(self.cfg), self.checkpointer.model, self.optimizer
+        )
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]
         rates = list(self.scheduler.base_lrs)
         if self.cfg.SEED < 0 and checkpoint.get("seed") is not None:
@@ -154,7 +159,14 @@ class Trainer(DefaultTrainer):
         """
         logger = logging.getLogger(__name__)
         # The same in a run that is resumed.
-        self.checkpointer.description = {"config": self.cfg.dump(), "seed": self.seed}
+        described = with_class_names(self.cfg).dump()
+        self.checkpointer.description = {"config": described, "seed": self.seed}
+        names = class_names(self.cfg)
+        if names is not None:
+            self.checkpointer.description["class_names"] = names
+        if comm.is_main_process():
+            with replacing(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
+                file.write(described)
         if isinstance(self.data_loader, TrainingLoader):
             self.data_loader.start(self.seed, first_batch=self.start_iter)
             logger.info(f"The order of the images and their augmentation have seed {self.seed}")
