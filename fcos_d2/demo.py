@@ -11,12 +11,12 @@ import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor, default_setup
-from detectron2.structures import BoxMode, Instances
-from detectron2.utils.visualizer import ColorMode, Visualizer
+from detectron2.structures import Instances
 from tabulate import tabulate
 
 from . import model_zoo
 from .data import make_shapes_dataset, register_custom_datasets
+from .drawing import annotations_as_instances, draw_instances
 from .engine import Trainer
 from .engine.resuming import refuse_or_delete_earlier_run
 
@@ -52,16 +52,7 @@ def draw_predictions(cfg, dataset_name: str, num_images: int = 10) -> np.ndarray
     for record in shown:
         image = cv2.imread(record["file_name"])
         detections = predict(image)["instances"].to("cpu")
-        truth = Instances(
-            image.shape[:2],
-            pred_boxes=np.array(
-                [
-                    BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
-                    for a in record["annotations"]
-                ]
-            ).reshape(-1, 4),
-            pred_classes=np.array([a["category_id"] for a in record["annotations"]], dtype=int),
-        )
+        truth = annotations_as_instances(record["annotations"], image.shape[:2])
         detections = detections[detections.scores > _SHOWN_SCORE]
         titled = [
             _titled(image, truth, dataset_name, f"ground truth: {len(truth)}"),
@@ -77,11 +68,7 @@ def draw_predictions(cfg, dataset_name: str, num_images: int = 10) -> np.ndarray
 
 
 def _titled(image: np.ndarray, instances: Instances, dataset_name: str, title: str) -> np.ndarray:
-    metadata = MetadataCatalog.get(dataset_name)
-    drawing = Visualizer(
-        image[:, :, ::-1], metadata, scale=2.0, instance_mode=ColorMode.SEGMENTATION
-    )
-    drawn = drawing.draw_instance_predictions(instances).get_image()[:, :, ::-1]
+    drawn = draw_instances(image, instances, MetadataCatalog.get(dataset_name), scale=2.0)
     bar = np.full((26, drawn.shape[1], 3), 255, np.uint8)
     cv2.putText(bar, title, (4, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     return np.vstack([bar, drawn])

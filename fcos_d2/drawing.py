@@ -1,0 +1,58 @@
+"""Pictures of detections, by Detectron2's Visualizer."""
+
+import colorsys
+
+import numpy as np
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.visualizer import ColorMode, Visualizer
+
+
+def draw_instances(
+    image: np.ndarray,
+    instances: Instances,
+    metadata: Metadata,
+    threshold: float = 0.0,
+    scale: float = 1.0,
+) -> np.ndarray:
+    """Draw boxes with their classes, scores if they have them, and masks, each class in its colour.
+
+    Args:
+        image: (H, W, 3) uint8, BGR.
+        instances: in pixels of the image, with ``pred_boxes`` and ``pred_classes``. On any device.
+        metadata: ``thing_classes`` are the names; ``thing_colors`` the colours, if there are any.
+        threshold: instances with a smaller score are not drawn.
+        scale: the size of the picture, relative to that of the image.
+
+    Returns:
+        (H * scale, W * scale, 3) uint8, BGR.
+    """
+    instances = instances.to("cpu")
+    if instances.has("scores"):
+        instances = instances[instances.scores >= threshold]
+    if metadata.get("thing_colors", None) is None:
+        num_classes = len(metadata.get("thing_classes", ())) or 1 + max(
+            map(int, instances.pred_classes), default=0
+        )
+        metadata = Metadata(**metadata.as_dict())
+        metadata.thing_colors = class_colors(num_classes)
+    visualizer = Visualizer(
+        image[:, :, ::-1], metadata, scale=scale, instance_mode=ColorMode.SEGMENTATION
+    )
+    return visualizer.draw_instance_predictions(instances).get_image()[:, :, ::-1]
+
+
+def class_colors(num_classes: int) -> list[tuple[int, int, int]]:
+    """Distinct bright colours, RGB, the same ones each time."""
+    hues = [i * 0.618034 % 1 for i in range(num_classes)]  # golden ratio: neighbours differ
+    return [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, 0.65, 1)) for hue in hues]
+
+
+def annotations_as_instances(annotations: list[dict], image_size: tuple[int, int]) -> Instances:
+    """The ground truth of a record in Detectron2's format, as if it had been predicted."""
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    return Instances(
+        image_size,
+        pred_boxes=Boxes(np.array(boxes, dtype=np.float32).reshape(-1, 4)),
+        pred_classes=np.array([a["category_id"] for a in annotations], dtype=int),
+    )

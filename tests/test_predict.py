@@ -1,0 +1,183 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from helpers import tiny_cfg
+from pycocotools.coco import COCO
+
+from fcos_d2 import Predictor, load_cfg, predict
+
+ROOT = Path(__file__).parents[1]
+CLASSES = ["disc", "square", "triangle"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint that carries its config, of a model that detects something."""
+    torch.manual_seed(0)
+    cfg = tiny_cfg(PRIOR_PROB=0.3)
+    for entry in cfg.DATASETS.CUSTOM.values():
+        entry["CLASSES"] = CLASSES
+    file = tmp_path_factory.mktemp("model") / "model.pth"
+    data = {"model": build_model(cfg).state_dict(), "config": cfg.dump(), "class_names": CLASSES}
+    torch.save(data, file)
+    return str(file)
+
+
+@pytest.fixture
+def images(shapes_folder, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in (1, 2, 3):
+        source = shapes_folder / "shapes" / "val" / f"{i:04d}.png"
+        (folder / source.name).write_bytes(source.read_bytes())
+    return folder
+
+
+def test_a_folder_with_an_unreadable_file_as_a_user_runs_it(weights, images, tmp_path):
+    (images / "0000.png").write_bytes(b"no image")
+    command = [sys.executable, "-m", "fcos_d2.predict", "--weights", weights, "--json"]
+    command += ["--input", str(images), "--output", "detections", "--threshold", "0.1"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "3 images in" in done.stdout
+    assert "1 file(s) could not be read:" in done.stdout
+    assert f"{images / '0000.png'}: cannot identify image file" in done.stdout
+    output = tmp_path / "detections"
+    names = sorted(p.name for p in output.iterdir())
+    assert names == ["0001.png", "0002.png", "0003.png", "results.json"]
+    for name in names[:3]:
+        original, drawn = cv2.imread(str(images / name)), cv2.imread(str(output / name))
+        assert drawn.shape == original.shape
+        assert (drawn != original).any()
+
+    # The results are those of Predictor, in the format that COCO's tools read.
+    results = json.loads((output / "results.json").read_text())
+    coco = COCO()
+    coco.dataset = {"images": [{"id": i} for i in (1, 2, 3)],
+                    "categories": [{"id": i} for i in range(3)], "annotations": []}  # fmt: skip
+    coco.createIndex()
+    loaded = coco.loadRes(str(output / "results.json"))
+    cfg = load_cfg_of(weights, tmp_path)
+    for i in (1, 2, 3):
+        expected = Predictor(cfg)(str(images / f"{i:04d}.png"))["instances"]
+        found = loaded.loadAnns(loaded.getAnnIds(imgIds=[i]))
+        assert len(found) == len(expected) > 0
+        x, y, w, h = found[0]["bbox"]
+        corners = expected.pred_boxes.tensor[0].tolist()
+        assert [x, y, x + w, y + h] == pytest.approx(corners, abs=1e-3)
+        assert found[0]["score"] == pytest.approx(expected.scores[0].item(), abs=1e-5)
+    assert {r["category_name"] for r in results} <= set(CLASSES)
+
+
+def load_cfg_of(weights, tmp_path):
+    (tmp_path / "c.yaml").write_text(torch.load(weights)["config"])
+    cfg = load_cfg(str(tmp_path / "c.yaml"))
+    cfg.MODEL.WEIGHTS = weights
+    return cfg
+
+
+def test_patterns_single_files_and_sub_folders(weights, images, tmp_path, capsys):
+    (images / "more").mkdir()
+    (images / "0003.png").rename(images / "more" / "0001.png")
+    output = tmp_path / "out"
+    main = ["--weights", weights, "--output", str(output), "--input"]
+    predict.main([*main, str(images / "**" / "0001.png"), "MODEL.FCOS.SCORE_THRESH_TEST", "0.9"])
+    found = sorted(str(p.relative_to(output)) for p in output.rglob("*.png"))
+    assert found == ["0001.png", "more/0001.png"]
+    predict.main([*main, str(images / "0002.png")])
+    assert (output / "0002.png").exists()
+    assert "1 images in" in capsys.readouterr().out
+
+
+def test_a_video(weights, shapes_folder, tmp_path):
+    writer = cv2.VideoWriter(
+        str(tmp_path / "film.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (160, 128)
+    )
+    for i in range(4):
+        frame = cv2.imread(str(shapes_folder / "shapes" / "val" / f"{i + 1:04d}.png"))
+        writer.write(cv2.resize(frame, (160, 128)))
+    writer.release()
+    film = str(tmp_path / "film.avi")
+    output = tmp_path / "out"
+    predict.main(["--weights", weights, "--input", film, "--output", str(output), "--json"])
+    drawn = cv2.VideoCapture(str(output / "film.mp4"))
+    assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 4
+    assert drawn.get(cv2.CAP_PROP_FPS) == 5
+    assert drawn.read()[1].shape == (128, 160, 3)
+    results = json.loads((output / "results.json").read_text())
+    assert {r["image_id"] for r in results} == {0, 1, 2, 3}
+
+
+def test_numbers_of_classes_are_those_of_the_data_set(weights, images, tmp_path, monkeypatch):
+    cfg = load_cfg_of(weights, tmp_path)
+    monkeypatch.setattr(
+        MetadataCatalog.get(cfg.DATASETS.TEST[0]), "thing_dataset_id_to_contiguous_id",
+        {7: 0, 8: 1, 9: 2}, raising=False,
+    )  # fmt: skip
+    predict.main(["--weights", weights, "--input", str(images), "--json",
+                  "--output", str(tmp_path / "out")])  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {(r["category_id"], r["category_name"]) for r in results} <= {
+        (7, "disc"), (8, "square"), (9, "triangle")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--input", "x.png"], "Name a model: --weights, --config-file, or both"),
+        (["--input", "none/*.png", "--weights", "W"], "There is no image at --input 'none"),
+        (["--input", "I", "--weights", "missing.pth"], r"There is no file missing\.pth"),
+        (["--input", "film.mp4", "--weights", "W"], "There is no image at --input 'film.mp4'"),
+        (["--input", "I", "--weights", "W", "--batch-size", "0"], "batch_size must be at least 1"),
+    ],
+)
+def test_errors_say_what_to_do(weights, images, tmp_path, args, message):
+    args = [{"W": weights, "I": str(images)}.get(a, a) for a in args]
+    with pytest.raises(SystemExit, match=message):
+        predict.main([*args, "--output", str(tmp_path / "out")])
+
+
+def test_a_checkpoint_without_a_config_needs_one(weights, images, tmp_path):
+    torch.save(torch.load(weights)["model"], tmp_path / "plain.pth")
+    args = ["--weights", str(tmp_path / "plain.pth"), "--input", str(images)]
+    args += ["--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="does not carry its config: add --config-file"):
+        predict.main(args)
+    (tmp_path / "c.yaml").write_text(torch.load(weights)["config"])
+    predict.main([*args, "--config-file", str(tmp_path / "c.yaml")])
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_originals_are_not_written_over(weights, images):
+    before = (images / "0001.png").read_bytes()
+    with pytest.raises(SystemExit, match="written over"):
+        predict.main(["--weights", weights, "--input", str(images), "--output", str(images)])
+    assert (images / "0001.png").read_bytes() == before
+
+
+def test_drawing_without_names_and_without_detections():
+    from detectron2.data.catalog import Metadata
+    from detectron2.structures import Boxes, Instances
+
+    from fcos_d2.drawing import draw_instances
+
+    image = np.zeros((50, 60, 3), np.uint8)
+    none = Instances((50, 60), pred_boxes=Boxes(torch.zeros(0, 4)),
+                     pred_classes=torch.zeros(0, dtype=int), scores=torch.zeros(0))  # fmt: skip
+    assert not draw_instances(image, none, Metadata()).any()
+    one = Instances((50, 60), pred_boxes=Boxes([[5, 5, 40, 30]]),
+                    pred_classes=torch.tensor([2]), scores=torch.tensor([0.5]))  # fmt: skip
+    assert draw_instances(image, one, Metadata()).any()
+    assert not draw_instances(image, one, Metadata(), threshold=0.6).any()
+    assert draw_instances(image, one, Metadata(), scale=2).shape == (100, 120, 3)
