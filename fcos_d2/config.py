@@ -63,11 +63,21 @@ def load_cfg(config_file: str, opts: Sequence = ()) -> CN:
         ValueError: for a key without a value, and for a key of ``DATASETS.CUSTOM`` that is no entry
             and no key of one.
     """
-    if len(opts) % 2:
-        raise ValueError(f"Changes to the config come as pairs of key and value, got {list(opts)}")
     cfg = get_cfg()
     cfg.merge_from_file(config_file)
-    _drop_keys_of_other_formats(cfg, config_file)
+    drop_keys_of_other_formats(cfg, config_file)
+    cfg.merge_from_list(merge_yaml_values(cfg, opts))
+    return cfg
+
+
+def merge_yaml_values(cfg: CN, opts: Sequence) -> list:
+    """Merge those of ``[key, value, ...]`` that ``cfg.merge_from_list`` cannot; return the others.
+
+    They are the entries of ``DATASETS.CUSTOM``; see :func:`load_cfg`, also for the errors. Bounds
+    of ``MODEL.FCOS.REGRESSION_RANGES`` are among the others, with their value read.
+    """
+    if len(opts) % 2:
+        raise ValueError(f"Changes to the config come as pairs of key and value, got {list(opts)}")
     rest = []
     for key, value in zip(opts[0::2], opts[1::2], strict=True):
         if key.startswith(_CUSTOM):
@@ -76,8 +86,7 @@ def load_cfg(config_file: str, opts: Sequence = ()) -> CN:
             rest += [key, _read_yaml(value)]
         else:
             rest += [key, value]
-    cfg.merge_from_list(rest)
-    return cfg
+    return rest
 
 
 def _read_yaml(value: object) -> object:
@@ -97,12 +106,18 @@ def _set_custom(cfg: CN, key: str, value: object) -> None:
         )
 
 
-def _drop_keys_of_other_formats(cfg: CN, config_file: str) -> None:
-    """Drop keys of custom data sets that stem from a base where the entry has another FORMAT."""
+def drop_keys_of_other_formats(cfg: CN, config_file: str) -> None:
+    """Drop keys of custom data sets that stem from a base where the entry has another FORMAT.
+
+    Args:
+        cfg: changed in place; ``config_file`` has been merged into it.
+    """
     entries = _custom_entries(config_file)
     for name, entry in cfg.DATASETS.CUSTOM.items():
-        for key in entry.keys() - entries[str(name)].keys():
-            del entry[key]
+        of_file = entries.get(str(name), {})
+        if "FORMAT" in of_file:
+            for key in entry.keys() - of_file.keys():
+                del entry[key]
 
 
 def _custom_entries(config_file: str) -> dict[str, dict[str, str]]:
