@@ -25,6 +25,11 @@ def add_fcos_config(cfg: CN) -> None:
     for key, value in _fcos_defaults().items():
         if key not in cfg.MODEL.FCOS:
             cfg.MODEL.FCOS[key] = value
+    if "TIMM" not in cfg.MODEL:
+        cfg.MODEL.TIMM = CN()
+    for key, value in _timm_defaults().items():
+        if key not in cfg.MODEL.TIMM:
+            cfg.MODEL.TIMM[key] = value
     if "DTYPE" not in cfg.SOLVER.AMP:
         # The type that SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling), "bfloat16",
         # or "auto": bfloat16 on CPU and, for FCOS, on GPUs that have it (Ampere and later), else
@@ -270,3 +275,19 @@ def _fcos_defaults() -> CN:
     # MODEL.RPN's PRE_NMS_TOPK_*, POST_NMS_TOPK_* and NMS_THRESH, as for the RPN.
     fcos.PROPOSAL_NUM_CLASSES = 1
     return fcos
+
+
+def _timm_defaults() -> CN:
+    """The backbone of build_fcos_timm_fpn_backbone; all of it is trained, whatever FREEZE_AT."""
+    timm = CN()
+    # Any model of timm (https://huggingface.co/docs/timm) that makes maps of the strides 8, 16 and
+    # 32. In MODEL.FPN.IN_FEATURES they are called as those of a ResNet: res3, res4, res5.
+    timm.NAME = "mobilenetv3_large_100"
+    # Start from timm's weights, which are downloaded. Only where MODEL.WEIGHTS is empty: a
+    # checkpoint of the detector has the backbone, too.
+    timm.PRETRAINED = False
+    # Batch norms, of models that have them: "BN", trained, with the statistics of each process;
+    # "SyncBN", with those of all; "FrozenBN", as they were pretrained: the default of
+    # MODEL.RESNETS.NORM, for the few images that a GPU holds.
+    timm.NORM = "BN"
+    return timm
