@@ -56,7 +56,7 @@ def get(config_path: str, weights: str | None = None, device: str | None = None)
     cfg = get_config(config_path)
     if isinstance(cfg, CfgNode):
         if weights is not None:
-            cfg.MODEL.WEIGHTS = weights
+            cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = weights, False
         if device is not None:
             cfg.MODEL.DEVICE = str(torch.device(device))
         model = build_model(cfg)

@@ -40,7 +40,7 @@ def run(folder):
     """Runs a tool of the repository and returns what it printed."""
 
     def run(tool, *args, **variables):
-        if NAMED is None and not (REPOSITORY / tool).is_file():
+        if not NAMED and not (REPOSITORY / tool).is_file():
             pytest.skip(f"needs {tool}: name a clone of Detectron2 in DETECTRON2_REPOSITORY")
         variables = {"DETECTRON2_DATASETS": str(folder / "datasets")} | variables
         result = run_with_d2_env(REPOSITORY / tool, *args, folder=folder, **variables)

@@ -25,6 +25,7 @@ YAMLS = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
 def test_every_config_trains_and_infers_a_step(name):
     cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.TIMM.PRETRAINED = False  # which downloads
     torch.manual_seed(0)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
@@ -238,4 +239,5 @@ def test_get_builds_from_a_checkpoint(tmp_path):
 def test_wheel_holds_the_configs(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"fcos_d2/configs/{y}" for y in YAMLS} <= set(names)
+    assert "fcos_d2/py.typed" in names
     assert {"fcos_d2/modeling/fcos.py", "fcos_d2/configs/common/models/fcos.py"} <= set(names)
