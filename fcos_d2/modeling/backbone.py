@@ -1,5 +1,6 @@
 """FPN on a ResNet or a model of timm, with the extra levels of FCOS: P6 and P7, P6, or none."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -106,6 +107,7 @@ class TimmBackbone(Backbone):
             raise ValueError(
                 f"MODEL.TIMM.NAME {name!r} makes maps of another layout, NHWC. {_CHOOSE_TIMM}"
             )
+        _freeze_unread(model, name, in_channels)
         if norm == "FrozenBN":
             model = timm.layers.freeze_batch_norm_2d(model)
         elif norm == "SyncBN":
@@ -152,6 +154,24 @@ def _timm_indices(name: str, strides: Sequence[int]) -> list[int]:
             f"MODEL.FPN.IN_FEATURES names those of {list(strides)}. {_CHOOSE_TIMM}"
         )
     return [maps[s] for s in strides]
+
+
+def _freeze_unread(model: nn.Module, name: str, in_channels: int) -> None:
+    """Take what no map is made from, as later stages of some models, from training.
+
+    It would never get a gradient, which distributed training refuses.
+    """
+    # On tensors without values: which parameters get a gradient is all that counts.
+    probe = copy.deepcopy(model).to("meta")
+    try:
+        maps = probe(torch.empty(2, in_channels, 64, 64, device="meta"))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"MODEL.TIMM.NAME {name!r} refuses images of 64x64 pixels: {error}. {_CHOOSE_TIMM}"
+        ) from error
+    sum(x.sum() for x in maps).backward()
+    for parameter, probed in zip(model.parameters(), probe.parameters(), strict=True):
+        parameter.requires_grad_(probed.grad is not None)
 
 
 def _build_fpn(cfg, bottom_up: Backbone) -> FPN:

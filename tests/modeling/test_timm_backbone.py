@@ -70,6 +70,18 @@ def test_every_trained_parameter_gets_a_gradient(name):
         assert parameter.requires_grad == (parameter.grad is not None), parameter_name
 
 
+@pytest.mark.parametrize("name, frozen", [
+    ("mobilenetv3_small_050", "model.blocks.4"), ("resnet18", None),
+])  # fmt: skip
+def test_stages_that_nobody_reads_are_not_trained(name, frozen):
+    backbone = TimmBackbone(name, pretrained=False, norm="BN", out_features=["res3", "res4"])
+    sum(x.sum() for x in backbone(torch.randn(2, 3, 64, 64)).values()).backward()
+    for parameter_name, parameter in backbone.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), parameter_name
+    unread = {n for n, p in backbone.named_parameters() if not p.requires_grad}
+    assert any(n.startswith(frozen) for n in unread) if frozen else not unread
+
+
 @pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN"])
 def test_norms(norm):
     x = torch.randn(2, 3, 64, 64)
@@ -119,6 +131,7 @@ def _stop():
 
 @pytest.mark.parametrize("name, message", [
     ("vit_tiny_patch16_224", r"strides \[16\], .* those of \[8, 16, 32\]\. Choose a model"),
+    ("maxvit_tiny_tf_224", r"refuses images of 64x64 pixels: .*7.*\. Choose a model"),
     ("swin_tiny_patch4_window7_224", r"layout, NHWC\. Choose a model that makes maps of the"),
 ])  # fmt: skip
 def test_unfit_models_are_refused(name, message):
