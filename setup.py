@@ -29,7 +29,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["fcos_d2", "fcos_d2.*"]), *config_packages],
     package_dir=config_packages,
-    package_data={"fcos_d2": ["detectron2.txt"]}
+    package_data={"fcos_d2": ["detectron2.txt", "py.typed"]}
     | {name: ["*.yaml", "*.py"] for name in config_packages},
     # Detectron2 is needed too, but is in no package registry: see "Install" in the README.
     install_requires=[
@@ -39,7 +39,10 @@ setup(
         "pycocotools",
         "opencv-python",
     ],
-    extras_require={"test": ["pytest", "hypothesis", "ruff"]},
+    extras_require={
+        "timm": ["timm"],  # backbones: MODEL.BACKBONE.NAME "build_fcos_timm_fpn_backbone"
+        "test": ["pytest", "hypothesis", "ruff", "timm"],
+    },
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",

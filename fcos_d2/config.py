@@ -25,6 +25,11 @@ def add_fcos_config(cfg: CN) -> None:
     for key, value in _fcos_defaults().items():
         if key not in cfg.MODEL.FCOS:
             cfg.MODEL.FCOS[key] = value
+    if "TIMM" not in cfg.MODEL:
+        cfg.MODEL.TIMM = CN()
+    for key, value in _timm_defaults().items():
+        if key not in cfg.MODEL.TIMM:
+            cfg.MODEL.TIMM[key] = value
     if "DTYPE" not in cfg.SOLVER.AMP:
         # The type that SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling), "bfloat16",
         # or "auto": bfloat16 on CPU and, for FCOS, on GPUs that have it (Ampere and later), else
@@ -73,23 +78,39 @@ def load_cfg(config_file: str, opts: Sequence = (), allow_unsafe: bool = False) 
 
     Raises:
         ValueError: for a key without a value, for a key of ``DATASETS.CUSTOM`` that is no entry
-            and no key of one, and for a YAML with code.
+            and no key of one, for unknown keys and files, and for a YAML with code.
     """
-    if len(opts) % 2 or any(str(key).startswith("-") for key in opts[0::2]):
-        raise ValueError(
-            "Changes to the config come as pairs of key and value, after all options such as "
-            f"--resume, got {list(opts)}"
-        )
     cfg = get_cfg()
     try:
         cfg.merge_from_file(config_file, allow_unsafe=allow_unsafe)
+        drop_keys_of_other_formats(cfg, config_file)
+        cfg.merge_from_list(merge_yaml_values(cfg, opts))
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
             f"{config_file}, or a config that it is based on, contains Python code: {error}. "
             "Nothing was run. If you trust its makers, pass --allow-unsafe-config "
             "(allow_unsafe=True)"
         ) from error
-    _drop_keys_of_other_formats(cfg, config_file)
+    except (AssertionError, KeyError) as error:  # Detectron2's, for unknown keys and files
+        raise ValueError(f"The config {config_file} with {list(opts)}: {error}") from error
+    # The data sets know the names of the classes. Imported here, as most of data imports this.
+    from .data.custom import register_custom_datasets
+
+    register_custom_datasets(cfg)
+    return cfg
+
+
+def merge_yaml_values(cfg: CN, opts: Sequence) -> list:
+    """Merge those of ``[key, value, ...]`` that ``cfg.merge_from_list`` cannot; return the others.
+
+    They are the entries of ``DATASETS.CUSTOM``; see :func:`load_cfg`, also for the errors. Bounds
+    of ``MODEL.FCOS.REGRESSION_RANGES`` are among the others, with their value read.
+    """
+    if len(opts) % 2 or any(str(key).startswith("-") for key in opts[0::2]):
+        raise ValueError(
+            "Changes to the config come as pairs of key and value, after all options such as "
+            f"--resume, got {list(opts)}"
+        )
     rest = []
     for key, value in zip(opts[0::2], opts[1::2], strict=True):
         if key.startswith(_CUSTOM):
@@ -98,12 +119,7 @@ def load_cfg(config_file: str, opts: Sequence = (), allow_unsafe: bool = False) 
             rest += [key, _read_yaml(value)]
         else:
             rest += [key, value]
-    cfg.merge_from_list(rest)
-    # The data sets know the names of the classes. Imported here, as most of data imports this.
-    from .data.custom import register_custom_datasets
-
-    register_custom_datasets(cfg)
-    return cfg
+    return rest
 
 
 def _read_yaml(value: object) -> object:
@@ -123,12 +139,18 @@ def _set_custom(cfg: CN, key: str, value: object) -> None:
         )
 
 
-def _drop_keys_of_other_formats(cfg: CN, config_file: str) -> None:
-    """Drop keys of custom data sets that stem from a base where the entry has another FORMAT."""
+def drop_keys_of_other_formats(cfg: CN, config_file: str) -> None:
+    """Drop keys of custom data sets that stem from a base where the entry has another FORMAT.
+
+    Args:
+        cfg: changed in place; ``config_file`` has been merged into it.
+    """
     entries = _custom_entries(config_file)
     for name, entry in cfg.DATASETS.CUSTOM.items():
-        for key in entry.keys() - entries[str(name)].keys():
-            del entry[key]
+        of_file = entries.get(str(name), {})
+        if "FORMAT" in of_file:
+            for key in entry.keys() - of_file.keys():
+                del entry[key]
 
 
 def _custom_entries(config_file: str) -> dict[str, dict[str, str]]:
@@ -281,3 +303,19 @@ def _fcos_defaults() -> CN:
     # MODEL.RPN's PRE_NMS_TOPK_*, POST_NMS_TOPK_* and NMS_THRESH, as for the RPN.
     fcos.PROPOSAL_NUM_CLASSES = 1
     return fcos
+
+
+def _timm_defaults() -> CN:
+    """The backbone of build_fcos_timm_fpn_backbone; all of it is trained, whatever FREEZE_AT."""
+    timm = CN()
+    # Any model of timm (https://huggingface.co/docs/timm) that makes maps of the strides 8, 16 and
+    # 32. In MODEL.FPN.IN_FEATURES they are called as those of a ResNet: res3, res4, res5.
+    timm.NAME = "mobilenetv3_large_100"
+    # Start from timm's weights, which are downloaded. Only where MODEL.WEIGHTS is empty: a
+    # checkpoint of the detector has the backbone, too.
+    timm.PRETRAINED = False
+    # Batch norms, of models that have them: "BN", trained, with the statistics of each process;
+    # "SyncBN", with those of all; "FrozenBN", as they were pretrained: the default of
+    # MODEL.RESNETS.NORM, for the few images that a GPU holds.
+    timm.NORM = "BN"
+    return timm

@@ -1,6 +1,9 @@
 """Small models and inputs, and slow, obvious references for the fast code."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import torch
@@ -92,3 +95,12 @@ def as_dict(positives, shapes):
     owners = {(i, level, y * shapes[level][1] + x): gt for i, level, x, y, gt in entries}
     assert len(owners) == len(positives)
     return owners
+
+
+def run_with_d2_env(*args, folder=None, **variables):
+    """Run Python with fcos_d2.d2_env named to Detectron2, and with nothing else of ours."""
+    env = os.environ | {"DETECTRON2_ENV_MODULE": "fcos_d2.d2_env"} | variables
+    command = [sys.executable, *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result

@@ -38,10 +38,12 @@ def test_dump_and_load_keep_the_infinite_bound(tmp_path):
 def test_missing_keys_are_added_to_those_there():
     cfg = detectron2_get_cfg()
     cfg.MODEL.FCOS = type(cfg)({"NUM_CLASSES": 7, "OF_ANOTHER_PACKAGE": 1})
+    cfg.MODEL.TIMM = type(cfg)({"NAME": "resnet18"})
     cfg.DATASETS.CUSTOM = type(cfg)()
     fcos_d2.add_fcos_config(cfg)
     assert (cfg.MODEL.FCOS.NUM_CLASSES, cfg.MODEL.FCOS.OF_ANOTHER_PACKAGE) == (7, 1)
     assert cfg.MODEL.FCOS.keys() >= fcos_d2.get_cfg().MODEL.FCOS.keys()
+    assert (cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.PRETRAINED) == ("resnet18", False)
     cfg.merge_from_other_cfg(type(cfg)({"DATASETS": {"CUSTOM": {"a": {"FORMAT": "coco"}}}}))
     assert cfg.DATASETS.CUSTOM.a.FORMAT == "coco"
 

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.modeling import build_model
-from detectron2.solver import build_optimizer
+from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.events import EventStorage
 from helpers import make_input
 
 from fcos_d2 import model_zoo
 from fcos_d2.acceleration.norm_folding import FoldedConv2d
+from fcos_d2.data import DatasetMapper
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -24,6 +25,7 @@ YAMLS = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
 def test_every_config_trains_and_infers_a_step(name):
     cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.TIMM.PRETRAINED = False  # which downloads
     torch.manual_seed(0)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
@@ -121,7 +123,7 @@ def test_deformable_layers_are_where_the_config_says(name):
 
 
 def test_lazy_config_builds_the_model_of_the_yaml():
-    lazy = LazyConfig.load(str(CONFIGS / "common" / "models" / "fcos.py")).model
+    lazy = model_zoo.get_config("common/models/fcos.py").model
     ours = instantiate(lazy)
     cfg = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.yaml")
     cfg.MODEL.DEVICE = "cpu"
@@ -140,9 +142,89 @@ def test_lazy_config_builds_the_model_of_the_yaml():
         instantiate(lazy)
 
 
-def test_unknown_config_lists_what_there_is():
-    with pytest.raises(FileNotFoundError, match=r"No config 'x\.yaml'.*fcos_R_50_FPN_1x\.yaml"):
-        model_zoo.get_config("x.yaml")
+COMPLETE = ["COCO-Detection/fcos_R_50_FPN_1x", "quick_schedules/fcos_R_18_FPN_shapes"]
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_complete_lazy_configs_are_their_yamls(name, shapes_folder, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_folder))
+    lazy, cfg = model_zoo.get_config(f"{name}.py"), model_zoo.get_config(f"{name}.yaml")
+    assert set(lazy) == {"model", "dataloader", "optimizer", "lr_multiplier", "train"}
+    cfg.MODEL.DEVICE = "cpu"
+    models = {"lazy": instantiate(lazy.model), "yaml": build_model(cfg)}
+    parameters = [
+        {n: (p.shape, p.requires_grad) for n, p in m.named_parameters()} for m in models.values()
+    ]
+    assert parameters[0] == parameters[1]
+    assert torch.equal(models["lazy"].pixel_mean, models["yaml"].pixel_mean)
+    assert torch.equal(models["lazy"].pixel_std, models["yaml"].pixel_std)
+
+    lazy.optimizer.params.model = models["lazy"]
+    optimizers = [instantiate(lazy.optimizer), build_optimizer(cfg, models["yaml"])]
+    clipped = cfg.SOLVER.CLIP_GRADIENTS.ENABLED  # then with half the learning rate: see the config
+    assert lazy.optimizer.lr == cfg.SOLVER.BASE_LR / (2 if clipped else 1)
+    decays = [{(g["weight_decay"], g["momentum"]) for g in o.param_groups} for o in optimizers]
+    assert decays[0] == decays[1]
+    assert lazy.train.max_iter == cfg.SOLVER.MAX_ITER
+    assert lazy.train.init_checkpoint == cfg.MODEL.WEIGHTS
+    multiplier = instantiate(lazy.lr_multiplier)
+    rates = build_lr_scheduler(cfg, optimizers[1])
+    for step in (0, 20, *cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER - 1):
+        rates.last_epoch = step
+        expected = rates.get_lr()[0] / cfg.SOLVER.BASE_LR
+        assert multiplier(step / cfg.SOLVER.MAX_ITER) == pytest.approx(expected)
+
+    loaders = lazy.dataloader
+    assert [loaders.train.dataset.names] == list(cfg.DATASETS.TRAIN)
+    assert [loaders.test.dataset.names] == list(cfg.DATASETS.TEST)
+    assert loaders.train.total_batch_size == cfg.SOLVER.IMS_PER_BATCH
+    mappers = [instantiate(loader.mapper) for loader in (loaders.train, loaders.test)]
+    for is_train, mapper in zip((True, False), mappers, strict=True):
+        expected = DatasetMapper(cfg, is_train=is_train)
+        resize, *flip = mapper.augmentations.augs
+        expected_resize, *expected_flip = expected.augmentations.augs
+        assert set(resize.short_edge_length) == set(expected_resize.short_edge_length)
+        assert resize.max_size == expected_resize.max_size
+        assert str(flip) == str(expected_flip)
+        assert mapper.image_format == expected.image_format
+
+
+def test_a_complete_lazy_config_trains_a_step(shapes_folder, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_folder))
+    lazy = model_zoo.get_config("quick_schedules/fcos_R_18_FPN_shapes.py")
+    model = instantiate(lazy.model)
+    lazy.optimizer.params.model = model
+    optimizer = instantiate(lazy.optimizer)
+    before = copy.deepcopy(model.head.state_dict())
+    batch = next(iter(instantiate(lazy.dataloader.train)))
+    assert len(batch) == 4
+    sum(model(batch).values()).backward()
+    optimizer.step()
+    changed = [not torch.equal(before[k], v) for k, v in model.head.state_dict().items()]
+    assert sum(changed) > 0.5 * len(changed)
+    test_record = next(iter(instantiate(lazy.dataloader.test)))
+    with torch.no_grad():
+        assert "instances" in model.eval()(test_record)[0]
+    assert instantiate(lazy.dataloader.evaluator) is not None
+
+
+def test_get_builds_a_lazy_config(tmp_path):
+    name = "quick_schedules/fcos_R_18_FPN_shapes"
+    first = model_zoo.get(f"{name}.yaml", weights="", device="cpu")
+    torch.save({"model": first.state_dict()}, tmp_path / "m.pth")
+    second = model_zoo.get(f"{name}.py", weights=str(tmp_path / "m.pth"), device="cpu")
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key])
+    assert model_zoo.get("common/models/fcos.py", device="cpu").num_classes == 80
+
+
+@pytest.mark.parametrize("name", ["x.yaml", "x.py"])
+def test_unknown_config_lists_what_there_is(name):
+    with pytest.raises(FileNotFoundError) as error:
+        model_zoo.get_config(name)
+    assert str(error.value).startswith(f"No config {name!r}. The configs are: ")
+    for known in ("fcos_R_50_FPN_1x.yaml", "common/models/fcos.py"):
+        assert known in str(error.value)
 
 
 def test_get_builds_from_a_checkpoint(tmp_path):
@@ -157,4 +239,5 @@ def test_get_builds_from_a_checkpoint(tmp_path):
 def test_wheel_holds_the_configs(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"fcos_d2/configs/{y}" for y in YAMLS} <= set(names)
+    assert "fcos_d2/py.typed" in names
     assert {"fcos_d2/modeling/fcos.py", "fcos_d2/configs/common/models/fcos.py"} <= set(names)

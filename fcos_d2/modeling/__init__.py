@@ -1,6 +1,6 @@
 """The detector, one stage a file, in the order of the data flow."""
 
-from .backbone import build_fcos_resnet_fpn_backbone
+from .backbone import TimmBackbone, build_fcos_resnet_fpn_backbone, build_fcos_timm_fpn_backbone
 from .fcos import FCOS
 from .head import FCOSHead, HeadOutputs
 from .losses import FCOSLoss
@@ -23,5 +23,7 @@ __all__ = [
     "LocationAssigner",
     "Positives",
     "Targets",
+    "TimmBackbone",
     "build_fcos_resnet_fpn_backbone",
+    "build_fcos_timm_fpn_backbone",
 ]

@@ -1,5 +1,6 @@
-"""ResNet-FPN with the extra levels of FCOS: P6 and P7 from P5, from C5, or none."""
+"""FPN on a ResNet or a model of timm, with the extra levels of FCOS: P6 and P7, P6, or none."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,11 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from .deform_conv import use_portable_deform_convs
+
+_CHOOSE_TIMM = (
+    "Choose a model that makes maps of the strides 8, 16 and 32 from images of any size, as "
+    "mobilenetv3_large_100, resnet50, efficientnet_b0 or convnext_tiny"
+)
 
 
 class LastLevelP6(nn.Module):
@@ -39,6 +45,136 @@ def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """
     bottom_up = build_resnet_backbone(cfg, input_shape)
     use_portable_deform_convs(bottom_up)
+    return _build_fpn(cfg, bottom_up)
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """FPN on the model ``MODEL.TIMM.NAME`` of timm, otherwise as on a ResNet.
+
+    Raises:
+        ImportError: if timm is not installed.
+        ValueError: for a model without the maps that ``MODEL.FPN.IN_FEATURES`` names, for another
+            NORM, and as for a ResNet.
+        RuntimeError: of timm, for a model that it does not have.
+    """
+    timm_cfg = cfg.MODEL.TIMM
+    bottom_up = TimmBackbone(
+        timm_cfg.NAME,
+        pretrained=timm_cfg.PRETRAINED and not cfg.MODEL.WEIGHTS,
+        norm=timm_cfg.NORM,
+        out_features=cfg.MODEL.FPN.IN_FEATURES,
+        in_channels=input_shape.channels,
+    )
+    return _build_fpn(cfg, bottom_up)
+
+
+class TimmBackbone(Backbone):
+    """The maps of a timm model, named as those of Detectron2's ResNets: res3 has stride 8."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool,
+        norm: str,
+        out_features: Sequence[str],
+        in_channels: int = 3,
+    ):
+        """
+        Args:
+            name: of the model in timm.
+            pretrained: load timm's weights.
+            norm: "BN", "SyncBN" or "FrozenBN", for the batch norms of the model.
+            out_features: the maps to return, finest first.
+            in_channels: of the images.
+        """
+        super().__init__()
+        if norm not in ("BN", "SyncBN", "FrozenBN"):
+            raise ValueError(
+                f"MODEL.TIMM.NORM must be one of ['BN', 'SyncBN', 'FrozenBN'], got {norm!r}"
+            )
+        timm = _import_timm()
+        strides = [_stride_of(feature) for feature in out_features]
+        model = timm.create_model(
+            name,
+            pretrained=pretrained,
+            features_only=True,
+            out_indices=_timm_indices(name, strides),
+            in_chans=in_channels,
+        )
+        if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC"):
+            raise ValueError(
+                f"MODEL.TIMM.NAME {name!r} makes maps of another layout, NHWC. {_CHOOSE_TIMM}"
+            )
+        _freeze_unread(model, name, in_channels)
+        if norm == "FrozenBN":
+            model = timm.layers.freeze_batch_norm_2d(model)
+        elif norm == "SyncBN":
+            model = timm.layers.convert_sync_batchnorm(model)
+        self.model = model
+        self._out_features = list(out_features)
+        self._out_feature_strides = dict(zip(out_features, strides, strict=True))
+        channels = model.feature_info.channels()
+        self._out_feature_channels = dict(zip(out_features, channels, strict=True))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._out_features, self.model(x), strict=True))
+
+
+def _import_timm():
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            "MODEL.BACKBONE.NAME 'build_fcos_timm_fpn_backbone' needs timm: pip install timm"
+        ) from error
+    return timm
+
+
+def _stride_of(feature: str) -> int:
+    """8 for "res3"."""
+    number = feature.removeprefix("res")
+    if not number.isdigit():
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES of a timm model are named res2 to res5, got {feature!r}"
+        )
+    return 2 ** int(number)
+
+
+def _timm_indices(name: str, strides: Sequence[int]) -> list[int]:
+    """The numbers of the maps with these strides among those of the timm model ``name``."""
+    with torch.device("meta"):  # without memory: only to know its maps
+        info = _import_timm().create_model(name, features_only=True).feature_info
+    # Of several maps with one stride the last, which has seen most.
+    maps = {s: i for i, s in zip(info.out_indices, info.reduction(), strict=True)}
+    if not set(strides) <= maps.keys():
+        raise ValueError(
+            f"MODEL.TIMM.NAME {name!r} makes maps of the strides {sorted(maps)}, and "
+            f"MODEL.FPN.IN_FEATURES names those of {list(strides)}. {_CHOOSE_TIMM}"
+        )
+    return [maps[s] for s in strides]
+
+
+def _freeze_unread(model: nn.Module, name: str, in_channels: int) -> None:
+    """Take what no map is made from, as later stages of some models, from training.
+
+    It would never get a gradient, which distributed training refuses.
+    """
+    # On tensors without values: which parameters get a gradient is all that counts.
+    probe = copy.deepcopy(model).to("meta")
+    try:
+        maps = probe(torch.empty(2, in_channels, 64, 64, device="meta"))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"MODEL.TIMM.NAME {name!r} refuses images of 64x64 pixels: {error}. {_CHOOSE_TIMM}"
+        ) from error
+    sum(x.sum() for x in maps).backward()
+    for parameter, probed in zip(model.parameters(), probe.parameters(), strict=True):
+        parameter.requires_grad_(probed.grad is not None)
+
+
+def _build_fpn(cfg, bottom_up: Backbone) -> FPN:
     out_channels = cfg.MODEL.FPN.OUT_CHANNELS
     in_features = cfg.MODEL.FPN.IN_FEATURES
 
