@@ -7,6 +7,7 @@ Detectron2, when it is imported, imports the module that this variable names, an
 """
 
 import sys
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 
@@ -23,8 +24,9 @@ def setup_environment() -> None:
 
     - Its default config has the keys of fcos_d2, and ``MODEL.DEVICE`` is "cpu" without a GPU.
     - Configs are read as by :func:`fcos_d2.config.load_cfg`, both files and command lines.
-    - When a config is frozen, which is the last thing that a tool does to it, its data sets of
-      ``DATASETS.CUSTOM`` are registered, and demo.py's threshold reaches FCOS.
+    - The data sets of ``DATASETS.CUSTOM`` are registered when a file has been read, and again when
+      the config is frozen, which is the last thing that a tool does to it. Then demo.py's threshold
+      reaches FCOS, too.
     - A data set that is not registered is looked for in the config of the run whose results, a
       JSON, are on the command line: visualize_json_results.py takes no config.
 
@@ -55,6 +57,9 @@ def _merge_from_file(merge):
         merge(self, cfg_filename, allow_unsafe)
         if _is_ours(self):
             drop_keys_of_other_formats(self, cfg_filename)
+            # For SAHI, which freezes nothing. What a command line has yet to complete can wait.
+            with suppress(ValueError):
+                register_custom_datasets(self)
 
     return merge_from_file
 
