@@ -11,7 +11,14 @@ each process that they start is one of the run.
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from fcos_d2.engine import Trainer, argument_parser, evaluate, launch, setup
+from fcos_d2.engine import (
+    Trainer,
+    argument_parser,
+    delete_earlier_run,
+    evaluate,
+    launch,
+    setup,
+)
 
 
 def main(args):
@@ -23,6 +30,8 @@ def main(args):
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if args.overwrite and not args.resume:
+        delete_earlier_run(cfg.OUTPUT_DIR)
     return trainer.train()
 
 

@@ -18,7 +18,6 @@ from . import model_zoo
 from .data import make_shapes_dataset, register_custom_datasets
 from .drawing import annotations_as_instances, draw_instances
 from .engine import Trainer
-from .engine.resuming import refuse_or_delete_earlier_run
 
 CONFIG = "quick_schedules/fcos_R_18_FPN_shapes.yaml"
 _SHOWN_SCORE = 0.4
@@ -89,7 +88,6 @@ def main() -> None:
     cfg = demo_config(output)
     make_shapes_dataset(output / "shapes")
     register_custom_datasets(cfg)
-    refuse_or_delete_earlier_run(cfg.OUTPUT_DIR, overwrite=True)
     default_setup(cfg, argparse.Namespace(eval_only=False))
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)

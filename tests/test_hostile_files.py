@@ -1,5 +1,6 @@
 """Nothing that is loaded runs code: a payload for every entrance."""
 
+import codecs
 import os
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import BoxMode
 from helpers import tiny_cfg
 
 from fcos_d2 import Predictor, load_cfg, model_zoo
@@ -71,6 +73,80 @@ def test_weights(cfg, tmp_path, entrance, suffix):
     assert not (tmp_path / "ran").exists()
 
 
+class Call:
+    """Calls a function when it is unpickled, and gives the result a state."""
+
+    def __init__(self, function, *args, state=None):
+        self.call = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self):
+        return self.call
+
+
+FORGED = {
+    "an array of pointers": Call(np.ndarray, (1,), "O", b"A" * 8),
+    "an array that is called": Call(np.ndarray, (2, 2)),
+    "a type that hides its pointers": Call(
+        np.dtype, "V16", False, True,
+        state=(3, "|", None, ("a", "b"), {"a": (np.dtype("O"), 0), "b": (np.dtype("i8"), 8)},
+               16, 1, 0),
+    ),
+    "objects": np.array([{}, []], dtype=object),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+@pytest.mark.parametrize("forged", FORGED)
+def test_descriptions_of_memory_that_are_not_true(tmp_path, forged, suffix):
+    """NumPy would take bytes of the file for pointers."""
+    file = weights_file(tmp_path, suffix, {"model": {"a": FORGED[forged]}})
+    with pytest.raises(ValueError, match=r"Nothing was run|damaged or not a checkpoint"):
+        read_checkpoint(file)
+
+
+def test_no_other_encodings(tmp_path):
+    """In .pth files PyTorch's own reader allows them."""
+    file = weights_file(tmp_path, ".pkl", {"model": Call(codecs.encode, "text", "rot13")})
+    with pytest.raises(ValueError, match="the encoding rot13"):
+        read_checkpoint(file)
+
+
+def test_nothing_can_be_set_on_a_class(tmp_path):
+    """A pickle, by hand: the class BoxMode, a state for it, BUILD."""
+    before = BoxMode.convert
+    state = pickle.dumps((None, {"convert": "poisoned"}), protocol=2)[2:-1]
+    data = b"\x80\x02}X\x01\x00\x00\x00acdetectron2.structures.boxes\nBoxMode\n" + state + b"bs."
+    (tmp_path / "poison.pkl").write_bytes(data)
+    with pytest.raises(ValueError, match="a state for a function or a class"):
+        read_checkpoint(str(tmp_path / "poison.pkl"))
+    assert BoxMode.convert == before
+
+
+@pytest.mark.parametrize(
+    ("suffix", "protocol"), [(".pth", 2), ("legacy", 2), (".pkl", 2), (".pkl", 4), (".pkl", 5)]
+)
+def test_arrays_of_all_kinds_are_read(tmp_path, suffix, protocol):
+    arrays = {
+        "float16": np.arange(6, dtype=np.float16).reshape(2, 3),
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "big endian": np.arange(4, dtype=">i4"),
+        "bool": np.array([True, False]),
+        "empty": np.zeros((0, 4), np.float32),
+        "no dimension": np.array(3.5),
+    }
+    others = [np.array([True, False]), (1, "a")]
+    content = {"model": arrays, "scalar": np.float32(1.5), "list": others, "type": np.dtype("i8")}
+    read = read_checkpoint(weights_file(tmp_path, suffix, content, protocol))
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read["model"][name], array)
+        assert read["model"][name].dtype == array.dtype
+        read["model"][name][...] = 0  # writable
+    assert read["scalar"] == 1.5
+    assert read["list"][0].tolist() == [True, False]
+    assert read["list"][1] == (1, "a")
+    assert read["type"] == np.int64
+
+
 def test_the_payload_would_run(tmp_path):
     pickle.loads(pickle.dumps(Payload(tmp_path / "ran")))
     assert (tmp_path / "ran").exists()
@@ -103,6 +179,8 @@ def test_proposals(cfg, tmp_path, key):
     file.write_bytes(pickle.dumps({"ids": [], "boxes": Payload(tmp_path / "ran")}))
     cfg.MODEL.LOAD_PROPOSALS = True
     cfg.DATASETS[key] = (str(file),)
+    other = "PROPOSAL_FILES_TEST" if "TRAIN" in key else "PROPOSAL_FILES_TRAIN"
+    cfg.DATASETS[other] = ("missing, and not needed",)
     build = (
         Trainer.build_train_loader
         if "TRAIN" in key

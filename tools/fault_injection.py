@@ -3,14 +3,16 @@
 
     python tools/fault_injection.py [--kills 20] [--folder output/faults]
 
-Kills, signals, damaged checkpoints, a full disk and a folder that cannot be written to, in one and
-two processes on CPU. After each fault the run is resumed. It has survived if its weights are those
-of a run that nothing has disturbed. Takes about ten minutes on two cores; exits with 1 if a run did
-not survive. Files that would run code are the subject of tests/test_hostile_files.py.
+Kills, signals, damaged checkpoints, a full disk, a folder that cannot be written to, and files that
+would run code, in one and two processes on CPU. After each fault the run is resumed. It has
+survived if its weights are those of a run that nothing has disturbed. Takes about ten minutes on
+two cores; exits with 1 if a run did not survive.
 """
 
 import argparse
+import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -47,9 +49,12 @@ class Run:
         self.log = folder / f"{name}.log"
         self.log.write_text("")
 
-    def start(self, **options: object) -> subprocess.Popen:
-        command = [sys.executable, "train_net.py", "--config-file", CONFIG, "--resume"]
+    def start(
+        self, config: str | Path = CONFIG, weights: str | Path = "", **options: object
+    ) -> subprocess.Popen:
+        command = [sys.executable, "train_net.py", "--config-file", config, "--resume"]
         command += ["--num-gpus", self.processes, "--dist-url", "auto", *SETTINGS]
+        command += ["MODEL.WEIGHTS", weights]
         return subprocess.Popen(
             [*map(str, command), "OUTPUT_DIR", str(self.output)],
             cwd=ROOT,
@@ -72,6 +77,11 @@ class Run:
         while process.poll() is None and self.log.read_text().count(text) == before:
             time.sleep(0.02)
 
+    def logged_losses(self) -> list[int]:
+        """The iterations whose losses are in metrics.json."""
+        rows = map(json.loads, (self.output / "metrics.json").read_text().splitlines())
+        return [row["iteration"] for row in rows if "total_loss" in row]
+
     def weights(self) -> dict[str, torch.Tensor]:
         return torch.load(self.output / "model_final.pth")["model"]
 
@@ -79,6 +89,11 @@ class Run:
 def kill_all(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
     """To the whole session, as a cluster does it."""
     os.killpg(process.pid, number)
+
+
+def wait_for_checkpoints(run: Run, process: subprocess.Popen, count: int) -> None:
+    while process.poll() is None and len(run.checkpoints()) < count:
+        time.sleep(0.02)
 
 
 def random_kills(run: Run, count: int, seconds: float) -> str:
@@ -95,9 +110,12 @@ def random_kills(run: Run, count: int, seconds: float) -> str:
     return f"{count} kills, training reached {resumed} times"
 
 
-def stop_signal(run: Run, number: int, moment: str, code: int, resume_on: int = 1) -> str:
+def stop_signal(run: Run, number: int, evaluating: bool, code: int, resume_on: int = 1) -> str:
     process = run.start()
-    run.wait_for(process, moment)
+    if evaluating:
+        run.wait_for(process, "Start inference on")
+    else:
+        wait_for_checkpoints(run, process, 1)
     begin = time.monotonic()
     kill_all(process, number)
     exit_code = process.wait(timeout=120)
@@ -112,8 +130,7 @@ def stop_signal(run: Run, number: int, moment: str, code: int, resume_on: int = 
 
 def damaged_checkpoint(run: Run, damage: Callable[[bytes], bytes]) -> str:
     process = run.start()
-    while process.poll() is None and len(run.checkpoints()) < 4:
-        time.sleep(0.02)
+    wait_for_checkpoints(run, process, 4)
     kill_all(process)
     process.wait()
     last = run.output / (run.output / "last_checkpoint").read_text()
@@ -129,8 +146,7 @@ def full_disk(run: Run) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
     process = run.start()
-    while process.poll() is None and len(run.checkpoints()) < 2:
-        time.sleep(0.02)
+    wait_for_checkpoints(run, process, 2)
     kill_all(process)
     process.wait()
     before = [p.name for p in run.checkpoints()]
@@ -157,6 +173,40 @@ def read_only_folder(run: Run) -> str:
     return f"exit code {code} after {seconds:.0f} s, before the first iteration"
 
 
+class Payload:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def payload(run: Run, name: str) -> str:
+    """Start from a file that would run code; after that a run without it."""
+    run.output.mkdir()
+    file, ran = run.output / name, run.output / "ran"
+    options = {}
+    if name == "config.yaml":
+        file.write_text(
+            f"_BASE_: {ROOT / CONFIG}\nSEED: !!python/object/apply:os.mkdir ['{ran}']\n"
+        )
+        options["config"] = file
+    elif name.endswith(".pkl"):
+        file.write_bytes(pickle.dumps({"model": Payload(ran)}))
+    else:
+        torch.save({"model": Payload(ran)}, file)
+    if name.startswith("weights"):
+        options["weights"] = file
+    code = run.start(**options).wait(timeout=600)
+    if ran.exists() or code == 0 or "Nothing was run" not in run.log.read_text():
+        raise RuntimeError(f"exit code {code}, the code has run: {ran.exists()}")
+    file.unlink()
+    run.finish()
+    return f"exit code {code}, the code was not run"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -174,33 +224,34 @@ def main() -> None:
     undisturbed[2] = Run(folder, "undisturbed_2", processes=2)
     undisturbed[2].finish()
 
-    training, evaluating = "Starting training from iteration", "Start inference on"
     zeros = {"cut short": lambda x: x[: len(x) // 2],
              "64 bytes zeroed": lambda x: x[: len(x) // 2] + bytes(64) + x[len(x) // 2 + 64 :],
              "empty": lambda x: b""}  # fmt: skip
     faults: dict[str, tuple[int, Callable[[Run], str]]] = {
         "killed at random moments": (1, lambda r: random_kills(r, args.kills, seconds)),
         "killed at random moments, 2 processes": (2, lambda r: random_kills(r, 5, seconds)),
-        "SIGTERM in training": (1, lambda r: stop_signal(r, signal.SIGTERM, training, 143)),
-        "SIGINT in training": (1, lambda r: stop_signal(r, signal.SIGINT, training, 130)),
-        "SIGUSR1 in training": (1, lambda r: stop_signal(r, signal.SIGUSR1, training, 143)),
-        "SIGTERM in evaluation": (1, lambda r: stop_signal(r, signal.SIGTERM, evaluating, 143)),
+        "SIGTERM in training": (1, lambda r: stop_signal(r, signal.SIGTERM, False, 143)),
+        "SIGINT in training": (1, lambda r: stop_signal(r, signal.SIGINT, False, 130)),
+        "SIGUSR1 in training": (1, lambda r: stop_signal(r, signal.SIGUSR1, False, 143)),
+        "SIGTERM in evaluation": (1, lambda r: stop_signal(r, signal.SIGTERM, True, 143)),
         "SIGTERM in evaluation, 2 processes": (
             2,
-            lambda r: stop_signal(r, signal.SIGTERM, evaluating, 143, resume_on=2),
+            lambda r: stop_signal(r, signal.SIGTERM, True, 143, resume_on=2),
         ),
         "SIGTERM, from 2 processes to 1": (
             2,
-            lambda r: stop_signal(r, signal.SIGTERM, training, 143, resume_on=1),
+            lambda r: stop_signal(r, signal.SIGTERM, False, 143, resume_on=1),
         ),
         "SIGTERM, from 1 process to 2": (
             1,
-            lambda r: stop_signal(r, signal.SIGTERM, training, 143, resume_on=2),
+            lambda r: stop_signal(r, signal.SIGTERM, False, 143, resume_on=2),
         ),
         **{f"last checkpoint {name}": (1, lambda r, damage=damage: damaged_checkpoint(r, damage))
            for name, damage in zeros.items()},
         "disk full while saving": (1, full_disk),
         "folder that cannot be written to": (1, read_only_folder),
+        **{f"code in {name}": (1, lambda r, name=name: payload(r, name))
+           for name in ("weights.pkl", "weights.pth", "model_final.pth", "config.yaml")},
     }  # fmt: skip
     rows = []
     for number, (fault, (processes, inject)) in enumerate(faults.items()):
@@ -210,7 +261,9 @@ def main() -> None:
             difference = largest_difference(run.weights(), undisturbed[processes].weights())
             mixed = run.processes != processes
             survived = difference < 1e-3 if mixed else difference == 0
-        except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+            # Each row once, whatever the number of times that it was written.
+            survived &= len(set(run.logged_losses())) == len(run.logged_losses())
+        except (RuntimeError, OSError, LookupError, subprocess.TimeoutExpired) as error:
             what, difference, survived = f"{error!r}; see {run.log}", float("nan"), False
         rows.append([fault, "yes" if survived else "NO", difference, what])
         print(f"{fault}: {rows[-1][1:]}", flush=True)

@@ -1,4 +1,4 @@
-from .atomic import AtomicCheckpointer
+from .atomic import AtomicCheckpointer, is_whole
 from .convert import convert
 from .reading import read_checkpoint
 from .sources import SOURCES
@@ -10,6 +10,7 @@ __all__ = [
     "AtomicCheckpointer",
     "convert",
     "convert_torchvision_resnet",
+    "is_whole",
     "read_checkpoint",
     "replacing",
 ]

@@ -1,12 +1,13 @@
 """Checkpoints that are either complete or absent, and that fit the model they are loaded into."""
 
 import os
+import pickle
 import re
 import zipfile
-import zlib
 from contextlib import AbstractContextManager
 from typing import IO, Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from .reading import read_checkpoint
@@ -63,17 +64,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
             FileNotFoundError: if the folder has a ``last_checkpoint`` but no whole checkpoint.
             ValueError: if ``last_checkpoint`` names a file of another folder.
         """
-        last = super().get_checkpoint_file()
-        name = last.removeprefix(self.save_dir).removeprefix(os.sep)
+        name = self._last_name()
         if name != os.path.basename(name):
             raise ValueError(
                 f"{os.path.join(self.save_dir, 'last_checkpoint')} names {name!r}, which is not a "
                 "file of its own folder. Write the name of the checkpoint into it, or remove it"
             )
-        if _is_whole(last):
+        last = os.path.join(self.save_dir, name)
+        if is_whole(last):
             return last
         newest_first = sorted(self.checkpoints_of_run(), key=os.path.getmtime, reverse=True)
-        newest = next(filter(_is_whole, newest_first), None)
+        newest = next(filter(is_whole, newest_first), None)
         if newest is None:
             raise FileNotFoundError(
                 f"{last} is missing or damaged, and {self.save_dir} has no whole checkpoint to "
@@ -81,6 +82,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
         self.logger.warning(f"{last} is missing or damaged: resuming from {newest}")
         return newest
+
+    def _last_name(self) -> str:
+        """What ``last_checkpoint`` says, or "" if it is missing or damaged."""
+        try:
+            with self.path_manager.open(
+                os.path.join(self.save_dir, "last_checkpoint"), "r"
+            ) as file:
+                name = file.read().strip()
+        except (OSError, UnicodeDecodeError):
+            return ""
+        return name if name.isprintable() else ""
 
     def checkpoints_of_run(self) -> list[str]:
         """Files of the folder that a run may have written to resume from, whole or not."""
@@ -153,14 +165,19 @@ def _shortened(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _is_whole(path: str) -> bool:
+def is_whole(path: str) -> bool:
     """Whether a checkpoint is complete and has the content that was written."""
     try:
         # torch.save writes a zip archive: its directory comes last, and holds a CRC of each entry.
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+            if archive.testzip() is not None:
+                return False
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads all headers
+    except pickle.UnpicklingError:
+        return True  # as it was written, but with more than plain data: whoever loads it will say
+    except Exception:  # damage raises many kinds
         return False
+    return True
 
 
 class _AtomicWrites:

@@ -1,6 +1,5 @@
 """Reads checkpoint files without running code from them."""
 
-import codecs
 import pickle
 import re
 from collections import OrderedDict
@@ -12,22 +11,88 @@ import numpy as np
 import torch
 from detectron2.structures import BoxMode
 
-_multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+
+class _Callable:
+    """What stands in a file's stead of a function or class. Nothing can be set on it."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state for a function or a class")
+
+
+class _Dtype:
+    """A type of numbers. NumPy itself would take descriptions of memory that are not true."""
+
+    def __init__(self, name: str, align: bool = False, copy: bool = False):
+        self.dtype = np.dtype(str(name))
+        if self.dtype.kind not in "biufc":
+            raise pickle.UnpicklingError(f"an array of {self.dtype}")
+
+    def __setstate__(self, state: tuple) -> None:
+        _, byte_order, *structure = state
+        if any(x is not None for x in structure[:3]):
+            raise pickle.UnpicklingError("an array of structures")
+        self.dtype = self.dtype.newbyteorder(byte_order)
+
+
+class _Array:
+    """An array of numbers, made of bytes."""
+
+    array: np.ndarray
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, data = state
+        self.array = _from_buffer(data, dtype, shape, "F" if is_fortran else "C")
+
+
+def _from_buffer(data: bytes | str, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
+    data = _encode(data, "latin1") if isinstance(data, str) else bytes(data)  # str: of Python 2
+    return np.frombuffer(data, _checked(dtype)).reshape(shape, order=order).copy()
+
+
+def _checked(dtype: Any) -> np.dtype:
+    if not isinstance(dtype, _Dtype):
+        raise pickle.UnpicklingError(f"an array of {type(dtype).__name__}")
+    return dtype.dtype
+
+
+def _scalar(dtype: _Dtype, data: bytes | str) -> np.generic:
+    return _from_buffer(data, dtype, (1,), "C")[0]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"the encoding {encoding}")
+    return text.encode("latin1")
+
+
+def _refuse(*args: Any) -> None:
+    raise pickle.UnpicklingError("a call of numpy.ndarray")
+
+
 # Everything that a pickle of plain arrays refers to, under the names of NumPy 1 and 2.
-_ARRAY_PARTS: dict[str, Callable] = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray._reconstruct": _multiarray._reconstruct,
-    "numpy._core.multiarray._reconstruct": _multiarray._reconstruct,
-    "numpy.core.multiarray.scalar": _multiarray.scalar,
-    "numpy._core.multiarray.scalar": _multiarray.scalar,
+_PARTS = {
+    "numpy.ndarray": _Callable(_refuse),  # named as an argument only
+    "numpy.dtype": _Callable(_Dtype),
     "collections.OrderedDict": OrderedDict,
     # Python 2 and protocol 2 use it for the bytes of an array.
-    "_codecs.encode": codecs.encode,
+    "_codecs.encode": _Callable(_encode),
     # Files of proposals name the layout of their boxes by this enumeration.
-    "detectron2.structures.boxes.BoxMode": BoxMode,
+    "detectron2.structures.boxes.BoxMode": _Callable(BoxMode),
 }
-_DTYPES = [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64")]
+for _bytes in ("bytes", "builtins.bytes", "__builtin__.bytes"):
+    _PARTS[_bytes] = _Callable(lambda: b"")  # of an empty array
+for _core in ("numpy.core", "numpy._core"):
+    _PARTS[f"{_core}.multiarray._reconstruct"] = _Callable(lambda *args: _Array())
+    _PARTS[f"{_core}.multiarray.scalar"] = _Callable(_scalar)
+    _PARTS[f"{_core}.numeric._frombuffer"] = _Callable(_from_buffer)
 
 
 def read_checkpoint(path: str, trust_pickle: bool = False) -> dict[str, Any]:
@@ -59,7 +124,7 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> dict[str, Any]:
         ) from e
     except ImportError as e:
         raise ValueError(f"{path} holds objects of a package that is not installed: {e}") from e
-    except (EOFError, RuntimeError, LookupError, AttributeError, ValueError) as e:
+    except (EOFError, RuntimeError, LookupError, AttributeError, TypeError, ValueError) as e:
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(e).__name__}: {e})") from e
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
@@ -73,20 +138,40 @@ def _cause(message: str) -> str:
 
 
 def _read_pth(path: str, trust_pickle: bool) -> Any:
-    allowed = [(part, name) for name, part in _ARRAY_PARTS.items()]
-    with torch.serialization.safe_globals([*allowed, *_DTYPES]):
-        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    if trust_pickle:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    # Objects that are given a state must be of a type that is listed.
+    types = [(x, f"{__name__}.{x.__name__}") for x in (_Array, _Dtype)]
+    with torch.serialization.safe_globals([*((x, name) for name, x in _PARTS.items()), *types]):
+        return _as_arrays(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _read_pkl(path: str, trust_pickle: bool) -> Any:
-    unpickler = pickle.Unpickler if trust_pickle else _ArrayUnpickler
     with open(path, "rb") as f:
-        return unpickler(f, encoding="latin1").load()
+        if trust_pickle:
+            return pickle.Unpickler(f, encoding="latin1").load()
+        return _as_arrays(_PlainUnpickler(f, encoding="latin1").load())
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Callable:
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ARRAY_PARTS[f"{module}.{name}"]
+            return _PARTS[f"{module}.{name}"]
         except KeyError:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}") from None
+
+
+def _as_arrays(x: Any) -> Any:
+    """The content with NumPy's arrays in the place of :class:`_Array`."""
+    if isinstance(x, _Array):
+        return x.array
+    if isinstance(x, _Dtype):
+        return x.dtype
+    if isinstance(x, dict):
+        for key, value in x.items():
+            x[key] = _as_arrays(value)
+    elif type(x) is list:
+        x[:] = map(_as_arrays, x)
+    elif type(x) is tuple:
+        return tuple(map(_as_arrays, x))
+    return x

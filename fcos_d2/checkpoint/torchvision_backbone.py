@@ -64,7 +64,9 @@ class TorchvisionHandler(PathHandler):
             if on_disk:
                 source = read_checkpoint(name)
             else:
-                source = torchvision.models.get_weight(name).get_state_dict(check_hash=True)
+                source = torchvision.models.get_weight(name).get_state_dict(
+                    check_hash=True, weights_only=True
+                )
             state_dict = convert_torchvision_resnet(source)
             model = {k: v.numpy() for k, v in state_dict.items()}
             data = {"model": model, "__author__": "torchvision", "matching_heuristics": True}

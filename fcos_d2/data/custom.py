@@ -176,7 +176,8 @@ def check_test_sets(cfg: CfgNode) -> None:
         if not records:
             raise ValueError(f"The data set {name!r} of DATASETS.TEST has no images")
         files = [record["file_name"] for record in records]
-        missing = [file for file in files if not PathManager.isfile(file)]
+        # Detectron2 reads addresses, too, which cannot be looked at.
+        missing = [f for f in files if "://" not in f and not PathManager.isfile(f)]
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(files)} images of the data set {name!r} are not there, "

@@ -53,14 +53,15 @@ class TrainingLoader:
         """
         self.cfg = cfg
         self.seed, self.first_batch = max(cfg.SEED, 0), 0
-        check_proposal_files(cfg)
+        proposal_files = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+        check_proposal_files(proposal_files)
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=(
                 cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
             ),
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+            proposal_files=proposal_files,
         )
         if not isinstance(records, list):
             raise ValueError(
@@ -101,6 +102,8 @@ class TrainingLoader:
             num_workers=self.cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
             worker_init_fn=leave_signals_to_the_trainer,
+            # Without its own the loader draws from the generator that the model draws from.
+            generator=torch.Generator(),
         )
         for batch in loader:
             self._count_skipped(batch)

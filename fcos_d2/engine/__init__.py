@@ -1,6 +1,7 @@
 from .evaluation import evaluate
 from .hooks import BestCheckpointer
 from .processes import argument_parser, launch
+from .resuming import delete_earlier_run
 from .stopping import Stopped
 from .trainer import Trainer, distribute, setup
 
@@ -9,6 +10,7 @@ __all__ = [
     "Stopped",
     "Trainer",
     "argument_parser",
+    "delete_earlier_run",
     "distribute",
     "evaluate",
     "launch",

@@ -3,6 +3,7 @@
 import argparse
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def launch(main: Callable, args: argparse.Namespace) -> object:
         what ``main`` returns, unless it runs in new processes.
     """
     timeout = timedelta(minutes=args.timeout)
-    place = _place_in_environment()
+    place = _place_in_environment(args.num_gpus)
     if place is not None:
         _join(place, timeout)
         result = main(args)
@@ -105,9 +106,11 @@ class _Place:
     variable: str  # that says how many processes there are
 
 
-def _place_in_environment() -> _Place | None:
+def _place_in_environment(num_gpus: int) -> _Place | None:
     """Where this process is among others, or None if it is alone."""
     env = os.environ
+    # The script of a job has numbers of tasks, too, but only srun sets that of its own tasks.
+    is_script_of_job = num_gpus > 1 and "SLURM_STEP_NUM_TASKS" not in env
     if "RANK" in env and "WORLD_SIZE" in env:
         place = _Place(
             rank=int(env["RANK"]),
@@ -117,9 +120,9 @@ def _place_in_environment() -> _Place | None:
             url="env://",
             variable="WORLD_SIZE",
         )
-    elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
-        world_size = int(env["SLURM_NTASKS"])
-        address = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env and not is_script_of_job:
+        world_size = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
+        address = env.get("MASTER_ADDR") or _first_slurm_machine()
         # All tasks of a job find the same port, and other jobs on the machine another one.
         port = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
         place = _Place(
@@ -133,6 +136,13 @@ def _place_in_environment() -> _Place | None:
     else:
         return None
     return place if place.world_size > 1 else None
+
+
+def _first_slurm_machine() -> str:
+    """Of a list such as "gpu[07-09,12],other": gpu07."""
+    machines = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    match = re.match(r"([^\[,]+)(?:\[(\d+))?", machines or "")
+    return match[1] + (match[2] or "") if match else "127.0.0.1"
 
 
 def _slurm_tasks_per_node(world_size: int) -> int:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,14 +33,15 @@ _WITHOUT_INFLUENCE = (
 )
 
 
-def refuse_or_delete_earlier_run(folder: str, overwrite: bool) -> None:
-    """What a new run does with the checkpoints of an earlier one in its OUTPUT_DIR.
+def refuse_earlier_run(folder: str, overwrite: bool, weights: str) -> None:
+    """Refuse a new run in a folder that has the checkpoints of an earlier one.
 
     Args:
-        overwrite: delete them, with ``last_checkpoint`` and ``metrics.json``.
+        overwrite: whether they will be deleted.
+        weights: what the new run starts from.
 
     Raises:
-        ValueError: if there are some, and they shall not be overwritten.
+        ValueError: if there are some, and they shall not be overwritten, or are started from.
     """
     checkpointer = AtomicCheckpointer(torch.nn.Identity(), folder)
     if not checkpointer.has_checkpoint():
@@ -49,11 +51,25 @@ def refuse_or_delete_earlier_run(folder: str, overwrite: bool) -> None:
             f"OUTPUT_DIR {folder!r} has checkpoints of an earlier run. Add --resume to go on with "
             "it, choose another OUTPUT_DIR, or add --overwrite to delete them and start anew"
         )
+    if os.path.realpath(weights) in map(os.path.realpath, _files_of_run(checkpointer)):
+        raise ValueError(
+            f"--overwrite would delete MODEL.WEIGHTS {weights!r}, which the run starts from. "
+            "Choose another OUTPUT_DIR"
+        )
+
+
+def delete_earlier_run(folder: str) -> None:
+    """Delete the checkpoints of an earlier run, once the new one is ready to start."""
     if comm.is_main_process():
-        names = ("last_checkpoint", "model_best.pth", "metrics.json")
-        for file in [os.path.join(folder, n) for n in names] + checkpointer.checkpoints_of_run():
+        for file in _files_of_run(AtomicCheckpointer(torch.nn.Identity(), folder)):
             if os.path.lexists(file):
                 os.unlink(file)
+
+
+def _files_of_run(checkpointer: AtomicCheckpointer) -> list[str]:
+    names = ("last_checkpoint", "model_best.pth")
+    others = [os.path.join(checkpointer.save_dir, name) for name in names]
+    return others + checkpointer.checkpoints_of_run()
 
 
 def checkpoint_to_resume(
@@ -91,9 +107,9 @@ def check_resumable(
     count.
 
     Raises:
-        ValueError: for parameters of other names or shapes, for parameters that the optimizer
-            groups otherwise, and for another number of images per batch, with which the order of
-            the images could not go on.
+        ValueError: for a file of weights alone, for parameters of other names or shapes, for ones
+            that the optimizer groups otherwise, and for another number of images per batch, with
+            which the order of the images could not go on.
     """
     changes = _changes(checkpoint.get("config"), cfg)
     listed = "".join(f"\n  {k}: {old!r} -> {new!r}" for k, (old, new) in changes.items())
@@ -107,6 +123,11 @@ def check_resumable(
             "The checkpoint is of another model. Choose the config that it was trained with, or "
             f"start a new run from it with MODEL.WEIGHTS and another OUTPUT_DIR. {problems}"
             + (f". Changes of the config:{listed}" if listed else "")
+        )
+    if "trainer" not in checkpoint:
+        raise ValueError(
+            "The checkpoint holds weights alone, and not the state of a training. Start a new run "
+            "from it with MODEL.WEIGHTS and another OUTPUT_DIR"
         )
     saved = checkpoint["trainer"]["_trainer"]["optimizer"]["param_groups"]
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in optimizer.param_groups]:
@@ -123,6 +144,18 @@ def check_resumable(
         )
 
 
+def metrics_rows(file: str) -> list[dict]:
+    """What ``metrics.json`` holds. Lines that a kill cut short are left out."""
+    if not os.path.isfile(file):
+        return []
+    rows = []
+    with open(file, errors="replace") as lines:
+        for line in lines:
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "iteration" in row]
+
+
 class MetricsWriter(JSONWriter):
     """Detectron2's, without what an earlier process wrote after its last checkpoint."""
 
@@ -130,14 +163,17 @@ class MetricsWriter(JSONWriter):
         self.json_file = json_file
         super().__init__(json_file)
 
-    def rows(self) -> list[dict]:
-        """What the file holds; a line that was cut short is left out."""
-        with open(self.json_file) as file:
-            return [json.loads(line) for line in file if line.endswith("}\n")]
+    def resume_at(self, iteration: int, end: int) -> None:
+        """Drop the rows of an iteration and later, which a run up to ``end`` writes again.
 
-    def resume_at(self, iteration: int) -> None:
-        """Drop the rows of an iteration and later."""
-        kept = [row for row in self.rows() if row["iteration"] < iteration]
+        The last evaluation of a shorter run stays. Detectron2 counts it one too many.
+        """
+        kept = [
+            row
+            for row in metrics_rows(self.json_file)
+            if row["iteration"] < iteration
+            or (row["iteration"] == iteration < end and "total_loss" not in row)
+        ]
         self.close()
         with replacing(self.json_file, "w") as file:
             file.writelines(json.dumps(row, sort_keys=True) + "\n" for row in kept)
@@ -147,7 +183,7 @@ class MetricsWriter(JSONWriter):
 class TensorboardWriter(TensorboardXWriter):
     """Detectron2's, which can hide what an earlier process wrote after its last checkpoint."""
 
-    def resume_at(self, iteration: int) -> None:
+    def resume_at(self, iteration: int, end: int) -> None:
         """Hide the rows of an iteration and later; call it before anything is written."""
         self._writer_args["purge_step"] = iteration
 

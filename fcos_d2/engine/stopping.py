@@ -5,8 +5,10 @@ evaluation. All processes stop after the same step. Clusters send these signals 
 machine away; ``--resume`` goes on as if nothing had happened.
 """
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +19,7 @@ from ..data.training_loader import STOP_SIGNALS
 
 # Signals belong to the process, and so does what is known of them.
 _told = 0  # the last signal, 0 for none
+_SAME_INTERRUPT = 1.0  # seconds
 _may_leave = False  # whether an evaluation runs, which may be left at any point
 
 
@@ -43,19 +46,31 @@ def signals_awaited() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _remember) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    first_interrupt: list[float] = []
+
+    def remember(number: int, frame: object) -> None:
+        global _told
+        _told = number
+        if number == signal.SIGINT:
+            first_interrupt.append(time.monotonic())
+            # A terminal and the launching process may both send the first one.
+            if first_interrupt[-1] - first_interrupt[0] > _SAME_INTERRUPT:
+                signal.signal(number, before[number])
+                raise KeyboardInterrupt
+        if _may_leave:
+            raise Stopped
+        if comm.is_main_process():
+            os.write(2, b"Stopping after this step. Ctrl-C once more ends it at once\n")
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, remember)
     try:
         yield
     finally:
+        _told = 0
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _remember(number: int, frame: object) -> None:
-    global _told
-    _told = number
-    if _may_leave:
-        raise Stopped
 
 
 @contextmanager
@@ -88,8 +103,11 @@ class StopWhenTold(HookBase):
 
     def after_step(self) -> None:
         global _told
-        _told = max(comm.all_gather(_told))
-        if _told and self.trainer.iter + 1 < self.trainer.max_iter:
+        told = max(comm.all_gather(_told))
+        if told == 0:  # by then a signal may have come, which the next step sees
+            return
+        _told = told
+        if self.trainer.iter + 1 < self.trainer.max_iter:
             self.trainer.save_where_stopped()
             comm.synchronize()  # a process that ends may take the others with it
             raise Stopped

@@ -17,11 +17,13 @@ from detectron2.engine import (
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint import AtomicCheckpointer, replacing
+from ..checkpoint import AtomicCheckpointer, is_whole, replacing
 from ..config import load_cfg
 from ..data import (
     DatasetMapper,
@@ -43,7 +45,8 @@ from .resuming import (
     TensorboardWriter,
     check_resumable,
     checkpoint_to_resume,
-    refuse_or_delete_earlier_run,
+    metrics_rows,
+    refuse_earlier_run,
 )
 from .stopping import Stopped, StopWhenTold, left_when_told, signals_awaited
 
@@ -70,7 +73,8 @@ def setup(args) -> CfgNode:
         )
     cfg.freeze()
     if not getattr(args, "eval_only", False) and not getattr(args, "resume", False):
-        refuse_or_delete_earlier_run(cfg.OUTPUT_DIR, getattr(args, "overwrite", False))
+        overwrite = getattr(args, "overwrite", False)
+        refuse_earlier_run(cfg.OUTPUT_DIR, overwrite, cfg.MODEL.WEIGHTS)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fcos_d2")
     register_custom_datasets(cfg)
@@ -94,8 +98,8 @@ class Trainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_test_sets(cfg)
         if comm.is_main_process():
-            for name in cfg.DATASETS.TEST:  # what it cannot evaluate is an error now
-                self.build_evaluator(cfg, name)
+            for name in cfg.DATASETS.TEST:
+                self._try_evaluator(cfg, name)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -114,6 +118,13 @@ class Trainer(DefaultTrainer):
         # What the order of the images, their augmentation and the model's random numbers depend on.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.register_hooks(self.build_hooks())
+
+    def _try_evaluator(self, cfg: CfgNode, dataset_name: str) -> None:
+        """Say now what the evaluation would say after the training."""
+        try:
+            self.build_evaluator(cfg, dataset_name)
+        except NotImplementedError as error:  # which Detectron2 passes over
+            logging.getLogger(__name__).warning(f"There will be no evaluation. {error}")
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint of OUTPUT_DIR if asked to and there is one, else MODEL.WEIGHTS.
@@ -134,19 +145,23 @@ class Trainer(DefaultTrainer):
         check_resumable(
             checkpoint, with_class_names(self.cfg), self.checkpointer.model, self.optimizer
         )
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]
-        rates = list(self.scheduler.base_lrs)
         if self.cfg.SEED < 0 and checkpoint.get("seed") is not None:
             self.seed = checkpoint["seed"]
         del found, checkpoint  # it is read again
+        if isinstance(self.scheduler, LRMultiplier):
+            self._load_but_for_rates(file)
+        else:  # other schedulers keep what they have computed
+            self.checkpointer.load(file)
+        self.start_iter = self.iter + 1
+
+    def _load_but_for_rates(self, file: str) -> None:
+        """Load a checkpoint; rates, momentum and weight decay are those of the config."""
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]
+        rates = list(self.scheduler.base_lrs)
         self.checkpointer.load(file)
         self.scheduler.base_lrs = rates
         for group, new, rate in zip(self._groups(), settings, self.scheduler.get_lr(), strict=True):
             group.update(new, lr=rate)
-        self.start_iter = self.iter + 1
-        if comm.is_main_process():
-            self._metrics.resume_at(self.start_iter)
-            self._tensorboard.resume_at(self.start_iter)
 
     def _groups(self) -> list[dict]:
         return self.optimizer.param_groups
@@ -165,6 +180,7 @@ class Trainer(DefaultTrainer):
         if names is not None:
             self.checkpointer.description["class_names"] = names
         if comm.is_main_process():
+            PathManager.mkdirs(self.cfg.OUTPUT_DIR)
             with replacing(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
                 file.write(described)
         if isinstance(self.data_loader, TrainingLoader):
@@ -172,6 +188,9 @@ class Trainer(DefaultTrainer):
             logger.info(f"The order of the images and their augmentation have seed {self.seed}")
         else:
             logger.warning("The data loader is not a TrainingLoader: its images start anew")
+        for writer in self._writers:
+            if hasattr(writer, "resume_at"):  # others may have been built
+                writer.resume_at(self.start_iter, end=self.max_iter)
         with signals_awaited():
             try:
                 return super().train()
@@ -184,7 +203,7 @@ class Trainer(DefaultTrainer):
         """Write a checkpoint between two iterations, unless there is one."""
         name = f"model_{self.iter:07d}"
         file = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
-        if self.iter + 1 < self.max_iter and not os.path.isfile(file):
+        if self.iter + 1 < self.max_iter and not is_whole(file):
             self.checkpointer.save(name, iteration=self.iter)
 
     def run_step(self) -> None:
@@ -205,8 +224,12 @@ class Trainer(DefaultTrainer):
             all_hooks.insert(writers[0] if writers else len(all_hooks), evaluate_augmented)
         evaluating = [h for h in all_hooks if isinstance(h, hooks.EvalHook | BestCheckpointer)]
         owed = OwedEvaluation(self._was_evaluated, evaluating)
-        # The statistics come before what evaluates and saves them.
-        return [WaitingLog(), AgreeOnBuffers(), *all_hooks, owed, StopWhenTold()]
+        users = (hooks.PeriodicCheckpointer, hooks.EvalHook)
+        first_user = [isinstance(h, users) for h in all_hooks].index(True)
+        all_hooks.insert(first_user, AgreeOnBuffers())
+        written_by = [h for h in all_hooks if isinstance(h, hooks.PeriodicWriter)]
+        self._writers = [writer for hook in written_by for writer in hook._writers]
+        return [WaitingLog(), *all_hooks, owed, StopWhenTold()]
 
     def _metric(self) -> str:
         """Name of the value that the best checkpoint is chosen by."""
@@ -218,13 +241,16 @@ class Trainer(DefaultTrainer):
     def _was_evaluated(self, iteration: int) -> bool:
         if not comm.is_main_process() or not len(self.cfg.DATASETS.TEST):
             return True
-        rows = self._metrics.rows()
-        return any(r["iteration"] == iteration and self._metric() in r for r in rows)
+        rows = metrics_rows(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        # One more for the last one of a shorter run, as Detectron2 counts it.
+        done = (iteration, iteration + 1)
+        return any(row["iteration"] in done and self._metric() in row for row in rows)
 
     def build_writers(self) -> list:
-        self._metrics = MetricsWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
-        self._tensorboard = TensorboardWriter(self.cfg.OUTPUT_DIR)
-        return [CommonMetricPrinter(self.max_iter), self._metrics, self._tensorboard]
+        folder = self.cfg.OUTPUT_DIR
+        PathManager.mkdirs(folder)
+        metrics = MetricsWriter(os.path.join(folder, "metrics.json"))
+        return [CommonMetricPrinter(self.max_iter), metrics, TensorboardWriter(folder)]
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict:
@@ -257,7 +283,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         mapper = DatasetMapper(cfg, is_train=False)
-        check_proposal_files(cfg)
+        if cfg.MODEL.LOAD_PROPOSALS:
+            check_proposal_files(cfg.DATASETS.PROPOSAL_FILES_TEST)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         loader.worker_init_fn = leave_signals_to_the_trainer
         check_num_classes(cfg, dataset_name)

@@ -1,4 +1,5 @@
 import os
+import random
 import zipfile
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fcos_d2.checkpoint import AtomicCheckpointer
+from fcos_d2.checkpoint import AtomicCheckpointer, is_whole
 
 
 def save_three_checkpoints(folder):
@@ -41,7 +42,9 @@ def test_killed_while_writing_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path)).resume_or_load("")["iteration"] == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "zeroed", "missing", "empty tag", "no tag"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "zeroed", "missing", "empty tag", "no tag", "zeros tag", "binary tag"]
+)
 def test_falls_back_to_the_newest_complete_checkpoint(tmp_path, damage, caplog):
     checkpointer = save_three_checkpoints(tmp_path)
     last = tmp_path / "model_2.pth"
@@ -59,6 +62,10 @@ def test_falls_back_to_the_newest_complete_checkpoint(tmp_path, damage, caplog):
         last.unlink()
     elif damage == "empty tag":
         (tmp_path / "last_checkpoint").write_text("")
+    elif damage == "zeros tag":
+        (tmp_path / "last_checkpoint").write_bytes(bytes(8))
+    elif damage == "binary tag":
+        (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe")
     else:
         (tmp_path / "last_checkpoint").unlink()
     torch.save({"a released model": 1}, tmp_path / "model_zoo.pth")  # newer, but not of this run
@@ -106,3 +113,23 @@ def test_a_link_under_the_temporary_name_is_not_written_through(tmp_path):
     assert victim.read_text() == "untouched"
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 3
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_damage_anywhere_is_noticed(tmp_path):
+    """A byte changed anywhere is noticed, or changes nothing that is read."""
+    checkpointer = save_three_checkpoints(tmp_path)
+    file = tmp_path / "model_2.pth"
+    content = file.read_bytes()
+    expected = torch.load(file)
+    rng = random.Random(0)
+    unnoticed = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        if is_whole(str(file)):
+            unnoticed += 1
+            assert torch.load(file)["iteration"] == expected["iteration"]
+            assert torch.equal(torch.load(file)["model"]["weight"], expected["model"]["weight"])
+        assert checkpointer.get_checkpoint_file()
+    assert unnoticed < 150

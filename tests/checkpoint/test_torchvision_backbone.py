@@ -24,7 +24,7 @@ def test_weights_give_torchvisions_features(depth, on_disk, tmp_path, monkeypatc
 
     def get_weight(name):
         requested.append(name)
-        return SimpleNamespace(get_state_dict=lambda check_hash: source.state_dict())
+        return SimpleNamespace(get_state_dict=lambda **kwargs: source.state_dict())
 
     monkeypatch.setattr(torchvision.models, "get_weight", get_weight)
     monkeypatch.setattr(file_io, "get_cache_dir", lambda *a: str(tmp_path))

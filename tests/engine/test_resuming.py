@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils.events import CommonMetricPrinter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fcos_d2 import model_zoo
-from fcos_d2.engine import Trainer, resuming, setup
+from fcos_d2.engine import Trainer, delete_earlier_run, resuming, setup
 
 EVALUATION = {"bbox": {"AP": 1.0}}
 
@@ -101,7 +102,7 @@ def test_metrics_are_not_written_twice(cfg, tmp_path):
     # Rows are written every 20 iterations, and in the end.
     run(cfg, MAX_ITER=45, CHECKPOINT_PERIOD=15, killed_before=41)
     with (tmp_path / "metrics.json").open("a") as file:
-        file.write('{"cut short')
+        file.write('{"cut short{"iteration": 39}\n{"cut sh')
     run(cfg, MAX_ITER=45, CHECKPOINT_PERIOD=15, resume=True)
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     losses = [row["iteration"] for row in rows if "total_loss" in row]
@@ -176,6 +177,80 @@ def test_what_cannot_go_on_is_refused_before_anything_is_loaded(cfg, tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name in before} == before
 
 
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(cfg, tmp_path):
+    run(cfg, MAX_ITER=30, CHECKPOINT_PERIOD=100, killed_before=25)
+    run(cfg, MAX_ITER=22, CHECKPOINT_PERIOD=100, resume=True)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert [row["iteration"] for row in rows if "total_loss" in row] == [19, 21]
+
+
+class Draws(HookBase):
+    """What the model would draw in a step."""
+
+    def __init__(self):
+        self.drawn = {}
+
+    def after_step(self):
+        self.drawn[self.trainer.iter] = torch.rand(3).tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.usefixtures("no_evaluation")
+def test_what_a_model_draws_is_the_same_too(cfg, workers):
+    cfg.DATALOADER.NUM_WORKERS = workers
+    drawn = []
+    for resume in (False, True):
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        hook = Draws()
+        trainer.register_hooks([hook, *([] if resume else [Killed(5)])])
+        if resume:
+            trainer.train()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        drawn.append(hook.drawn)
+    assert list(drawn[0]) == [0, 1, 2, 3, 4]
+    assert list(drawn[1]) == [4, 5]
+    assert drawn[0][4] == drawn[1][4] != drawn[1][5]
+
+
+class OwnWriters(Trainer):
+    def build_writers(self):
+        return [CommonMetricPrinter(self.max_iter)]
+
+
+class OwnScheduler(Trainer):
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_trainers_with_parts_of_their_own_resume(cfg, tmp_path):
+    for kind in (OwnWriters, OwnScheduler):
+        cfg.OUTPUT_DIR = str(tmp_path / kind.__name__)  # and it need not exist
+        cfg.SOLVER.MAX_ITER = 2
+        stopped = kind(cfg)
+        stopped.train()
+        cfg.SOLVER.MAX_ITER = 4
+        resumed = kind(cfg)
+        resumed.resume_or_load(resume=True)
+        rates = [t.optimizer.param_groups[0]["lr"] for t in (stopped, resumed)]
+        assert rates[0] == rates[1]
+        resumed.train()
+    assert rates[0] == cfg.SOLVER.BASE_LR / 4
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_weights_alone_are_no_checkpoint_to_resume_from(cfg, tmp_path):
+    model = Trainer.build_model(cfg)
+    torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
+    with pytest.raises(ValueError, match=r"holds weights alone.*MODEL\.WEIGHTS"):
+        Trainer(cfg).resume_or_load(resume=True)
+
+
 def test_processes_must_see_the_same(cfg, monkeypatch):
     trainer = Trainer(cfg)
 
@@ -204,9 +279,15 @@ def test_a_new_run_does_not_mix_with_an_earlier_one(cfg, tmp_path):
     (tmp_path / "of_mine.pth").touch()
     setup(SimpleNamespace(**args, resume=True))
     assert (tmp_path / "model_final.pth").exists()
-    setup(SimpleNamespace(**args, resume=False, overwrite=True))
-    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["of_mine.pth"]
-    assert not (tmp_path / "metrics.json").exists()
+    overwriting = SimpleNamespace(**args, resume=False, overwrite=True)
+    setup(overwriting)
+    assert (tmp_path / "model_final.pth").exists()  # until the new run is ready
+    args["opts"] += ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
+    with pytest.raises(ValueError, match=r"would delete MODEL\.WEIGHTS"):
+        setup(overwriting)
+    delete_earlier_run(str(tmp_path))
+    assert [p.name for p in tmp_path.glob("*.pth")] == ["of_mine.pth"]
+    assert not (tmp_path / "last_checkpoint").exists()
 
 
 def test_a_checkpoint_without_a_config_is_resumed(cfg, tmp_path, monkeypatch):

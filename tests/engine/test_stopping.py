@@ -9,7 +9,7 @@ import pytest
 import torch
 from detectron2.engine import DefaultTrainer, HookBase
 
-from fcos_d2.engine import Stopped, Trainer
+from fcos_d2.engine import Stopped, Trainer, stopping
 
 EVALUATION = {"bbox": {"AP": 1.0}}
 
@@ -107,3 +107,42 @@ def test_trains_outside_the_main_thread(cfg, tmp_path):
     thread.start()
     thread.join()
     assert (tmp_path / "model_final.pth").exists()
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_signal_while_the_processes_agree_is_seen_after_the_next_step(cfg, tmp_path, monkeypatch):
+    def gather(told):
+        if not calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(told)
+        return [told]
+
+    calls = []
+    monkeypatch.setattr(stopping.comm, "all_gather", gather)
+    with pytest.raises(Stopped):
+        Trainer(cfg).train()
+    assert calls == [0, signal.SIGTERM]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+
+
+class InterruptTwice(HookBase):
+    def before_step(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_second_interrupt_ends_the_run_at_once(cfg, monkeypatch):
+    trainer = Trainer(cfg)
+    trainer.register_hooks([InterruptTwice()])
+    with pytest.raises(Stopped) as stopped:  # both came from one press
+        trainer.train()
+    assert stopped.value.code == 130
+    monkeypatch.setattr(stopping, "_SAME_INTERRUPT", 0.01)
+    trainer = Trainer(cfg)
+    trainer.register_hooks([InterruptTwice()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with stopping.left_when_told():  # what was told is over
+        pass
