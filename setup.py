@@ -18,6 +18,9 @@ config_packages = {"fcos_d2.configs": "configs"} | {
     if p.name != "__pycache__"
 }
 
+# What fcos_d2.export needs. To run what it made, onnxruntime is enough.
+ONNX = ["onnx", "onnxscript", "onnxruntime"]
+
 setup(
     name="fcos_d2",
     version=VERSION,
@@ -39,7 +42,7 @@ setup(
         "pycocotools",
         "opencv-python",
     ],
-    extras_require={"test": ["pytest", "hypothesis", "ruff"]},
+    extras_require={"onnx": ONNX, "test": ["pytest", "hypothesis", "ruff", *ONNX]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
