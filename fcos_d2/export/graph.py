@@ -1,7 +1,7 @@
 """What is exported: an FCOS from pixels to detections, in operations that ONNX has.
 
-Shapes: N images, (H, W) pixels, L levels, K classes, R cells of a level, C candidates of an image
-(at most ``TOPK_CANDIDATES_TEST`` of each level), D ``TEST.DETECTIONS_PER_IMAGE``.
+Shapes: N images, (H, W) pixels, L levels, K classes, C candidates of an image (at most
+``TOPK_CANDIDATES_TEST`` of each level), D ``TEST.DETECTIONS_PER_IMAGE``.
 
 The steps are those of :mod:`fcos_d2.modeling.post_processing`. There, what is no candidate is left
 out. Here it stays, with a score of 0, since a graph that knows its sizes runs everywhere.
@@ -176,7 +176,8 @@ def class_wise_nms(boxes: Tensor, scores: Tensor, limit: int, iou: float) -> Ten
     Args:
         boxes: (N, C, 4).
         scores: (N, K, C); 0 for what is no candidate.
-        limit: of boxes for each image and class.
+        limit: of boxes for each image and class, for ONNX alone: the detections are cut to it
+            in any case.
         iou: a box is suppressed by a better one with an IoU above this.
 
     Returns:
