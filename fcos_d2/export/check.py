@@ -28,8 +28,8 @@ def largest_difference(model: FCOS, file: str) -> float:
 
     Returns:
         the largest difference of box coordinates in pixels and of scores, or with the outputs
-        "raw" of any value; divided by the value where that is above 1. Infinite where a detection
-        has no like.
+        "raw" of any value; divided by the value where that is above 1. Of a detection, to that of
+        the same class which is nearest in this sense; infinite if there is none.
     """
     import onnx
 
@@ -119,7 +119,9 @@ def _left_to_rounding(detections: tuple, others: tuple, post_processor) -> np.nd
     """(D,) whether rounding decides that a detection is there."""
     boxes, scores, classes = detections
     is_open = np.zeros(len(scores), dtype=bool)
-    if len(scores) == post_processor.max_detections_per_image:
+    # Clipping after NMS may have left out some of a full list.
+    clipped = post_processor.clip_boxes == "after_nms"
+    if len(scores) == post_processor.max_detections_per_image or (clipped and len(scores)):
         is_open |= scores < scores.min() + _ROUNDING
     ious = _ious(boxes, others[0])
     near = np.abs(ious - post_processor.nms_thresh) < _ROUNDING
