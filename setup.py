@@ -18,6 +18,9 @@ config_packages = {"fcos_d2.configs": "configs"} | {
     if p.name != "__pycache__"
 }
 
+# What fcos_d2.export needs. To run what it made, onnxruntime is enough.
+ONNX = ["onnx", "onnxscript", "onnxruntime"]
+
 setup(
     name="fcos_d2",
     version=VERSION,
@@ -40,8 +43,9 @@ setup(
         "opencv-python",
     ],
     extras_require={
+        "onnx": ONNX,
         "timm": ["timm"],  # backbones: MODEL.BACKBONE.NAME "build_fcos_timm_fpn_backbone"
-        "test": ["pytest", "hypothesis", "ruff", "timm"],
+        "test": ["pytest", "hypothesis", "ruff", "timm", *ONNX],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

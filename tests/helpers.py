@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import torch
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 import fcos_d2
@@ -31,6 +32,20 @@ def tiny_cfg(**fcos_keys):
     return cfg
 
 
+@torch.no_grad()
+def make_detector(cfg=None, **fcos_keys):
+    """A model that detects about one in a hundred classes and locations of random images."""
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg(**fcos_keys) if cfg is None else cfg).eval()
+    torch.nn.init.normal_(model.head.cls_logits.weight, std=0.2)
+    torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.1)
+    torch.nn.init.constant_(model.head.bbox_pred.bias, 2)
+    images = model.preprocess_image([make_input(size=(160, 160))])
+    logits = torch.cat([x.flatten() for x in model.head_outputs(images).class_logits])
+    model.head.cls_logits.bias += -3 - logits.quantile(0.99)  # sigmoid(-3) is about 0.05
+    return model
+
+
 def make_instances(boxes, classes, image_size=(64, 96)):
     instances = Instances(image_size)
     instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
@@ -43,6 +58,20 @@ def make_input(boxes=((10.0, 8.0, 50.0, 40.0),), classes=(1,), size=(64, 96), se
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
     return {"image": image, "instances": make_instances(boxes, classes, size)}
+
+
+def assert_same_detections(boxes, scores, classes, expected):
+    """Detections as arrays, beside Detectron2's Instances, in any order. Returns how many."""
+    assert len(boxes) == len(scores) == len(classes) == len(expected)
+    assert (np.diff(scores) <= 0).all()
+    left = np.ones(len(boxes), dtype=bool)
+    for i in range(len(expected)):
+        alike = left & (np.abs(boxes - expected.pred_boxes.tensor[i].numpy()).max(axis=1) < 0.01)
+        alike &= np.abs(scores - expected.scores[i].item()) < 1e-4
+        alike &= classes == expected.pred_classes[i].item()
+        assert alike.any(), f"{expected[i]} is missing"
+        left[alike.argmax()] = False
+    return len(boxes)
 
 
 def level_locations(height, width, stride):

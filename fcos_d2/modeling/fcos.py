@@ -169,6 +169,13 @@ class FCOS(DenseDetector):
                 detections = self.post_processor(outputs, self.levels, images.image_sizes)
             self.visualize_training(batched_inputs, detections)
 
+    def __prepare_scriptable__(self):
+        """What torch.jit.script calls first."""
+        raise NotImplementedError(
+            "FCOS cannot be scripted. Export it with fcos_d2.export.to_onnx, or trace it "
+            "(--export-method tracing)"
+        )
+
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, pad and batch the images."""
         for i, x in enumerate(batched_inputs):

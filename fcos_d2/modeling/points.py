@@ -80,10 +80,10 @@ def centerness(ltrb: Tensor) -> Tensor:
     """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) (1904.01355, eq. 3).
 
     Args:
-        ltrb: (P, 4) distances, none negative.
+        ltrb: (P, 4, ...) distances, none negative.
 
     Returns:
-        (P,) in [0, 1]; 1 at the centre of the box, NaN where both distances of an axis are 0.
+        (P, ...) in [0, 1]; 1 at the centre of the box, NaN where both distances of an axis are 0.
     """
     nearer = torch.minimum(ltrb[:, :2], ltrb[:, 2:])
     farther = torch.maximum(ltrb[:, :2], ltrb[:, 2:])

@@ -115,10 +115,10 @@ class FCOSPostProcessor:
             raise ValueError(f"The head's outputs do not fit the quality {self.quality!r}")
         # 1. Threshold.
         cells = self._select_cells(outputs, levels)
-        cell, classes = (cells.class_logits > self._logit_thresh).nonzero(as_tuple=True)
+        cell, classes = (cells.class_logits > self.logit_thresh).nonzero(as_tuple=True)
 
         # 2. Score.
-        scores = self._score(cells.class_logits[cell, classes].sigmoid(), cells.quality[cell])
+        scores = self.score(cells.class_logits[cell, classes].sigmoid(), cells.quality[cell])
         threshold = self.score_thresh if self.score_thresh_on == "score" else -math.inf
         above = _where(scores > threshold)  # NaN is not
         cell, classes, scores = cell[above], classes[above], scores[above]
@@ -169,10 +169,10 @@ class FCOSPostProcessor:
         selected = []
         for level, class_logits in enumerate(outputs.class_logits):
             best = class_logits.amax(dim=1).float()
-            above = best > self._logit_thresh
+            above = best > self.logit_thresh
             if self.score_thresh_on == "score" and outputs.quality_logits is not None:
                 quality = outputs.quality_logits[level][:, 0].float().sigmoid()
-                above &= self._score(best.sigmoid(), quality) > self.score_thresh
+                above &= self.score(best.sigmoid(), quality) > self.score_thresh
             image, y, x = above.nonzero(as_tuple=True)
             ltrb = outputs.ltrb[level][image, :, y, x].float()
             if outputs.quality_logits is not None:
@@ -193,14 +193,15 @@ class FCOSPostProcessor:
             )
         return _Cells(*(torch.cat(tensors) for tensors in zip(*selected, strict=True)))
 
-    def _score(self, class_probability: Tensor, quality: Tensor) -> Tensor:
+    def score(self, class_probability: Tensor, quality: Tensor) -> Tensor:
+        """Scores of candidates, from tensors whose shapes broadcast."""
         if self.quality == "none":
             return class_probability
         scores = class_probability * quality
         return scores.sqrt() if self.score_fusion == "sqrt" else scores
 
     @property
-    def _logit_thresh(self) -> float:
+    def logit_thresh(self) -> float:
         """What a class logit must be above for a candidate."""
         thresh = self.score_thresh
         if self.score_thresh_on == "score" and self.score_fusion == "sqrt":

@@ -5,25 +5,10 @@ import warnings
 import pytest
 import torch
 from detectron2.export import TracingAdapter
-from detectron2.modeling import build_model
-from helpers import make_input, tiny_cfg
+from helpers import make_detector, make_input
 from torch.export import Dim
 
 from fcos_d2.modeling import HeadOutputs
-
-
-@torch.no_grad()
-def make_model(**fcos_keys):
-    """A model that detects about one in a hundred classes and locations of random images."""
-    torch.manual_seed(0)
-    model = build_model(tiny_cfg(**fcos_keys)).eval()
-    torch.nn.init.normal_(model.head.cls_logits.weight, std=0.2)
-    torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.1)
-    torch.nn.init.constant_(model.head.bbox_pred.bias, 2)
-    images = model.preprocess_image([make_input(size=(160, 160))])
-    logits = torch.cat([x.flatten() for x in model.head_outputs(images).class_logits])
-    model.head.cls_logits.bias += -3 - logits.quantile(0.99)  # sigmoid(-3) is about 0.05
-    return model
 
 
 def trace(model, image):
@@ -63,7 +48,7 @@ def assert_same_detections(model, traced, image):
     ],
 )
 def test_traced_on_one_image_right_on_twenty_of_other_sizes(keys):
-    model = make_model(**keys)
+    model = make_detector(**keys)
     traced = trace(model, make_input(size=(64, 96))["image"])
     counts = []
     for seed in range(20):
@@ -76,7 +61,7 @@ def test_traced_on_one_image_right_on_twenty_of_other_sizes(keys):
 
 def test_traced_where_nothing_is_detected():
     """What is frozen for an image without candidates must not stay for the next one."""
-    model = make_model()
+    model = make_detector()
     dark = torch.zeros(3, 64, 96, dtype=torch.uint8)
     bias = model.head.cls_logits.bias.clone()
     torch.nn.init.constant_(model.head.cls_logits.bias, -1e4)
@@ -87,7 +72,7 @@ def test_traced_where_nothing_is_detected():
 
 
 def test_traced_with_floating_point_images_of_one_cell_to_many():
-    model = make_model()
+    model = make_detector()
     traced = trace(model, make_input(size=(200, 150))["image"].float())
     for size in ((1, 1), (31, 33), (256, 384)):
         image = make_input(size=size)["image"].float()
@@ -107,7 +92,7 @@ class DensePart(torch.nn.Module):
 
 @torch.no_grad()
 def test_dense_part_is_exported_for_all_sizes():
-    model = make_model()
+    model = make_detector()
     height, width = Dim("height", min=5, max=64), Dim("width", min=5, max=64)
     shapes = {"pixels": {2: 32 * height, 3: 32 * width}}
     exported = torch.export.export(

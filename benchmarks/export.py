@@ -1,0 +1,97 @@
+"""R-50 FCOS in ONNX Runtime and, where installed, in OpenVINO, beside PyTorch on CPU.
+
+All have the same weights, as many candidates as a trained detector, and the same number of threads.
+Their detections are compared before anything is timed.
+
+    OMP_NUM_THREADS=2 python benchmarks/export.py [--size 800 1216] [--batch 1] [--repeats 7]
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from common import check_agreement, in_turns, machine, make_images
+from detectron2.structures import Boxes, Instances
+from end_to_end import build_detectrons, build_ours
+from tabulate import tabulate
+
+from fcos_d2.export import to_onnx
+
+try:
+    import openvino
+except ImportError:
+    openvino = None
+
+
+def onnx_runtime(file: Path, threads: int) -> Callable:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})
+
+
+def open_vino(file: Path, threads: int) -> Callable:
+    config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.compile_model(file, "CPU", config)
+    return lambda images: list(compiled(images).values())
+
+
+def as_instances(outputs: list[np.ndarray], size: tuple[int, int]) -> list[Instances]:
+    """Of each image, what an exported file gives."""
+    detections = []
+    for boxes, scores, classes, count in zip(*map(torch.from_numpy, outputs), strict=True):
+        fields = {"pred_boxes": Boxes(boxes[:count]), "scores": scores[:count]}
+        detections.append(Instances(size, **fields, pred_classes=classes[:count]))
+    return detections
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1216), metavar=("H", "W"))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    size, threads = tuple(args.size), torch.get_num_threads()
+    batch = make_images(args.batch, size)
+    detectrons = build_detectrons(batch[0], "cpu")
+    model = build_ours(detectrons, "cpu", []).eval()
+    optimized = build_ours(detectrons, "cpu", []).eval()
+    optimized.execution.freeze()
+    images = torch.stack([x["image"] for x in batch]).float().numpy()
+    functions = {"PyTorch": lambda: model(batch), "PyTorch, optimized": lambda: optimized(batch)}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        begin = time.perf_counter()
+        difference = to_onnx(model, file)
+        print(
+            f"exported in {time.perf_counter() - begin:.0f} s, {file.stat().st_size / 2**20:.0f} "
+            f"MB, largest difference {difference:.1e}"
+        )
+        runtimes = {f"ONNX Runtime {onnxruntime.__version__}": onnx_runtime(file, threads)}
+        if openvino is not None:
+            runtimes[f"OpenVINO {version('openvino')}"] = open_vino(file, threads)
+    expected = [x["instances"] for x in model(batch)]
+    for name, run in runtimes.items():
+        share = check_agreement(name, as_instances(run(images), size), expected)
+        print(f"{share:.1%} of {name}'s detections are PyTorch's")
+        functions[name] = lambda run=run: run(images)
+    times = in_turns(functions, args.repeats, "cpu")
+    print(machine("cpu"))
+    print(f"{size[0]}x{size[1]}, batch {args.batch}, float32")
+    rows = [[name, x, times["PyTorch"] / x] for name, x in times.items()]
+    print(tabulate(rows, headers=["runtime", "ms", "PyTorch / it"], floatfmt=(".0f", ".0f", ".2f")))
+
+
+if __name__ == "__main__":
+    main()

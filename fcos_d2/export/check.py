@@ -1,0 +1,173 @@
+"""An exported file beside PyTorch, in ONNX Runtime."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..modeling import FCOS
+
+# (N, H, W) of the batches: from less than a cell to many, one image and several.
+_SHAPES = ((1, 1, 1), (1, 64, 97), (3, 130, 201), (1, 320, 480))
+# A threshold is chosen by which this many candidates remain, so that there is what to compare.
+_CANDIDATES = 200
+# Where a score or an IoU is this near to a limit, rounding decides on which side it is.
+_ROUNDING = 1e-4
+
+
+def largest_difference(model: FCOS, file: str) -> float:
+    """Compare a file with the model it was made from, on batches of several sizes.
+
+    Detections are compared twice: with the file as it is, and with a score threshold by which
+    there are some in random images. Each must have its like, of the same class, in the other list,
+    unless rounding decides whether it is there: at the limit of detections or of the IoU in NMS.
+
+    Args:
+        model: on CPU, in evaluation mode. Its post-processor is changed during the call.
+        file: of :func:`fcos_d2.export.to_onnx`.
+
+    Returns:
+        the largest difference of box coordinates in pixels and of scores, or with the outputs
+        "raw" of any value; divided by the value where that is above 1. Of a detection, to that of
+        the same class which is nearest in this sense; infinite if there is none.
+    """
+    import onnx
+
+    proto = onnx.load(file)
+    batches = [_images(*shape) for shape in _SHAPES]
+    if all(output.name != "boxes" for output in proto.graph.output):
+        return max(_raw_difference(model, _session(proto), batch) for batch in batches)
+    post = model.post_processor
+    before = post.score_thresh
+    differences = [_detections_difference(model, _session(proto), batch) for batch in batches]
+    try:
+        post.score_thresh = _threshold(model, batches)
+        _set_thresholds(proto, post)
+        session = _session(proto)
+        differences += [_detections_difference(model, session, batch) for batch in batches]
+    finally:
+        post.score_thresh = before
+    return float(np.max(differences))  # Python's max may lose NaN
+
+
+def _session(proto):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def _run(session, images: Tensor) -> list[np.ndarray]:
+    (pixels,) = session.get_inputs()
+    dtype = np.uint8 if pixels.type == "tensor(uint8)" else np.float32
+    return session.run(None, {pixels.name: images.numpy().astype(dtype)})
+
+
+def _images(n: int, height: int, width: int) -> Tensor:
+    """(N, 3, H, W) uint8: coarse patches of colour and noise, each image its own."""
+    generator = torch.Generator().manual_seed(n * height * width)
+    patches = torch.randint(0, 256, (n, 3, 6, 8), generator=generator).float()
+    noise = torch.randint(-40, 41, (n, 3, height, width), generator=generator)
+    return (F.interpolate(patches, (height, width)) + noise).clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def _raw_difference(model: FCOS, session, images: Tensor) -> float:
+    outputs = model.head_outputs(model.preprocess_image([{"image": x} for x in images]))
+    maps = [*outputs.class_logits, *outputs.ltrb, *(outputs.quality_logits or [])]
+    pairs = zip(maps, _run(session, images), strict=True)
+    return float(np.max([_difference(a.numpy(), b).max() for a, b in pairs]))
+
+
+@torch.no_grad()
+def _detections_difference(model: FCOS, session, images: Tensor) -> float:
+    outputs = _run(session, images)
+    largest = 0.0
+    for number, image in enumerate(images):
+        instances = model([{"image": image}])[0]["instances"]
+        expected = (
+            instances.pred_boxes.tensor.numpy(),
+            instances.scores.numpy(),
+            instances.pred_classes.numpy(),
+        )
+        boxes, scores, classes, count = (x[number] for x in outputs)
+        actual = (boxes[:count], scores[:count], classes[:count])
+        largest = np.maximum(largest, compare(expected, actual, model.post_processor))
+    return float(largest)
+
+
+def compare(expected: tuple, actual: tuple, post_processor) -> float:
+    """The largest difference of two lists of detections, in any order.
+
+    Args:
+        expected, actual: boxes (D, 4), scores (D,) and classes (D,) as arrays.
+    """
+    (boxes_a, scores_a, classes_a), (boxes_b, scores_b, classes_b) = expected, actual
+    values_a = np.concatenate([boxes_a, scores_a[:, None]], axis=1)
+    values_b = np.concatenate([boxes_b, scores_b[:, None]], axis=1)
+    differences = _difference(values_a[:, None], values_b[None]).max(axis=2)
+    differences[classes_a[:, None] != classes_b[None]] = np.inf
+    of_a = differences.min(axis=1, initial=np.inf)
+    of_b = differences.min(axis=0, initial=np.inf)
+    open_a = _left_to_rounding(expected, actual, post_processor)
+    open_b = _left_to_rounding(actual, expected, post_processor)
+    return float(np.concatenate([[0.0], of_a[~open_a], of_b[~open_b]]).max())
+
+
+def _left_to_rounding(detections: tuple, others: tuple, post_processor) -> np.ndarray:
+    """(D,) whether rounding decides that a detection is there."""
+    boxes, scores, classes = detections
+    is_open = np.zeros(len(scores), dtype=bool)
+    # Clipping after NMS may have left out some of a full list.
+    clipped = post_processor.clip_boxes == "after_nms"
+    if len(scores) == post_processor.max_detections_per_image or (clipped and len(scores)):
+        is_open |= scores < scores.min() + _ROUNDING
+    ious = _ious(boxes, others[0])
+    near = np.abs(ious - post_processor.nms_thresh) < _ROUNDING
+    near &= classes[:, None] == others[2][None]
+    return is_open | near.any(axis=1)
+
+
+def _ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    intersection = (high - low).clip(min=0).prod(axis=2)
+    areas = [(x[:, 2:] - x[:, :2]).prod(axis=1) for x in (a, b)]
+    return intersection / (areas[0][:, None] + areas[1][None] - intersection)
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.abs(a - b) / np.maximum(np.abs(a), 1)
+
+
+@torch.no_grad()
+def _threshold(model: FCOS, batches: list[Tensor]) -> float:
+    """A score threshold that leaves some candidates, in a gap between two scores."""
+    post = model.post_processor
+    post.score_thresh = 0.0
+    values = []
+    for batch in batches:
+        images = model.preprocess_image([{"image": x} for x in batch])
+        outputs = model.head_outputs(images)
+        if post.score_thresh_on == "class":
+            values += [x.flatten().sigmoid() for x in outputs.class_logits]
+        else:
+            candidates = post.candidates(outputs, model.levels, images.image_sizes)
+            values += [x.scores for x in candidates]
+    best = torch.cat(values).topk(_CANDIDATES + 1).values
+    best = best[len(best) // 2 :]
+    gap = (best[:-1] - best[1:]).argmax()
+    return ((best[gap] + best[gap + 1]) / 2).item()
+
+
+def _set_thresholds(proto, post_processor) -> None:
+    """Write the post-processor's thresholds into a graph."""
+    thresholds = {"logit_thresh": post_processor.logit_thresh}
+    if post_processor.score_thresh_on == "score":
+        thresholds["score_thresh"] = post_processor.score_thresh
+    initializers = {x.name: x for x in proto.graph.initializer}
+    for name, value in thresholds.items():
+        initializers[name].raw_data = np.float32(value).tobytes()
