@@ -84,7 +84,6 @@ def test_plain_train_net(run, folder):
 
 
 def test_benchmark(run):
-    pytest.importorskip("psutil", reason="benchmark.py needs psutil")
     output = run(
         "tools/benchmark.py", "--task", "eval", "--config-file", SHAPES,
         "INPUT.MIN_SIZE_TEST", 32, "MODEL.FCOS.NUM_CLS_CONVS", 0, "MODEL.FCOS.NUM_BOX_CONVS", 0,

@@ -9,14 +9,15 @@ kept. docs/export.md says how to run it.
 
 import argparse
 import sys
+from contextlib import suppress
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
 from ..checkpoint import AtomicCheckpointer
 from ..config import load_cfg
-from ..data import register_custom_datasets
+from ..data import class_names
 from ..modeling import FCOS
 from .onnx import LIMIT, ExportError, to_onnx
 
@@ -54,11 +55,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_model(cfg: CfgNode) -> FCOS:
-    """The detector of a config on CPU, with its weights.
+def load_model(cfg: CfgNode) -> tuple[FCOS, list[str] | None]:
+    """The detector of a config on CPU, with its weights; and the names of its classes.
+
+    The names are those that the weights say, or else those of the data set; None if neither does.
 
     Raises:
-        ValueError: for another detector than FCOS, and for weights that do not fill the model.
+        ValueError: for another detector than FCOS, for weights that do not fill the model, and for
+            other numbers of names than of classes.
     """
     if cfg.MODEL.META_ARCHITECTURE != "FCOS":
         raise ValueError(
@@ -73,41 +77,32 @@ def load_model(cfg: CfgNode) -> FCOS:
     checkpointer = AtomicCheckpointer(model)
     checkpointer.load(cfg.MODEL.WEIGHTS)
     checkpointer.check_complete()
-    return model
-
-
-def class_names(cfg: CfgNode) -> list[str] | None:
-    """Of the first test set. None where it is not known, or where its file is not at hand.
-
-    Raises:
-        ValueError: if they are not as many as the model's classes.
-    """
-    register_custom_datasets(cfg)
-    if not cfg.DATASETS.TEST or cfg.DATASETS.TEST[0] not in DatasetCatalog:
-        return None
-    name = cfg.DATASETS.TEST[0]
-    if MetadataCatalog.get(name).get("thing_classes", None) is None:  # they are in the file alone
-        try:
-            DatasetCatalog.get(name)
-        except FileNotFoundError:
-            return None
-    names = MetadataCatalog.get(name).get("thing_classes", None)
+    names = checkpointer.class_names or _names_of_data(cfg)
     if names is not None and len(names) != cfg.MODEL.FCOS.NUM_CLASSES:
         raise ValueError(
-            f"The model has {cfg.MODEL.FCOS.NUM_CLASSES} classes, but {name!r}, whose class names "
-            f"go into the file, has {len(names)}. Set DATASETS.TEST to the data set of the model, "
-            'or to "()" for a file without names'
+            f"The model has {cfg.MODEL.FCOS.NUM_CLASSES} classes, but these {len(names)} names "
+            f"would go into the file: {names}. Set DATASETS.TRAIN and DATASETS.TEST to the data "
+            'sets of the model, or to "()" for a file without names'
         )
-    return names
+    return model, names
+
+
+def _names_of_data(cfg: CfgNode) -> list[str] | None:
+    """Of the first data set, where its file is at hand."""
+    with suppress(OSError):
+        for name in filter(DatasetCatalog.__contains__, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+            if class_names(cfg) is None:  # they are in the file alone
+                DatasetCatalog.get(name)
+    return class_names(cfg)
 
 
 def main() -> None:
     args = parse_args()
     try:
         cfg = load_cfg(args.config_file, args.opts)
-        names = class_names(cfg)
+        model, names = load_model(cfg)
         difference = to_onnx(
-            load_model(cfg),
+            model,
             args.output,
             raw=args.raw,
             input_type=args.input_type,
@@ -116,8 +111,8 @@ def main() -> None:
             min_size=cfg.INPUT.MIN_SIZE_TEST,
             max_size=cfg.INPUT.MAX_SIZE_TEST,
         )
-    except (AssertionError, ExportError, ImportError, KeyError, OSError, ValueError) as error:
-        # Detectron2 refuses files that do not exist by AssertionError.
+    except (AssertionError, ExportError, ImportError, OSError, ValueError) as error:
+        # Detectron2 refuses weights that do not exist by AssertionError.
         sys.exit(f"error: {error}")
     print(f"Exported to {args.output}")
     print(f"Class names: {', '.join(names) if names else 'none'}")

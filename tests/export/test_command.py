@@ -4,9 +4,11 @@ import sys
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 
-from fcos_d2 import model_zoo
-from fcos_d2.export.__main__ import class_names, main
+from fcos_d2 import load_cfg, model_zoo
+from fcos_d2.data import register_custom_datasets
+from fcos_d2.export.__main__ import load_model, main
 from fcos_d2.model_zoo import get_config_file
 
 TINY = get_config_file("quick_schedules/fcos_R_18_FPN_shapes.yaml")
@@ -64,18 +66,34 @@ def test_wrong_config(export, tmp_path):
     assert "Non-existent" in export(TINY, "MODEL.FCOS.NO_KEY", "1")
 
 
-def test_class_names_of_another_number(export):
-    message = export(TINY, "DATASETS.TEST", "('coco_2017_val',)")
-    assert "The model has 3 classes, but 'coco_2017_val'" in message and "has 80" in message
-    assert "Set DATASETS.TEST" in message
+@pytest.fixture
+def weights(tmp_path):
+    """A file of weights for TINY, with the names that it says."""
+
+    def save(names=None):
+        cfg = load_cfg(TINY)
+        cfg.MODEL.DEVICE = "cpu"
+        data = {"model": build_model(cfg).state_dict()} | ({"class_names": names} if names else {})
+        torch.save(data, tmp_path / "model.pth")
+        return str(tmp_path / "model.pth")
+
+    return save
 
 
-def test_class_names_from_a_coco_file(datasets_folder, shapes_folder, monkeypatch):
-    cfg = model_zoo.get_config("quick_schedules/fcos_R_18_FPN_shapes.yaml")
-    assert class_names(cfg) is None  # without the file
+def test_class_names_of_another_number(export, weights, datasets_folder):
+    message = export(TINY, "MODEL.WEIGHTS", weights(), "DATASETS.TEST", "('coco_2017_val',)")
+    assert "The model has 3 classes, but these 80 names" in message
+    assert "Set DATASETS.TRAIN and DATASETS.TEST" in message
+
+
+def test_class_names(weights, datasets_folder, shapes_folder, monkeypatch):
+    cfg = load_cfg(TINY)
+    cfg.MODEL.WEIGHTS = weights()
+    assert load_model(cfg)[1] is None  # without the data
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_folder))
-    assert class_names(cfg) == ["disc", "square", "triangle"]
-    cfg.DATASETS.TEST = ("nowhere",)
-    assert class_names(cfg) is None
-    cfg.DATASETS.TEST = ()
-    assert class_names(cfg) is None
+    register_custom_datasets(cfg)
+    assert load_model(cfg)[1] == ["disc", "square", "triangle"]
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN = ()
+    assert load_model(cfg)[1] is None
+    cfg.MODEL.WEIGHTS = weights(["a", "b", "c"])
+    assert load_model(cfg)[1] == ["a", "b", "c"]
