@@ -59,7 +59,7 @@ demo: $(STAMP)
 	$(BIN)/python -m fcos_d2.demo --output $(DEMO_DIR)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 	$(MAKE) --no-print-directory lint
 
 lint: $(STAMP)

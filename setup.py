@@ -45,7 +45,7 @@ setup(
     extras_require={
         "onnx": ONNX,
         "timm": ["timm"],  # backbones: MODEL.BACKBONE.NAME "build_fcos_timm_fpn_backbone"
-        "test": ["pytest", "hypothesis", "ruff", "psutil", "timm", *ONNX],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "psutil", "timm", *ONNX],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

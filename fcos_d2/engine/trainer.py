@@ -198,6 +198,11 @@ class Trainer(DefaultTrainer):
                 self.save_where_stopped()
                 logger.info(f"Stopped by a signal after iteration {self.iter}. --resume goes on")
                 raise
+            finally:
+                # Ends the workers now. If they were left to the garbage collector, it would wait
+                # for them one by one.
+                loader = self.data_loader
+                self._trainer.reset_data_loader(lambda: loader)
 
     def save_where_stopped(self) -> None:
         """Write a checkpoint between two iterations, unless there is one."""

@@ -94,16 +94,16 @@ def to_onnx(
     os.makedirs(os.path.dirname(file), exist_ok=True)
     model = _plain_copy(model)
     graph = (RawGraph if raw else DetectionGraph)(model).eval()
+    # Opened first: what cannot be written shall fail now, not in a minute.
     with replacing(file, own=True) as partial:
-        open(partial, "wb").close()  # what cannot be written shall fail now, not in a minute
         proto = _export(graph, getattr(torch, input_type), opset)
         metadata = _metadata(model, raw, input_type, class_names, min_size, max_size)
         for key, value in metadata.items():
             entry = proto.metadata_props.add()
             entry.key, entry.value = key, value
-        with open(partial, "wb") as f:
-            f.write(proto.SerializeToString())
-        difference = largest_difference(model, partial)
+        partial.write(proto.SerializeToString())
+        partial.flush()
+        difference = largest_difference(model, partial.name)
         if not difference <= LIMIT:  # also NaN
             raise ExportError(
                 f"The exported file gives other results than PyTorch: the largest difference is "
