@@ -133,3 +133,13 @@ def run_with_d2_env(*args, folder=None, **variables):
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+class Payload:
+    """An object that runs code when it is unpickled: it creates a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)

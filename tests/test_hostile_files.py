@@ -1,7 +1,6 @@
 """Nothing that is loaded runs code: a payload for every entrance."""
 
 import codecs
-import os
 import pickle
 from pathlib import Path
 
@@ -11,22 +10,12 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
-from helpers import tiny_cfg
+from helpers import Payload, tiny_cfg
 
 from fcos_d2 import Predictor, load_cfg, model_zoo
 from fcos_d2.checkpoint import AtomicCheckpointer, read_checkpoint
 from fcos_d2.data import register_custom_datasets
 from fcos_d2.engine import Trainer, evaluate
-
-
-class Payload:
-    """Creates a folder when it is unpickled."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from helpers import make_input, tiny_cfg
+from helpers import Payload, make_input, tiny_cfg
 
 import fcos_d2
 from fcos_d2.checkpoint import read_checkpoint
@@ -22,16 +22,6 @@ from fcos_d2.checkpoint import read_checkpoint
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quick_schedules" / "fcos_R_18_FPN_shapes.yaml")
 SMALL = ["MODEL.FCOS.NUM_CLS_CONVS", "1", "MODEL.FCOS.NUM_BOX_CONVS", "1"]
-
-
-class Payload:
-    """An object that runs code when it is unpickled: it creates a folder."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
 
 
 @pytest.fixture
