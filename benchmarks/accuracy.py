@@ -12,6 +12,7 @@ A run whose result lies in the output folder is not repeated.
 import argparse
 import json
 import logging
+import math
 import statistics
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def train(cfg: CfgNode, variant: str, seed: int) -> float:
         trainer.resume_or_load(resume=False)
         trainer.train()
         result.write_text(json.dumps(trainer._last_eval_results["bbox"]))
-    return json.loads(result.read_text())["AP"]
+    ap = json.loads(result.read_text())["AP"]
+    return 0.0 if math.isnan(ap) else ap
 
 
 def main() -> None:
