@@ -30,7 +30,7 @@ from fcos_d2.analysis.pictures import origins_figure, positives_figure
 from fcos_d2.analysis.plots import scores_figure
 from fcos_d2.analysis.records import find_record
 from fcos_d2.analysis.score_quality import read_record_image
-from fcos_d2.data import check_names_of_detector
+from fcos_d2.data import check_names_of_detector, check_num_classes
 from fcos_d2.data.image_files import read_image
 
 
@@ -68,6 +68,8 @@ def main() -> None:
         if not cfg.MODEL.WEIGHTS:
             raise ValueError("The config names no weights: add MODEL.WEIGHTS FILE at the end")
         records = load_dataset(cfg, args.dataset) if args.dataset else []
+        if args.dataset:
+            check_num_classes(cfg, args.dataset)
         record = find_record(records, args.image_id) if args.image_id else None
         predictor = Predictor(cfg)
         if args.dataset:

@@ -115,4 +115,6 @@ def test_other_models(tool, tmp_path):
     options = ("--dataset", NAME, "--output", tmp_path)
     error = tool(*options, opts=("MODEL.META_ARCHITECTURE", "RetinaNet"))
     assert error == "error: MODEL.META_ARCHITECTURE must be 'FCOS', got 'RetinaNet'"
+    error = tool(*options, opts=("MODEL.FCOS.NUM_CLASSES", 4))
+    assert "MODEL.FCOS.NUM_CLASSES is 4, but the data set" in error
     assert "names no weights: add MODEL.WEIGHTS FILE" in tool(*options, weights=False)
