@@ -50,7 +50,7 @@ def _heat_figure(inspection: Inspection, rows: dict[str, list[Tensor]], label: s
     row_height = 0.9 * panel * min(height / width, 2) + 0.3
     figure = new_figure(panel * num_levels + 1, len(rows) * row_height + 0.4)
     grid = figure.subplots(len(rows), num_levels, squeeze=False)
-    grey = 96 + inspection.image.mean(axis=2) * 0.6  # pale, so that the colours stay themselves
+    grey = 64 + inspection.image.mean(axis=2) * 0.6  # muted, so that the colours stand out
     for row, (name, maps) in enumerate(rows.items()):
         for level, axes in enumerate(grid[row]):
             axes.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))

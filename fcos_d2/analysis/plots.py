@@ -60,8 +60,10 @@ def scores_figure(points: ScoresAndIoUs, quality: str, score_fusion: str) -> Fig
             panels["score: sqrt(class probability · quality)"] = points.score
     figure = new_figure(4.4 * len(panels), 4.9)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    # Fainter where there are many, so that dense places still differ.
+    alpha = min(0.25, max(0.02, 8000 / max(len(points.iou), 1)))
     for axes, (name, scores) in zip(grid, panels.items(), strict=True):
-        axes.scatter(scores, points.iou, s=5, alpha=0.25, linewidths=0, color=_BLUE)
+        axes.scatter(scores, points.iou, s=5, alpha=alpha, linewidths=0, color=_BLUE)
         axes.plot([0, 1], [0, 1], "--", color="black", linewidth=1)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=name)
         axes.set_ylabel("IoU with the ground truth of the class")

@@ -30,9 +30,9 @@ def find_record(records: list[dict], image_id: str) -> dict:
         ValueError: if there is none, with the first ones that there are.
     """
     for record in records:
-        if str(record["image_id"]) == image_id:
+        if str(record.get("image_id")) == image_id:
             return record
-    known = [record["image_id"] for record in records[:5]]
+    known = [record.get("image_id") for record in records[:5]]
     raise ValueError(
         f"The data set has no image with the image_id {image_id!r}. The first ones of its "
         f"{len(records)} images are: {known}"

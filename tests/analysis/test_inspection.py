@@ -168,7 +168,7 @@ def test_one_hot_cell_is_drawn_at_its_place(hot, offset, location):
 @pytest.mark.parametrize("offset, location", [(0.5, (88, 40)), (0.0, (80, 32))])
 def test_heat_maps_lie_around_their_locations(hot, offset, location):
     inspection = hot(LOCATION_OFFSET=offset)
-    # The fifth is the colour bar. Rows of the classes: the highest, then the one that is detected.
+    # The last axes are the colour bar. Rows of classes: the highest, then the detected one.
     classes = class_figure(inspection)
     quality = quality_figure(inspection, "centerness")
     assert [len(f.axes) for f in (classes, quality)] == [11, 6]
