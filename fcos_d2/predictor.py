@@ -145,7 +145,7 @@ class Predictor:
         self, items: Iterable, load: Callable[[Any], tuple[np.ndarray, str]]
     ) -> Iterator[tuple[Any, dict]]:
         """Each item with the detections of its image, in order."""
-        inputs = ((item, self._prepare(*load(item), index)) for index, item in enumerate(items))
+        inputs = ((item, self.model_input(*load(item), index)) for index, item in enumerate(items))
         results = run_in_batches(
             inputs,
             kind_of=lambda pair: self._padded_size(pair[1]["image"]),
@@ -155,8 +155,14 @@ class Predictor:
         )
         return ((item, detections) for (item, _), detections in results)
 
-    def _prepare(self, image: np.ndarray, channels: str, index: int) -> dict:
-        """The model's input, as DefaultPredictor makes it."""
+    def model_input(self, image: np.ndarray, channels: str, index: int = 0) -> dict:
+        """The model's input for an image, resized, as DefaultPredictor makes it.
+
+        Args:
+            image: (H, W, 3), as of the call.
+            channels: its order, "BGR" or "RGB".
+            index: the image's number, for errors.
+        """
         if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3:
             got = f"shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise ValueError(f"Image {index} must be an array of (H, W, 3), got {got}")

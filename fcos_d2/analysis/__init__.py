@@ -1,6 +1,7 @@
-"""What the papers say about FCOS beside AP: recall, ambiguous samples, parameters, FLOPs."""
+"""What the papers say about FCOS beside AP: recall, ambiguous samples, FLOPs, pictures."""
 
 from .assignment import analyze_assignment
+from .inspection import Inspection, inspect_image
 from .model import (
     ModelStatistics,
     analyze_model,
@@ -8,19 +9,28 @@ from .model import (
     comparison_table,
     retinanet_cfg,
 )
-from .records import load_coco_json, load_dataset
+from .positives import LocatedPositives, locate_positives
+from .records import find_record, load_coco_json, load_dataset
+from .score_quality import ScoresAndIoUs, scores_and_ious
 from .statistics import AssignmentStatistics, LevelStatistics, SizeStatistics
 
 __all__ = [
     "AssignmentStatistics",
+    "Inspection",
     "LevelStatistics",
+    "LocatedPositives",
     "ModelStatistics",
+    "ScoresAndIoUs",
     "SizeStatistics",
     "analyze_assignment",
     "analyze_model",
     "compare_with_retinanet",
     "comparison_table",
+    "find_record",
+    "inspect_image",
     "load_coco_json",
     "load_dataset",
+    "locate_positives",
     "retinanet_cfg",
+    "scores_and_ious",
 ]

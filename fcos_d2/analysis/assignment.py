@@ -75,10 +75,7 @@ def analyze_assignment(
     Raises:
         ValueError: for another meta architecture, and for a record without height and width.
     """
-    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
-        raise ValueError(
-            f"MODEL.META_ARCHITECTURE must be 'FCOS', got {cfg.MODEL.META_ARCHITECTURE!r}"
-        )
+    check_is_fcos(cfg)
     # The detector itself, so that its own checks, strides and assigner are used. On the meta
     # device it has shapes but no weights, and takes no time.
     with torch.device("meta"):
@@ -86,9 +83,9 @@ def analyze_assignment(
     levels = detector.levels
     counts = _Counts(detector.assigner, levels)
     crowd = no_area = 0
-    waiting: dict[tuple, list[_Image]] = defaultdict(list)
+    waiting: dict[tuple, list[ResizedBoxes]] = defaultdict(list)
     for record in tqdm(records, unit=" images", disable=not progress):
-        image = _prepare(cfg, record, include_crowd)
+        image = boxes_at_test_resize(cfg, record, include_crowd)
         crowd += image.crowd_left_out
         no_area += image.no_area_left_out
         shapes = level_shapes(detector.backbone, levels, *image.size)
@@ -113,6 +110,14 @@ def analyze_assignment(
     )
 
 
+def check_is_fcos(cfg: CfgNode) -> None:
+    """Raise a ValueError for another meta architecture."""
+    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE must be 'FCOS', got {cfg.MODEL.META_ARCHITECTURE!r}"
+        )
+
+
 def level_shapes(
     backbone: Backbone, levels: Levels, height: int, width: int
 ) -> tuple[tuple[int, int], ...]:
@@ -125,8 +130,8 @@ def level_shapes(
 
 
 @dataclass(frozen=True)
-class _Image:
-    """An image at the test resize.
+class ResizedBoxes:
+    """The boxes of an image at the test resize.
 
     Attributes:
         size: (height, width) in pixels, before padding.
@@ -143,7 +148,12 @@ class _Image:
     no_area_left_out: int
 
 
-def _prepare(cfg: CfgNode, record: dict, include_crowd: bool) -> _Image:
+def boxes_at_test_resize(cfg: CfgNode, record: dict, include_crowd: bool = False) -> ResizedBoxes:
+    """The boxes that training would see if it resized as in tests.
+
+    Raises:
+        ValueError: for a record without height and width.
+    """
     if "height" not in record or "width" not in record:
         name = record.get("file_name", record.get("image_id"))
         raise ValueError(f"The record of the image {name!r} has no height and width")
@@ -161,7 +171,7 @@ def _prepare(cfg: CfgNode, record: dict, include_crowd: bool) -> _Image:
     has_area = boxes.nonempty(threshold=1e-5)
     classes = torch.tensor([a["category_id"] for a in kept], dtype=torch.int64)
     sizes = torch.tensor([_coco_size(a) for a in kept], dtype=torch.int64)
-    return _Image(
+    return ResizedBoxes(
         size=size,
         boxes=boxes.tensor[has_area],
         classes=classes[has_area],
@@ -202,7 +212,7 @@ class _Counts:
         self.by_level = torch.zeros(3, len(levels), dtype=torch.int64)
         self.by_size = torch.zeros(3, len(SIZES), dtype=torch.int64)
 
-    def add(self, shapes: Sequence[tuple[int, int]], images: Sequence[_Image]) -> None:
+    def add(self, shapes: Sequence[tuple[int, int]], images: Sequence[ResizedBoxes]) -> None:
         """Count images that share (height, width) in cells of each level."""
         boxes = [image.boxes for image in images]
         classes = torch.cat([image.classes for image in images])  # (M,)

@@ -1,4 +1,4 @@
-"""Plots of :class:`AssignmentStatistics` as PNG files."""
+"""Plots of :class:`AssignmentStatistics` as PNG files, and of scores against IoU."""
 
 from pathlib import Path
 
@@ -6,9 +6,17 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .score_quality import ScoresAndIoUs, rank_correlation
 from .statistics import AssignmentStatistics
 
 _BLUE, _ORANGE = "#3b75af", "#ef8636"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches. Unlike pyplot, no display is needed, no global state changed."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def save_plots(statistics: AssignmentStatistics, folder: str | Path) -> list[Path]:
@@ -25,9 +33,7 @@ def save_plots(statistics: AssignmentStatistics, folder: str | Path) -> list[Pat
     plots = {"recall_by_size": _recall, "positives_per_level": _positives, "ambiguity": _ambiguity}
     files = []
     for name, draw in plots.items():
-        # Unlike pyplot, this needs no display and changes no global state.
-        figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(6.4, 4.4)
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes, statistics)
@@ -38,6 +44,38 @@ def save_plots(statistics: AssignmentStatistics, folder: str | Path) -> list[Pat
         files.append(folder / f"{name}.png")
         figure.savefig(files[-1])
     return files
+
+
+def scores_figure(points: ScoresAndIoUs, quality: str, score_fusion: str) -> Figure:
+    """Scores of candidates against the IoU of their boxes, without and with quality.
+
+    Args:
+        quality, score_fusion: the keys of MODEL.FCOS. With QUALITY "none" there is one panel, with
+            SCORE_FUSION "sqrt" a third one, of the detector's own scores.
+    """
+    panels = {"class probability": points.class_probability}
+    if quality != "none":
+        panels["class probability · quality"] = points.product
+        if score_fusion == "sqrt":
+            panels["score: sqrt(class probability · quality)"] = points.score
+    figure = new_figure(4.4 * len(panels), 4.9)
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    # Fainter where there are many, so that dense places still differ.
+    alpha = min(0.25, max(0.02, 8000 / max(len(points.iou), 1)))
+    for axes, (name, scores) in zip(grid, panels.items(), strict=True):
+        axes.scatter(scores, points.iou, s=5, alpha=alpha, linewidths=0, color=_BLUE)
+        axes.plot([0, 1], [0, 1], "--", color="black", linewidth=1)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=name)
+        axes.set_ylabel("IoU with the ground truth of the class")
+        found = points.iou >= 0.5
+        correlations = (
+            rank_correlation(scores, points.iou),
+            rank_correlation(scores[found], points.iou[found]),
+        )
+        numbers = ("-" if c is None else f"{c:.2f}" for c in correlations)
+        axes.set_title("rank correlation {}, of IoU ≥ 0.5: {}".format(*numbers), fontsize=10)
+    figure.suptitle(f"{len(points.iou):,} candidates (before NMS), {points.images:,} image(s)")
+    return figure
 
 
 def _recall(axes: Axes, statistics: AssignmentStatistics) -> None:

@@ -23,6 +23,22 @@ def load_dataset(cfg: CfgNode, name: str) -> list[dict]:
     return DatasetCatalog.get(name)
 
 
+def find_record(records: list[dict], image_id: str) -> dict:
+    """The record of a data set with an ``image_id``, which may be a number or text.
+
+    Raises:
+        ValueError: if there is none, with the first ones that there are.
+    """
+    for record in records:
+        if str(record.get("image_id")) == image_id:
+            return record
+    known = [record.get("image_id") for record in records[:5]]
+    raise ValueError(
+        f"The data set has no image with the image_id {image_id!r}. The first ones of its "
+        f"{len(records)} images are: {known}"
+    )
+
+
 def load_coco_json(path: str | PathLike) -> list[dict]:
     """The records of an annotation file in COCO's format, without images or masks.
 

@@ -1,0 +1,88 @@
+"""Heat maps over an image of what the head of a detector says, one panel for each level."""
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .inspection import Inspection
+from .plots import new_figure
+
+# Rows of the classes' heat maps: more would not be legible.
+_MAX_CLASSES = 4
+
+
+def quality_figure(inspection: Inspection, kind: str) -> Figure:
+    """Heat maps of quality, one panel for each level.
+
+    Dots are the locations of candidates. Elsewhere quality decides nothing; and where there is no
+    object it was never trained.
+
+    Args:
+        kind: MODEL.FCOS.QUALITY.
+
+    Raises:
+        ValueError: if the detector has no quality.
+    """
+    if inspection.quality is None:
+        raise ValueError("There is no heat map of quality: MODEL.FCOS.QUALITY is 'none'")
+    label = {"centerness": "centerness", "iou": "predicted IoU"}.get(kind, f"quality ({kind})")
+    figure = _heat_figure(inspection, {"": inspection.quality}, label)
+    found, scale = inspection.candidates, inspection.scale
+    for level, axes in enumerate(figure.axes[: len(inspection.levels)]):
+        locations = found.locations[found.level == level].unique(dim=0) * torch.tensor(scale)
+        axes.scatter(*locations.T.numpy(), s=2, color="black", linewidths=0)
+    figure.supxlabel("dots: locations with a class above the threshold", fontsize=9)
+    return figure
+
+
+def class_figure(inspection: Inspection) -> Figure:
+    """Heat maps of class probability: the highest of all, then a row for each detected class."""
+    rows = {"highest class": [x.amax(dim=0) for x in inspection.class_probability]}
+    detected = dict.fromkeys(inspection.detections.pred_classes.tolist())  # best first
+    for number in list(detected)[:_MAX_CLASSES]:
+        rows[inspection.class_names[number]] = [x[number] for x in inspection.class_probability]
+    return _heat_figure(inspection, rows, "class probability")
+
+
+def _heat_figure(inspection: Inspection, rows: dict[str, list[Tensor]], label: str) -> Figure:
+    height, width = inspection.image.shape[:2]
+    num_levels, panel = len(inspection.levels), 2.7
+    row_height = 0.9 * panel * min(height / width, 2) + 0.3
+    figure = new_figure(panel * num_levels + 1, len(rows) * row_height + 0.4)
+    grid = figure.subplots(len(rows), num_levels, squeeze=False)
+    grey = 64 + inspection.image.mean(axis=2) * 0.6  # muted, so that the colours stand out
+    for row, (name, maps) in enumerate(rows.items()):
+        for level, axes in enumerate(grid[row]):
+            axes.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
+            values = maps[level]
+            heat = axes.imshow(
+                values, cmap="YlOrRd", vmin=0, vmax=1, interpolation="nearest",
+                alpha=0.15 + 0.7 * values.nan_to_num().numpy(),  # the image shows where it is low
+                extent=cells_extent(inspection, level, *values.shape),
+            )  # fmt: skip
+            axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+            axes.set_xlabel(f"highest {values.nan_to_num().max():.2f}", fontsize=8)
+            if row == 0:
+                axes.set_title(inspection.level_title(level))
+        grid[row][0].set_ylabel(name)
+    figure.colorbar(heat, ax=grid, label=label, fraction=0.05, aspect=15 * len(rows))
+    return figure
+
+
+def cells_extent(
+    inspection: Inspection, level: int, height: int, width: int
+) -> tuple[float, float, float, float]:
+    """Left, right, bottom, top of a level's cells, each cell around its location.
+
+    Args:
+        height, width: of the level, in cells.
+    """
+    stride = inspection.levels.strides[level]
+    shift = (inspection.levels.offset - 0.5) * stride
+    scale_x, scale_y = inspection.scale
+    return (
+        shift * scale_x,
+        (shift + width * stride) * scale_x,
+        (shift + height * stride) * scale_y,
+        shift * scale_y,
+    )

@@ -1,0 +1,107 @@
+"""How well scores say how good the boxes are, without and with quality (1904.01355, appendix)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, pairwise_iou
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.image_files import read_image
+from ..predictor import Predictor
+from .assignment import boxes_at_test_resize
+from .inspection import inspect_image
+
+
+@dataclass(frozen=True)
+class ScoresAndIoUs:
+    """The candidates of a data set: locations and classes above the threshold, before NMS.
+
+    Attributes:
+        images: number of images.
+        class_probability: (C,)
+        quality: (C,) in [0, 1]; 1 with QUALITY "none".
+        score: (C,) what the detector makes of the two (SCORE_FUSION).
+        iou: (C,) with the ground-truth box of the candidate's class that it overlaps most; 0 if
+            the image has none.
+    """
+
+    images: int
+    class_probability: Tensor
+    quality: Tensor
+    score: Tensor
+    iou: Tensor
+
+    @property
+    def product(self) -> Tensor:
+        """(C,) class probability times quality, whatever SCORE_FUSION."""
+        return self.class_probability * self.quality
+
+
+def scores_and_ious(
+    predictor: Predictor, cfg: CfgNode, records: Sequence[dict], *, progress: bool = False
+) -> ScoresAndIoUs:
+    """Compare the candidates of images with their ground truth.
+
+    Args:
+        predictor: of an FCOS, made of ``cfg``.
+        records: in Detectron2's format, with the files of images. Crowds are not ground truth.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for another detector, and for an image of another size than its record says.
+        OSError: for a file that cannot be read.
+    """
+    parts = []
+    for record in tqdm(records, unit=" images", disable=not progress):
+        found = inspect_image(predictor, read_record_image(record)).candidates
+        truth = boxes_at_test_resize(cfg, record)
+        boxes = found.pred_boxes.clone()
+        boxes.clip(found.image_size)
+        ious = pairwise_iou(boxes, Boxes(truth.boxes))  # (C, M)
+        ious[found.pred_classes[:, None] != truth.classes] = 0
+        iou = ious.amax(dim=1) if len(truth.boxes) else torch.zeros(len(found))
+        parts.append(torch.stack([found.class_probability, found.quality, found.scores, iou]))
+    columns = torch.cat(parts, dim=1) if parts else torch.zeros(4, 0)
+    return ScoresAndIoUs(len(records), *columns)
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float | None:
+    """Spearman's: of the ranks of two (C,) tensors, equal values sharing theirs; None if constant.
+
+    1 where a larger value of one always means a larger value of the other, 0 where it says nothing.
+    """
+    ranks = [_ranks(x) for x in (a, b)]
+    if len(a) < 2 or any(r.std() == 0 for r in ranks):
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(x: Tensor) -> np.ndarray:
+    """(C,) float64 ranks; equal values have the mean of theirs."""
+    _, inverse, counts = np.unique(x.numpy(), return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+
+def read_record_image(record: dict, file: str | None = None) -> np.ndarray:
+    """(H, W, 3) uint8, BGR, of a record in Detectron2's format.
+
+    Args:
+        file: read in place of the record's own.
+
+    Raises:
+        ValueError: if the image has another size than the record says.
+        OSError: for a file that cannot be read.
+    """
+    file = record["file_name"] if file is None else file
+    image = read_image(file, "BGR")
+    size = (record.get("height"), record.get("width"))
+    if image.shape[:2] != size:
+        raise ValueError(
+            f"The image {file} has (height, width) {image.shape[:2]}, but its record "
+            f"says {size}: the boxes would be at the wrong places. Correct the data set"
+        )
+    return image

@@ -1,0 +1,168 @@
+#!/usr/bin/env python
+"""Pictures of what an FCOS saw in an image, or of its scores on a data set.
+
+    python tools/visualize_fcos.py --config-file output/config.yaml --input photo.jpg \\
+        --output pictures MODEL.WEIGHTS output/model_final.pth
+    python tools/visualize_fcos.py --config-file output/config.yaml --dataset my_val \\
+        --image-id 17 --output pictures MODEL.WEIGHTS output/model_final.pth
+    python tools/visualize_fcos.py --config-file output/config.yaml --dataset my_val \\
+        --output pictures MODEL.WEIGHTS output/model_final.pth
+
+Of an image: quality.png and classes.png, heat maps of each level; detections.png, where each
+detection came from; with --dataset and --image-id also positives.png, which location would learn
+which box. Of a data set: scores.png, scores against IoU without and with quality.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from fcos_d2 import Predictor, load_cfg
+from fcos_d2.analysis import inspect_image, load_dataset, locate_positives, scores_and_ious
+from fcos_d2.analysis.assignment import check_is_fcos
+from fcos_d2.analysis.heat_maps import class_figure, quality_figure
+from fcos_d2.analysis.inspection import Inspection
+from fcos_d2.analysis.pictures import origins_figure, positives_figure
+from fcos_d2.analysis.plots import scores_figure
+from fcos_d2.analysis.records import find_record
+from fcos_d2.analysis.score_quality import read_record_image
+from fcos_d2.data import check_names_of_detector, check_num_classes
+from fcos_d2.data.image_files import read_image
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--input", metavar="IMAGE", help="an image file")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="registered with Detectron2 or in DATASETS.CUSTOM"
+    )
+    parser.add_argument("--image-id", metavar="N", help="the image of --dataset with this image_id")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", type=Path, help="the folder for the pictures"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.4, help="the least score that is drawn (0.4)"
+    )
+    parser.add_argument(
+        "--max-images", type=int, metavar="N", help="of a data set only the first N images"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        _check(args)
+        cfg = load_cfg(args.config_file, args.opts)
+        check_is_fcos(cfg)
+        if not cfg.MODEL.WEIGHTS:
+            raise ValueError("The config names no weights: add MODEL.WEIGHTS FILE at the end")
+        records = load_dataset(cfg, args.dataset) if args.dataset else []
+        if args.dataset:
+            check_num_classes(cfg, args.dataset)
+        record = find_record(records, args.image_id) if args.image_id else None
+        predictor = Predictor(cfg)
+        if args.dataset:
+            names = predictor.metadata.get("thing_classes", None)
+            check_names_of_detector(names, args.dataset)
+        if args.dataset and record is None:
+            _draw_scores(args, cfg, predictor, records[: args.max_images])
+        else:
+            _draw_image(args, cfg, predictor, record)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise a ValueError for options that do not go together."""
+    if args.image_id and not args.dataset:
+        raise ValueError("--image-id is of a data set: add --dataset NAME")
+    if not args.input and not args.dataset:
+        raise ValueError(
+            "Nothing to draw. Add --input IMAGE for an image, --dataset NAME --image-id N for one "
+            "with its ground truth, or --dataset NAME for the scores on a data set"
+        )
+    if args.input and args.dataset and not args.image_id:
+        raise ValueError(
+            "--input with --dataset needs --image-id N, the image's number there. Without --input, "
+            "--dataset alone draws the scores on the data set"
+        )
+    if args.max_images is not None and args.max_images < 1:
+        raise ValueError(f"--max-images must be at least 1, got {args.max_images}")
+
+
+def _draw_image(
+    args: argparse.Namespace, cfg: CfgNode, predictor: Predictor, record: dict | None
+) -> None:
+    file = args.input or record["file_name"]
+    image = read_image(file, "BGR") if record is None else read_record_image(record, file)
+    inspection = inspect_image(predictor, image)
+    print(_table(inspection, args.threshold))
+    figures = {
+        "classes": class_figure(inspection),
+        "detections": origins_figure(inspection, args.threshold),
+    }
+    if inspection.quality is None:
+        print("No quality.png: MODEL.FCOS.QUALITY is 'none', so the detector has no quality.")
+    else:
+        figures["quality"] = quality_figure(inspection, cfg.MODEL.FCOS.QUALITY)
+    if record is not None:
+        positives = locate_positives(cfg, predictor.model, record)
+        figures["positives"] = positives_figure(inspection, positives)
+    for name, figure in figures.items():
+        _save(figure, args.output / f"{name}.png")
+
+
+def _draw_scores(
+    args: argparse.Namespace, cfg: CfgNode, predictor: Predictor, records: list[dict]
+) -> None:
+    points = scores_and_ious(predictor, cfg, records, progress=True)
+    quality, fusion = cfg.MODEL.FCOS.QUALITY, cfg.MODEL.FCOS.SCORE_FUSION
+    if quality == "none":
+        print("MODEL.FCOS.QUALITY is 'none': scores.png shows class probability alone.")
+    figure = scores_figure(points, quality, fusion)
+    _save(figure, args.output / "scores.png")
+
+
+def _save(figure: Figure, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    print(f"wrote {file}")
+
+
+def _table(inspection: Inspection, threshold: float) -> str:
+    """The detections as text, best first, in pixels of the image."""
+    detections = inspection.detections
+    detections = detections[detections.scores >= threshold]
+    strides = inspection.levels.strides
+    rows = [
+        (
+            inspection.class_names[d.pred_classes[0]],
+            *(f"{x[0]:.2f}" for x in (d.scores, d.class_probability, d.quality)),
+            f"{inspection.level_names[d.level[0]]} ({strides[d.level[0]]})",
+            *(
+                " ".join(f"{v:.1f}" for v in x[0].tolist())
+                for x in (d.locations, d.ltrb, d.pred_boxes.tensor)
+            ),
+        )
+        for d in (detections[i] for i in range(len(detections)))
+    ]
+    header = (
+        "class", "score", "class prob.", "quality", "level (stride)", "location",
+        "left top right bottom", "box",
+    )  # fmt: skip
+    return tabulate(rows, header, disable_numparse=True)
+
+
+if __name__ == "__main__":
+    main()
