@@ -1,18 +1,19 @@
 """Data sets of your own, declared in a config under ``DATASETS.CUSTOM``.
 
-Each entry is registered with Detectron2 under its key. Two formats::
+Each entry is registered with Detectron2 under its key. Three formats::
 
     DATASETS:
       CUSTOM:
         cells_train: {FORMAT: "coco", JSON: "cells/train.json", IMAGES: "cells/images"}
         cells_test: {FORMAT: "voc", ROOT: "cells", SPLIT: "test", CLASSES: ["RBC", "WBC"]}
+        cars_train: {FORMAT: "yolo", DATA: "cars/data.yaml", SPLIT: "train"}
 
-A COCO entry may have ``CLASSES``, too: then its classes are known before the file is read, and the
-file must have these. The config that a run writes has them. A VOC entry may set ``EVALUATOR`` to
-``"coco"`` (the default, which takes the boxes as loaded) or ``"pascal_voc"`` (which reads the XML
-files itself, and ignores "difficult" objects). Relative paths start at the folder in the
-environment variable DETECTRON2_DATASETS, or else at ``datasets``, as for Detectron2's built-in data
-sets.
+A COCO or YOLO entry may have ``CLASSES``, too: then its classes are known before the file is read,
+and the file must have these. The config that a run writes has them. A VOC entry may set
+``EVALUATOR`` to ``"coco"`` (the default, which takes the boxes as loaded) or ``"pascal_voc"``
+(which reads the XML files itself, and ignores "difficult" objects). Relative paths start at the
+folder in the environment variable DETECTRON2_DATASETS, or else at ``datasets``, as for Detectron2's
+built-in data sets.
 """
 
 import os
@@ -26,11 +27,13 @@ from detectron2.utils.file_io import PathManager
 from .coco import coco_loader
 from .mapper import with_float_coordinates
 from .voc import check_readable_by_pascal_voc_evaluator, load_voc
+from .yolo import load_yolo
 
 # The required and the optional keys of each format.
 _KEYS = {
     "coco": ({"FORMAT", "JSON", "IMAGES"}, {"CLASSES"}),
     "voc": ({"FORMAT", "ROOT", "SPLIT", "CLASSES"}, {"EVALUATOR"}),
+    "yolo": ({"FORMAT", "DATA", "SPLIT"}, {"CLASSES"}),
 }
 # The section of MODEL with each meta architecture's NUM_CLASSES; ProposalNetwork has none.
 _SECTIONS = {"FCOS": "FCOS", "RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
@@ -61,10 +64,7 @@ def register_custom_datasets(cfg: CfgNode) -> None:
             DatasetCatalog.remove(name)
         if name in MetadataCatalog.list():
             MetadataCatalog.remove(name)
-        if entry["FORMAT"] == "coco":
-            _register_coco(name, entry)
-        else:
-            _register_voc(name, entry)
+        _REGISTER[entry["FORMAT"]](name, entry)
         _registered[name] = registration
 
 
@@ -112,8 +112,8 @@ def check_names_of_detector(names: Sequence[str] | None, dataset_name: str) -> N
 def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
     """Compare the model's number of classes with that of a registered data set.
 
-    Covers the meta architectures that the configs use. The classes of a COCO JSON are known only
-    once the data set has been loaded: before, nothing is compared.
+    Covers the meta architectures that the configs use. The classes of COCO and YOLO data are known
+    only once the data set has been loaded: before, nothing is compared.
 
     Raises:
         ValueError: if the numbers differ, with both numbers and the names of the classes.
@@ -230,6 +230,28 @@ def _register_voc(name: str, entry: dict) -> None:
         year=2012,  # average precision as in VOC 2010 and later: the area under the curve
         evaluator_type=evaluator,
     )
+
+
+def _register_yolo(name: str, entry: dict) -> None:
+    data, split, classes = _path(entry["DATA"]), str(entry["SPLIT"]), entry.get("CLASSES")
+
+    def load() -> list[dict]:
+        records, found = load_yolo(data, split)
+        if classes is not None and found != list(classes):
+            raise ValueError(
+                f"{data} has the classes {found}, but CLASSES of the data set {name!r} are "
+                f"{list(classes)}. Remove CLASSES, or take the data set that they are of"
+            )
+        MetadataCatalog.get(name).set(thing_classes=found)
+        return records
+
+    DatasetCatalog.register(name, load)
+    metadata = MetadataCatalog.get(name).set(evaluator_type="coco")
+    if classes is not None:
+        metadata.set(thing_classes=list(classes))
+
+
+_REGISTER = {"coco": _register_coco, "voc": _register_voc, "yolo": _register_yolo}
 
 
 def _root() -> str:

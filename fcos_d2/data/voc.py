@@ -6,19 +6,18 @@ import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+from .image_files import IMAGE_SUFFIXES, image_size
 
 
 def load_voc(root: str, split: str, classes: Sequence[str]) -> list[dict]:
     """Records of a split, as Detectron2's loader gives them.
 
     Unlike that loader it reads a split of one image, names with spaces, images in other formats
-    than JPEG, and files without ``<size>``, for which it opens the image. Boxes without area are
-    left out with one warning that names them.
+    than JPEG, and files without ``<size>``, for which it reads the image's header. Boxes without
+    area are left out with one warning that names them.
 
     Args:
         root: the folder with ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
@@ -111,7 +110,7 @@ def _image_size(xml_file: str, tree: ET.ElementTree, image_file: str) -> tuple[i
     except (TypeError, ValueError):  # TypeError: no such element
         pass
     try:
-        return read_image(image_file).shape[:2]
+        return image_size(image_file)
     except OSError as error:
         raise ValueError(
             f"{xml_file} has no <size> with whole numbers, and the image {image_file} cannot be "
