@@ -202,9 +202,9 @@ def _check_entry(name: str, entry: dict) -> None:
 
 
 def _register_coco(name: str, entry: dict) -> None:
-    images = _path(entry["IMAGES"])
+    images = resolved_path(entry["IMAGES"])
     classes = entry.get("CLASSES")
-    load_records = coco_loader(_path(entry["JSON"]), images, name, classes)
+    load_records = coco_loader(resolved_path(entry["JSON"]), images, name, classes)
     # For those who do not use our mapper the coordinates are made floating point here.
     DatasetCatalog.register(name, lambda: [with_float_coordinates(x) for x in load_records()])
     metadata = MetadataCatalog.get(name).set(image_root=images, evaluator_type="coco")
@@ -213,7 +213,7 @@ def _register_coco(name: str, entry: dict) -> None:
 
 
 def _register_voc(name: str, entry: dict) -> None:
-    root, split, classes = _path(entry["ROOT"]), str(entry["SPLIT"]), list(entry["CLASSES"])
+    root, split, classes = resolved_path(entry["ROOT"]), str(entry["SPLIT"]), list(entry["CLASSES"])
     evaluator = entry.get("EVALUATOR", "coco")
 
     def load() -> list[dict]:
@@ -233,7 +233,7 @@ def _register_voc(name: str, entry: dict) -> None:
 
 
 def _register_yolo(name: str, entry: dict) -> None:
-    data, split, classes = _path(entry["DATA"]), str(entry["SPLIT"]), entry.get("CLASSES")
+    data, split, classes = resolved_path(entry["DATA"]), str(entry["SPLIT"]), entry.get("CLASSES")
 
     def load() -> list[dict]:
         records, found = load_yolo(data, split)
@@ -258,5 +258,6 @@ def _root() -> str:
     return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
 
 
-def _path(path: str) -> str:
+def resolved_path(path: str) -> str:
+    """Where a path of DATASETS.CUSTOM is."""
     return os.path.join(_root(), path)
