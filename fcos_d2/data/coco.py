@@ -123,7 +123,7 @@ def check_entry(file, name: str, i: int, entry: object, keys: Iterable[str]) -> 
         value = entry[key]
         if (key == "id" or key.endswith("_id")) and type(value) not in (int, str):
             raise ValueError(f"{file}: {name}[{i}] has the {key} {value!r}, which is no number")
-        if key in ("height", "width") and (type(value) is not int or value < 1):
+        if key in ("height", "width") and (type(value) is not int or not 0 < value < 2**31):
             raise ValueError(
                 f"{file}: {name}[{i}] has the {key} {value!r}: it must be in whole pixels"
             )
@@ -207,14 +207,19 @@ def fault_of_box(bbox: Sequence[float]) -> str | None:
 
 def _fill_in(annotations: list[dict]) -> tuple[list[dict], bool]:
     """The annotations with "id", "area" and "iscrowd", and whether any of them was missing."""
-    ids = {annotation.get("id") for annotation in annotations}
-    has_good_ids = len(ids) == len(annotations) and not ids & {None, 0}
+    ids_are_good = has_good_ids(annotations)
     complete = []
     for i, annotation in enumerate(annotations):
         _, _, width, height = annotation["bbox"]
-        numbered = {} if has_good_ids else {"id": i + 1}
+        numbered = {} if ids_are_good else {"id": i + 1}
         complete.append({"area": width * height, "iscrowd": 0} | annotation | numbered)
     return complete, complete != annotations
+
+
+def has_good_ids(annotations: Sequence[dict]) -> bool:
+    """Whether they are numbers or text, unique, and not 0: pycocotools takes it for no match."""
+    ids = [annotation.get("id") for annotation in annotations]
+    return all(type(i) in (int, str) and i != 0 for i in ids) and len(set(ids)) == len(ids)
 
 
 def named(annotation: dict, index: int) -> str:

@@ -54,11 +54,16 @@ def broken_coco(folder):
         {"id": 22, "image_id": 2, "category_id": 2, "bbox": box},
         {"id": 24, "image_id": 2, "category_id": 1, "bbox": [1, 1, 30, 20], "iscrowd": 1},
         {"id": 25, "category_id": 1, "bbox": box},
+        {"id": [26], "image_id": 2, "category_id": 1, "bbox": [1, 1, 3, 3]},
         "not an annotation",
     ]
     categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "cow"}]
     content = {
-        "images": [*images, {"id": 4, "file_name": 5, "height": 30, "width": 40}],
+        "images": [
+            *images,
+            {"id": 4, "file_name": 5, "height": 30, "width": 40},
+            {"id": 5, "file_name": "5.png", "height": 10**400, "width": 40},
+        ],
         "annotations": annotations,
         "categories": [*categories, {"id": 1, "name": "cat again"}],
     }
@@ -93,13 +98,14 @@ def test_faults_of_annotations(tmp_path):
             ("id twice", None),  # image 2
             ("id twice", None),  # category 1
             ("broken entry", None),  # image 4, whose file_name is no text
+            ("broken entry", None),  # image 5, whose height is no size
             ("broken entry", None),  # the annotation that is text
             ("image without boxes", 3),
             ("class without boxes", None),  # cow
         ],
         key=str,
     )
-    assert check.count(findings)["error"] == 7 + 4 + 4  # of boxes, other annotations, others
+    assert check.count(findings)["error"] == 7 + 4 + 5  # of boxes, other annotations, others
 
 
 def test_cleaned(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from detectron2.structures import BoxMode
 
-from ..coco import fault_of_box
+from ..coco import fault_of_box, has_good_ids
 from .findings import KINDS, Finding, RawData
 
 # Pixels by which a box may reach beyond the image: corners are rounded in many ways.
@@ -80,8 +80,7 @@ def cleaned(data: RawData, findings: Sequence[Finding]) -> dict:
             annotation.pop("area", None)
         _, _, width, height = annotation["bbox"]
         annotations.append({"area": width * height} | annotation)
-    ids = {a.get("id") for a in annotations}
-    if len(ids) < len(annotations) or ids & {None, 0}:
+    if not has_good_ids(annotations):
         annotations = [a | {"id": i + 1} for i, a in enumerate(annotations)]
     return {
         "images": list(images.values()),
