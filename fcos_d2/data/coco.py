@@ -19,12 +19,17 @@ _copies: tempfile.TemporaryDirectory | None = None
 
 
 def coco_loader(
-    json_file: str, image_root: str, name: str, classes: Sequence[str] | None = None
+    json_file: str,
+    image_root: str,
+    name: str,
+    classes: Sequence[str] | None = None,
+    keep: Callable[[str], bool] | None = None,
 ) -> Callable[[], list[dict]]:
     """A function that loads a data set with Detectron2's loader, from a checked file.
 
     A file that had to be cleaned is loaded, and later evaluated, from a copy of it. If ``classes``
-    are given, another list in the file is a ValueError.
+    are given, another list in the file is a ValueError. With ``keep``, only images whose
+    "file_name" it accepts are loaded, and evaluated.
     """
     source: str | None = None
 
@@ -38,6 +43,11 @@ def coco_loader(
                     f"{json_file} has the classes {found}, but CLASSES of the data set {name!r} "
                     f"are {list(classes)}. Remove CLASSES, or take the file that they are of"
                 )
+            if keep is not None:
+                data["images"] = [i for i in data["images"] if keep(str(i["file_name"]))]
+                ids = {image["id"] for image in data["images"]}
+                data["annotations"] = [a for a in data["annotations"] if a["image_id"] in ids]
+                is_changed = True
             source = _write_copy(name, data) if is_changed else json_file
             # The COCO evaluator reads this file.
             MetadataCatalog.get(name).set(json_file=source)

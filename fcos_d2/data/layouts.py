@@ -2,11 +2,14 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import escape, glob
 
+from detectron2.config import CfgNode
+
 from .coco import parse_coco_json
+from .custom import SECTIONS
 from .voc import split_names
 from .yolo_files import read_data_yaml
 
@@ -54,6 +57,55 @@ def recognise(path: str) -> Layout:
             "in a folder 'annotations'. Name the file, or declare the sets in DATASETS.CUSTOM"
         )
     return Layout(*found.popitem())
+
+
+def use_data(cfg: CfgNode, path: str, changed: Sequence[str] = ()) -> str:
+    """Train and test a config on a data set that is recognised by its path, in place of its own.
+
+    The model's NUM_CLASSES becomes that of the data, unless it is among the keys ``changed``.
+
+    Args:
+        cfg: changed in place.
+        changed: keys that the command line sets.
+
+    Returns:
+        what was found and taken, as a sentence.
+
+    Raises:
+        OSError, ValueError: see :func:`recognise`; and for a data set with no split to train on.
+    """
+    layout = recognise(path)
+    train = next((s for s in ("train", "trainval", "all") if s in layout.entries), None)
+    held_outs = {"train": ("val", "test"), "trainval": ("test",)}.get(train, ())
+    test = next((s for s in held_outs if s in layout.entries), None)
+    if train is None:
+        raise ValueError(f"{path} has nothing to train on, but {list(layout.entries)}")
+    entries = {"train": layout.entries[train], "test": layout.entries[test or train]}
+    held_out = f"tested on {test}"
+    if test is None:
+        entries = {part: entry | {"PART": part} for part, entry in entries.items()}
+        held_out = "tested on a tenth of it, which is held out, chosen by the names of the images"
+    for part, entry in entries.items():
+        cfg.DATASETS.CUSTOM[f"data_{part}"] = CfgNode(entry, new_allowed=True)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("data_train",), ("data_test",)
+    classes = _classes(entries["train"])
+    section = SECTIONS.get(cfg.MODEL.META_ARCHITECTURE)
+    if section is not None and f"MODEL.{section}.NUM_CLASSES" not in changed:
+        cfg.MODEL[section].NUM_CLASSES = len(classes)
+    return (
+        f"{path} has the {layout.format.upper()} layout, with {', '.join(layout.entries)}, and "
+        f"{len(classes)} classes: {', '.join(classes[:20])}{', ...' * (len(classes) > 20)}. "
+        f"Trained on {train}, {held_out}"
+    )
+
+
+def _classes(entry: dict) -> list[str]:
+    if entry["FORMAT"] == "voc":
+        return entry["CLASSES"]
+    if entry["FORMAT"] == "yolo":
+        return read_data_yaml(entry["DATA"]).classes
+    categories = parse_coco_json(entry["JSON"])["categories"]
+    return [str(c.get("name")) if isinstance(c, dict) else "?" for c in categories]
 
 
 def _yolo_in(folder: str) -> dict[str, dict]:

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..coco import check_box, check_entry, parse_coco_json
-from ..custom import register_custom_datasets, resolved_path
+from ..custom import is_in_part, register_custom_datasets, resolved_path
 from ..image_files import image_size
 from ..voc import find_image_files, image_size_of, parse_object, parse_xml, split_names
 from ..yolo import parse_line
@@ -38,11 +39,29 @@ def read_registered(cfg: CfgNode, name: str) -> RawData:
 def read_entry(name: str, entry: dict) -> RawData:
     """An entry of DATASETS.CUSTOM. For errors see :func:`read_registered`."""
     if entry["FORMAT"] == "coco":
-        return read_coco(name, resolved_path(entry["JSON"]), resolved_path(entry["IMAGES"]))
-    if entry["FORMAT"] == "voc":
+        data = read_coco(name, resolved_path(entry["JSON"]), resolved_path(entry["IMAGES"]))
+    elif entry["FORMAT"] == "voc":
         root, split = resolved_path(entry["ROOT"]), str(entry["SPLIT"])
-        return read_voc(name, root, split, entry["CLASSES"])
-    return read_yolo(name, resolved_path(entry["DATA"]), str(entry["SPLIT"]))
+        data = read_voc(name, root, split, entry["CLASSES"])
+    else:
+        data = read_yolo(name, resolved_path(entry["DATA"]), str(entry["SPLIT"]))
+    if "PART" in entry:
+        _keep_part(data, entry["PART"])
+    return data
+
+
+def _keep_part(data: RawData, part: str) -> None:
+    left_out = {i["id"] for i in data.images if not is_in_part(i["file_name"], part)}
+    data.images = [image for image in data.images if image["id"] not in left_out]
+    kept = [i for i, a in enumerate(data.annotations) if a["image_id"] not in left_out]
+    index = {old: new for new, old in enumerate(kept)}
+    data.annotations = [data.annotations[i] for i in kept]
+    data.places = [data.places[i] for i in kept]
+    data.findings = [
+        f if f.index is None else replace(f, index=index[f.index])
+        for f in data.findings
+        if f.image not in left_out and (f.index is None or f.index in index)
+    ]
 
 
 def read_coco(name: str, json_file: str, image_root: str) -> RawData:
