@@ -8,6 +8,7 @@ from glob import escape, glob
 
 from detectron2.config import CfgNode
 
+from .check.reading import read_voc
 from .coco import parse_coco_json
 from .custom import SECTIONS
 from .voc import split_names
@@ -133,8 +134,6 @@ def _voc_in(folder: str) -> dict[str, dict]:
 
 def _voc_classes(root: str, splits: list[str]) -> list[str]:
     """All names of objects in the splits, sorted."""
-    from .check.reading import read_voc
-
     sets = [read_voc(split, root, split) for split in splits if split_names(root, split)]
     return sorted({c["name"] for data in sets for c in data.categories})
 

@@ -63,8 +63,11 @@ def read_data_yaml(data: str) -> YoloData:
     return YoloData(file, folders, classes, splits)
 
 
-def image_files(data: YoloData, split: str) -> list[str]:
+def image_files(data: YoloData, split: str, missing: list[str] | None = None) -> list[str]:
     """The files of the images of a split, each once, sorted within each folder.
+
+    Args:
+        missing: receives what is said about listed images that are not there, in place of an error.
 
     Raises:
         OSError: for a missing folder or list.
@@ -81,7 +84,7 @@ def image_files(data: YoloData, split: str) -> list[str]:
         if os.path.isdir(source):
             files.update(dict.fromkeys(_images_below(source)))
         elif source.endswith(".txt"):
-            files.update(dict.fromkeys(_listed_images(source, data.folders)))
+            files.update(dict.fromkeys(_listed_images(source, data.folders, missing)))
         else:
             files[source] = None
     if not files:
@@ -190,9 +193,13 @@ def _images_below(folder: str) -> list[str]:
     return sorted(found)
 
 
-def _listed_images(file: str, folders: Sequence[str]) -> Iterator[str]:
+def _listed_images(file: str, folders: Sequence[str], missing: list[str] | None) -> Iterator[str]:
     for number, line in label_lines(file):
         image = _find((os.path.dirname(file), *folders), _p(line))
-        if image is None:
-            raise FileNotFoundError(f"{file}, line {number}: the image {_p(line)} is not there")
-        yield image
+        if image is not None:
+            yield image
+            continue
+        text = f"{file}, line {number}: the image {_p(line)} is not there"
+        if missing is None:
+            raise FileNotFoundError(text)
+        missing.append(text)

@@ -222,6 +222,17 @@ def test_yolo_without_label_files(tmp_path):
     assert kinds == {("broken entry", "error")}
 
 
+def test_yolo_images_of_a_list_that_are_not_there(tmp_path):
+    root = write_yolo(tmp_path, yaml="train: list.txt\nnames: [cat]")
+    (tmp_path / "list.txt").write_text("gone.png\nimages/train/a.png\ngone too.png\n")
+    data = check.read_yolo("pets", root, "train")
+    assert [(f.kind, f.text.rpartition("/")[2]) for f in data.findings] == [
+        ("no image", "list.txt, line 1: the image gone.png is not there"),
+        ("no image", "list.txt, line 3: the image gone too.png is not there"),
+    ]
+    assert len(data.images) == 1 and len(check.cleaned(data, data.findings)["images"]) == 1
+
+
 def test_data_registered_in_python(tmp_path):
     write_pixels(tmp_path / "a.png")
     box = {"bbox": [1, 1, 5, 1], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}

@@ -11,6 +11,8 @@ from test_yolo import write_yolo
 
 from fcos_d2.data import check, check_num_classes, check_same_classes, check_test_sets, custom
 from fcos_d2.data.layouts import use_data
+from fcos_d2.engine import argument_parser, setup
+from fcos_d2.model_zoo import get_config_file
 
 
 @pytest.fixture
@@ -64,6 +66,17 @@ def test_splits_of_voc(tmp_path, splits, taken):
     for split in splits:
         (lists / f"{split}.txt").write_text("a\n")
     assert taken in use_data(tiny_cfg(), str(tmp_path))
+
+
+def test_the_option_of_train_net(load, tmp_path):
+    """From the command line to the config of a run, and to its log."""
+    config = get_config_file("quick_schedules/fcos_R_18_FPN_shapes.yaml")
+    root, output = write_yolo(tmp_path / "pets"), tmp_path / "output"
+    args = ["--config-file", config, "--data", root, "OUTPUT_DIR", str(output)]
+    cfg = setup(argument_parser("").parse_args(args))
+    assert load(cfg) == [{"a.png", "b.png"}] * 2
+    assert cfg.MODEL.FCOS.NUM_CLASSES == 2
+    assert "has the YOLO layout, with train, val" in (output / "log.txt").read_text()
 
 
 def test_nothing_to_train_on(tmp_path):

@@ -145,7 +145,8 @@ def read_yolo(name: str, yaml_file: str, split: str) -> RawData:
     data = RawData(name, described.folders[-1])
     data.categories = [{"id": i + 1, "name": c} for i, c in enumerate(described.classes)]
     first_file, labelled = "", False
-    for image_file in image_files(described, split):
+    missing: list[str] = []
+    for image_file in image_files(described, split, missing):
         image = os.path.relpath(image_file, data.image_root)
         try:
             height, width = image_size(image_file)
@@ -161,6 +162,7 @@ def read_yolo(name: str, yaml_file: str, split: str) -> RawData:
                 _add_line(data, described.classes, image, file, number, line)
         except (OSError, ValueError) as error:  # no text
             data.findings.append(_broken(file, error, image))
+    data.findings += [Finding("no image", described.file, text) for text in missing]
     if first_file and not labelled:
         text = f"no image of {split} has a label file. The first would be {first_file}"
         data.findings.append(Finding("broken entry", described.file, text))
