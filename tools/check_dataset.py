@@ -127,6 +127,7 @@ def write_cleaned(out: Path, sets: list[RawData], findings: dict[str, list[Findi
 
 def main() -> int:
     args = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names may be no Unicode
     try:
         cfg = load_cfg(args.config_file, args.opts) if args.config_file else None
         sets = read_sets(args, cfg)

@@ -180,7 +180,8 @@ def _sizes(axes: Axes, data: DataStatistics) -> None:
 
 
 def _plain(name: str) -> str:
-    return name.replace("$", r"\$")  # which matplotlib takes for formulas
+    """As matplotlib can write it: no formulas, and valid Unicode."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def _binned(sides: list[float]) -> dict[str, int]:

@@ -74,7 +74,7 @@ def test_errors_and_the_cleaned_copy(check_dataset, tmp_path):
         "annotations": [
             {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": b} for i, b in enumerate(boxes)
         ],
-        "categories": [{"id": 1, "name": "a $x^2$ & <b>"}],
+        "categories": [{"id": 1, "name": "a $x^2$ & <b> \ud800"}],
     }
     file = tmp_path / "labels.json"
     file.write_text(json.dumps(content))
