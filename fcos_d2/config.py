@@ -45,7 +45,7 @@ def add_fcos_config(cfg: CN) -> None:
         #   DATASETS:
         #     CUSTOM:
         #       cells_train: {FORMAT: "voc", ROOT: "cells", SPLIT: "train", CLASSES: ["RBC"]}
-        # See fcos_d2.data.custom for the entries of both formats.
+        # See fcos_d2.data.custom for the entries of each format.
         cfg.DATASETS.CUSTOM = CN()
     cfg.DATASETS.CUSTOM.set_new_allowed(True)
 

@@ -29,8 +29,7 @@ from tqdm import tqdm
 
 from .checkpoint import read_checkpoint, replacing
 from .config import load_cfg
-from .data.image_files import read_image
-from .data.voc import IMAGE_SUFFIXES
+from .data.image_files import IMAGE_SUFFIXES, read_image
 from .drawing import draw_instances
 from .predictor import Predictor
 

@@ -14,8 +14,7 @@ from detectron2.modeling import build_model
 
 from .checkpoint import AtomicCheckpointer
 from .data import class_names
-from .data.image_files import read_image
-from .data.voc import IMAGE_SUFFIXES
+from .data.image_files import IMAGE_SUFFIXES, read_image
 from .modeling import FCOS
 from .modeling.backbone import padded_size
 from .modeling.images import check_finite

@@ -1,6 +1,6 @@
 """What the papers say about FCOS beside AP: recall, ambiguous samples, FLOPs, pictures."""
 
-from .assignment import analyze_assignment
+from .assignment import analyze_assignment, analyze_boxes
 from .inspection import Inspection, inspect_image
 from .model import (
     ModelStatistics,
@@ -12,10 +12,11 @@ from .model import (
 from .positives import LocatedPositives, locate_positives
 from .records import find_record, load_coco_json, load_dataset
 from .score_quality import ScoresAndIoUs, scores_and_ious
-from .statistics import AssignmentStatistics, LevelStatistics, SizeStatistics
+from .statistics import AssignmentStatistics, BoxStatistics, LevelStatistics, SizeStatistics
 
 __all__ = [
     "AssignmentStatistics",
+    "BoxStatistics",
     "Inspection",
     "LevelStatistics",
     "LocatedPositives",
@@ -23,6 +24,7 @@ __all__ = [
     "ScoresAndIoUs",
     "SizeStatistics",
     "analyze_assignment",
+    "analyze_boxes",
     "analyze_model",
     "compare_with_retinanet",
     "comparison_table",

@@ -42,7 +42,7 @@ from ..data.mapper import with_float_coordinates
 from ..modeling import FCOS, Levels, LocationAssigner
 from ..modeling.backbone import padded_size
 from ..modeling.target_assignment import cell_numbers
-from .statistics import AssignmentStatistics, LevelStatistics, SizeStatistics
+from .statistics import AssignmentStatistics, BoxStatistics, LevelStatistics, SizeStatistics
 
 # COCO's sizes, and the areas in pixels of the original image that the second and third begin at.
 # The area is the box's: COCO's own evaluation takes the mask's, which not every data set has.
@@ -75,6 +75,38 @@ def analyze_assignment(
     Raises:
         ValueError: for another meta architecture, and for a record without height and width.
     """
+    counts, left_out, settings = _count(cfg, records, include_crowd, progress)
+    names = cfg.MODEL.FCOS.IN_FEATURES
+    by_level = zip(names, counts.levels.strides, *counts.by_level.tolist(), strict=True)
+    by_size = zip(SIZES, *counts.by_size.tolist(), strict=True)
+    return AssignmentStatistics(
+        images=len(records),
+        crowd_left_out=left_out[0],
+        no_area_left_out=left_out[1],
+        levels=tuple(LevelStatistics(*level) for level in by_level),
+        sizes=tuple(SizeStatistics(*size) for size in by_size),
+        settings=settings,
+    )
+
+
+def analyze_boxes(
+    cfg: CfgNode, records: Sequence[dict], *, progress: bool = False
+) -> BoxStatistics:
+    """As :func:`analyze_assignment`, but for each box: the locations that it owns on each level."""
+    counts, _, _ = _count(cfg, records, include_crowd=False, progress=progress)
+    levels = len(counts.levels)
+    return BoxStatistics(
+        level_names=tuple(cfg.MODEL.FCOS.IN_FEATURES),
+        boxes=tuple(box for image in counts.images for box in image.numbers),
+        sides=torch.cat([Boxes(i.boxes).area().sqrt() for i in counts.images] or [torch.empty(0)]),
+        positives=torch.cat(counts.by_box or [torch.zeros(0, levels, dtype=torch.int64)]),
+    )
+
+
+def _count(
+    cfg: CfgNode, records: Sequence[dict], include_crowd: bool, progress: bool
+) -> tuple["_Counts", tuple[int, int], dict]:
+    """Counts, the boxes left out as crowds and without area, and the settings."""
     check_is_fcos(cfg)
     # The detector itself, so that its own checks, strides and assigner are used. On the meta
     # device it has shapes but no weights, and takes no time.
@@ -84,8 +116,8 @@ def analyze_assignment(
     counts = _Counts(detector.assigner, levels)
     crowd = no_area = 0
     waiting: dict[tuple, list[ResizedBoxes]] = defaultdict(list)
-    for record in tqdm(records, unit=" images", disable=not progress):
-        image = boxes_at_test_resize(cfg, record, include_crowd)
+    for number, record in enumerate(tqdm(records, unit=" images", disable=not progress)):
+        image = boxes_at_test_resize(cfg, record, include_crowd, number)
         crowd += image.crowd_left_out
         no_area += image.no_area_left_out
         shapes = level_shapes(detector.backbone, levels, *image.size)
@@ -97,17 +129,7 @@ def analyze_assignment(
     for shapes, group in waiting.items():
         if group:
             counts.add(shapes, group)
-    names = cfg.MODEL.FCOS.IN_FEATURES
-    by_level = zip(names, levels.strides, *counts.by_level.tolist(), strict=True)
-    by_size = zip(SIZES, *counts.by_size.tolist(), strict=True)
-    return AssignmentStatistics(
-        images=len(records),
-        crowd_left_out=crowd,
-        no_area_left_out=no_area,
-        levels=tuple(LevelStatistics(*level) for level in by_level),
-        sizes=tuple(SizeStatistics(*size) for size in by_size),
-        settings=_settings(cfg, detector),
-    )
+    return counts, (crowd, no_area), _settings(cfg, detector)
 
 
 def check_is_fcos(cfg: CfgNode) -> None:
@@ -138,18 +160,25 @@ class ResizedBoxes:
         boxes: (M, 4) as x0, y0, x1, y1 in pixels.
         classes: (M,) int64.
         sizes: (M,) int64 number of the COCO size of the original box, into SIZES.
+        numbers: of each box, those of its record and of its annotation in there.
     """
 
     size: tuple[int, int]
     boxes: Tensor
     classes: Tensor
     sizes: Tensor
+    numbers: list[tuple[int, int]]
     crowd_left_out: int
     no_area_left_out: int
 
 
-def boxes_at_test_resize(cfg: CfgNode, record: dict, include_crowd: bool = False) -> ResizedBoxes:
+def boxes_at_test_resize(
+    cfg: CfgNode, record: dict, include_crowd: bool = False, number: int = 0
+) -> ResizedBoxes:
     """The boxes that training would see if it resized as in tests.
+
+    Args:
+        number: of the record in its data set.
 
     Raises:
         ValueError: for a record without height and width.
@@ -159,7 +188,8 @@ def boxes_at_test_resize(cfg: CfgNode, record: dict, include_crowd: bool = False
         raise ValueError(f"The record of the image {name!r} has no height and width")
     resize, size = resize_for_test(cfg, record["height"], record["width"])
     annotations = with_float_coordinates(record).get("annotations", [])
-    kept = [a for a in annotations if include_crowd or not a.get("iscrowd", 0)]
+    numbers = [i for i, a in enumerate(annotations) if include_crowd or not a.get("iscrowd", 0)]
+    kept = [annotations[i] for i in numbers]
     boxes = [
         transform_instance_annotations(
             {"bbox": a["bbox"], "bbox_mode": a["bbox_mode"]}, resize, size
@@ -176,6 +206,7 @@ def boxes_at_test_resize(cfg: CfgNode, record: dict, include_crowd: bool = False
         boxes=boxes.tensor[has_area],
         classes=classes[has_area],
         sizes=sizes[has_area],
+        numbers=[(number, numbers[i]) for i in has_area.nonzero()[:, 0].tolist()],
         crowd_left_out=len(annotations) - len(kept),
         no_area_left_out=len(kept) - int(has_area.sum()),
     )
@@ -204,6 +235,8 @@ class _Counts:
     Attributes:
         by_level: (3, L) positives, ambiguous ones, those ambiguous between classes.
         by_size: (3, 3) boxes, those that own a location, and their locations; columns are SIZES.
+        images: in the order in which they were counted.
+        by_box: (M, L) locations of each box, for each batch.
     """
 
     def __init__(self, assigner: LocationAssigner, levels: Levels):
@@ -211,6 +244,8 @@ class _Counts:
         self.levels = levels
         self.by_level = torch.zeros(3, len(levels), dtype=torch.int64)
         self.by_size = torch.zeros(3, len(SIZES), dtype=torch.int64)
+        self.images: list[ResizedBoxes] = []
+        self.by_box: list[Tensor] = []
 
     def add(self, shapes: Sequence[tuple[int, int]], images: Sequence[ResizedBoxes]) -> None:
         """Count images that share (height, width) in cells of each level."""
@@ -233,7 +268,12 @@ class _Counts:
         for row, chosen in enumerate((level, level[eligible[cell] > 1], level[others[cell] > 0])):
             self.by_level[row] += torch.bincount(chosen, minlength=num_levels)
 
-        owned = torch.bincount(positives.gt, minlength=len(classes))  # (M,) locations of each box
+        box_and_level = positives.gt * num_levels + level
+        by_box = torch.bincount(box_and_level, minlength=len(classes) * num_levels)
+        by_box = by_box.view(len(classes), num_levels)
+        self.images += images
+        self.by_box.append(by_box)
+        owned = by_box.sum(dim=1)
         for row, chosen in enumerate((sizes, sizes[owned > 0], sizes[positives.gt])):
             self.by_size[row] += torch.bincount(chosen, minlength=len(SIZES))
 

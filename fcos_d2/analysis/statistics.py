@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 
 from tabulate import tabulate
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,29 @@ class SizeStatistics:
     def recall(self) -> float | None:
         """Share of the boxes that own a location; None without boxes."""
         return _share(self.recalled, self.boxes)
+
+
+@dataclass(frozen=True)
+class BoxStatistics:
+    """The locations that each of M boxes owns on each of L levels.
+
+    Attributes:
+        level_names: finest first.
+        boxes: of each box, the number of its record and that of its annotation in there.
+        sides: (M,) square roots of the boxes' areas, in pixels at the test resize.
+        positives: (M, L) int64 number of locations.
+    """
+
+    level_names: tuple[str, ...]
+    boxes: tuple[tuple[int, int], ...]
+    sides: Tensor
+    positives: Tensor
+
+    @property
+    def unowned(self) -> list[tuple[int, int]]:
+        """The boxes without a location."""
+        missed = (self.positives.sum(dim=1) == 0).nonzero()[:, 0]
+        return [self.boxes[i] for i in missed.tolist()]
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,17 @@ _copies: tempfile.TemporaryDirectory | None = None
 
 
 def coco_loader(
-    json_file: str, image_root: str, name: str, classes: Sequence[str] | None = None
+    json_file: str,
+    image_root: str,
+    name: str,
+    classes: Sequence[str] | None = None,
+    keep: Callable[[str], bool] | None = None,
 ) -> Callable[[], list[dict]]:
     """A function that loads a data set with Detectron2's loader, from a checked file.
 
     A file that had to be cleaned is loaded, and later evaluated, from a copy of it. If ``classes``
-    are given, another list in the file is a ValueError.
+    are given, another list in the file is a ValueError. With ``keep``, only images whose
+    "file_name" it accepts are loaded, and evaluated.
     """
     source: str | None = None
 
@@ -38,6 +43,11 @@ def coco_loader(
                     f"{json_file} has the classes {found}, but CLASSES of the data set {name!r} "
                     f"are {list(classes)}. Remove CLASSES, or take the file that they are of"
                 )
+            if keep is not None:
+                data["images"] = [i for i in data["images"] if keep(str(i["file_name"]))]
+                ids = {image["id"] for image in data["images"]}
+                data["annotations"] = [a for a in data["annotations"] if a["image_id"] in ids]
+                is_changed = True
             source = _write_copy(name, data) if is_changed else json_file
             # The COCO evaluator reads this file.
             MetadataCatalog.get(name).set(json_file=source)
@@ -70,11 +80,7 @@ def read_coco_json(
             has no valid form, an unknown category, or an id that an image or category before it
             has. The message names the file and the entry.
     """
-    data = _parse(file)
-    lists = ("images", "annotations", *(("categories",) if has_categories else ()))
-    for key in lists:
-        if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise ValueError(f"{file} is not a COCO annotation file: it has no list {key!r}")
+    data = parse_coco_json(file, has_categories)
     _check_entries(file, "images", data["images"], image_keys)
     _check_unique(file, "images", data["images"])
     if has_categories:
@@ -93,40 +99,60 @@ def read_coco_json(
     return {**data, "annotations": annotations}, is_changed or is_filled_in
 
 
-def _parse(file: str | PathLike) -> dict:
+def parse_coco_json(file: str | PathLike, has_categories: bool = True) -> dict:
+    """The content of an annotation file, of which only the lists were looked for.
+
+    Raises:
+        OSError: for a missing file.
+        ValueError: for a file that is not JSON or cut short, or lacks a list.
+    """
     with PathManager.open(str(file), "r", encoding="utf-8") as f:
         try:
-            return json.load(f)
-        except ValueError as error:
+            data = json.load(f)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not a JSON file, or is cut short: {error}") from error
+    for key in ("images", "annotations", *(("categories",) if has_categories else ())):
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise ValueError(f"{file} is not a COCO annotation file: it has no list {key!r}")
+    return data
 
 
 def _check_entries(file, name: str, entries: list, keys: Iterable[str]) -> None:
     for i, entry in enumerate(entries):
-        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-        if missing:
+        check_entry(file, name, i, entry, keys)
+
+
+def check_entry(file, name: str, i: int, entry: object, keys: Iterable[str]) -> None:
+    """Raise a ValueError unless entry ``i`` of the list ``name`` has valid ``keys``."""
+    missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+    if missing:
+        raise ValueError(
+            f"{file} is not a COCO annotation file: {name}[{i}] has no {', '.join(missing)}"
+        )
+    for key in keys:
+        value = entry[key]
+        if (key == "id" or key.endswith("_id")) and type(value) not in (int, str):
+            raise ValueError(f"{file}: {name}[{i}] has the {key} {value!r}, which is no number")
+        if key in ("height", "width") and (type(value) is not int or not 0 < value < 2**31):
             raise ValueError(
-                f"{file} is not a COCO annotation file: {name}[{i}] has no {', '.join(missing)}"
+                f"{file}: {name}[{i}] has the {key} {value!r}: it must be in whole pixels"
             )
-        for key in keys:
-            value = entry[key]
-            if (key == "id" or key.endswith("_id")) and type(value) not in (int, str):
-                raise ValueError(f"{file}: {name}[{i}] has the {key} {value!r}, which is no number")
-            if key in ("height", "width") and (type(value) is not int or value < 1):
-                raise ValueError(
-                    f"{file}: {name}[{i}] has the {key} {value!r}: it must be in whole pixels"
-                )
 
 
 def _check_boxes(file, annotations: list[dict]) -> None:
     for i, annotation in enumerate(annotations):
-        bbox = annotation["bbox"]
-        numbers = [_is_number(x) for x in bbox] if isinstance(bbox, list) else []
-        if len(numbers) != 4 or not all(numbers):
-            raise ValueError(
-                f"{file}: {_named(annotation, i)} has a bbox that is not [x, y, width, height] in "
-                f"numbers: {bbox}"
-            )
+        check_box(file, annotation, i)
+
+
+def check_box(file, annotation: dict, i: int) -> None:
+    """Raise a ValueError unless the box of annotation number ``i`` is four numbers."""
+    bbox = annotation["bbox"]
+    numbers = [_is_number(x) for x in bbox] if isinstance(bbox, list) else []
+    if len(numbers) != 4 or not all(numbers):
+        raise ValueError(
+            f"{file}: {named(annotation, i)} has a bbox that is not [x, y, width, height] in "
+            f"numbers: {bbox}"
+        )
 
 
 def _is_number(x: object) -> bool:
@@ -149,7 +175,7 @@ def _check_categories(file, data: dict) -> None:
     for i, annotation in enumerate(data["annotations"]):
         if annotation["category_id"] not in known:
             raise ValueError(
-                f"{file}: {_named(annotation, i)} has category_id {annotation['category_id']!r}, "
+                f"{file}: {named(annotation, i)} has category_id {annotation['category_id']!r}, "
                 f"which 'categories' does not list: {sorted(known)}"
             )
 
@@ -158,19 +184,15 @@ def _leave_out_bad(file, data: dict) -> list[dict]:
     images = {image["id"] for image in data["images"]}
     kept, left_out = [], defaultdict(list)
     for i, annotation in enumerate(data["annotations"]):
-        x, y, width, height = annotation["bbox"]
         if annotation["image_id"] not in images:
             problem = "of images that the file does not list"
-        elif not all(map(math.isfinite, (x, y, width, height))):
-            problem = "with NaN or infinity in their box"
-        elif width < 0 or height < 0:
-            problem = "with a negative width or height"
-        elif width == 0 or height == 0:
-            problem = "with a box without area"
         else:
+            problem = fault_of_box(annotation["bbox"])
+            problem = problem and f"with {problem}"
+        if problem is None:
             kept.append(annotation)
             continue
-        left_out[problem].append(f"{_named(annotation, i)} of image {annotation['image_id']}")
+        left_out[problem].append(f"{named(annotation, i)} of image {annotation['image_id']}")
     if left_out:
         parts = [
             f"{len(names)} {problem} ({', '.join(names[:_NAMED])}"
@@ -181,19 +203,37 @@ def _leave_out_bad(file, data: dict) -> list[dict]:
     return kept
 
 
+def fault_of_box(bbox: Sequence[float]) -> str | None:
+    """Why a box [x, y, width, height] cannot be learnt, or None."""
+    _, _, width, height = bbox
+    if not all(map(math.isfinite, bbox)):
+        return "NaN or infinity in the box"
+    if width < 0 or height < 0:
+        return "a negative width or height"
+    if width == 0 or height == 0:
+        return "a box without area"
+    return None
+
+
 def _fill_in(annotations: list[dict]) -> tuple[list[dict], bool]:
     """The annotations with "id", "area" and "iscrowd", and whether any of them was missing."""
-    ids = {annotation.get("id") for annotation in annotations}
-    has_good_ids = len(ids) == len(annotations) and not ids & {None, 0}
+    ids_are_good = has_good_ids(annotations)
     complete = []
     for i, annotation in enumerate(annotations):
         _, _, width, height = annotation["bbox"]
-        numbered = {} if has_good_ids else {"id": i + 1}
+        numbered = {} if ids_are_good else {"id": i + 1}
         complete.append({"area": width * height, "iscrowd": 0} | annotation | numbered)
     return complete, complete != annotations
 
 
-def _named(annotation: dict, index: int) -> str:
+def has_good_ids(annotations: Sequence[dict]) -> bool:
+    """Whether they are numbers or text, unique, and not 0: pycocotools takes it for no match."""
+    ids = [annotation.get("id") for annotation in annotations]
+    return all(type(i) in (int, str) and i != 0 for i in ids) and len(set(ids)) == len(ids)
+
+
+def named(annotation: dict, index: int) -> str:
+    """What messages call an annotation."""
     return f"annotation {annotation['id']}" if "id" in annotation else f"annotations[{index}]"
 
 

@@ -1,22 +1,25 @@
 """Data sets of your own, declared in a config under ``DATASETS.CUSTOM``.
 
-Each entry is registered with Detectron2 under its key. Two formats::
+Each entry is registered with Detectron2 under its key. Three formats::
 
     DATASETS:
       CUSTOM:
         cells_train: {FORMAT: "coco", JSON: "cells/train.json", IMAGES: "cells/images"}
         cells_test: {FORMAT: "voc", ROOT: "cells", SPLIT: "test", CLASSES: ["RBC", "WBC"]}
+        cars_train: {FORMAT: "yolo", DATA: "cars/data.yaml", SPLIT: "train"}
 
-A COCO entry may have ``CLASSES``, too: then its classes are known before the file is read, and the
-file must have these. The config that a run writes has them. A VOC entry may set ``EVALUATOR`` to
-``"coco"`` (the default, which takes the boxes as loaded) or ``"pascal_voc"`` (which reads the XML
-files itself, and ignores "difficult" objects). Relative paths start at the folder in the
-environment variable DETECTRON2_DATASETS, or else at ``datasets``, as for Detectron2's built-in data
-sets.
+A COCO or YOLO entry may have ``CLASSES``, too: then its classes are known before the file is read,
+and the file must have these. The config that a run writes has them. A VOC entry may set
+``EVALUATOR`` to ``"coco"`` (the default, which takes the boxes as loaded) or ``"pascal_voc"``
+(which reads the XML files itself, and ignores "difficult" objects). ``PART`` takes a part of the
+images, see :func:`is_in_part`. Relative paths start at the folder in the environment variable
+DETECTRON2_DATASETS, or else at ``datasets``, as for Detectron2's built-in data sets.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -26,14 +29,17 @@ from detectron2.utils.file_io import PathManager
 from .coco import coco_loader
 from .mapper import with_float_coordinates
 from .voc import check_readable_by_pascal_voc_evaluator, load_voc
+from .yolo import load_yolo
 
 # The required and the optional keys of each format.
 _KEYS = {
-    "coco": ({"FORMAT", "JSON", "IMAGES"}, {"CLASSES"}),
-    "voc": ({"FORMAT", "ROOT", "SPLIT", "CLASSES"}, {"EVALUATOR"}),
+    "coco": ({"FORMAT", "JSON", "IMAGES"}, {"CLASSES", "PART"}),
+    "voc": ({"FORMAT", "ROOT", "SPLIT", "CLASSES"}, {"EVALUATOR", "PART"}),
+    "yolo": ({"FORMAT", "DATA", "SPLIT"}, {"CLASSES", "PART"}),
 }
 # The section of MODEL with each meta architecture's NUM_CLASSES; ProposalNetwork has none.
-_SECTIONS = {"FCOS": "FCOS", "RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
+SECTIONS = {"FCOS": "FCOS", "RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
+_PARTS = ("train", "test")
 # The entry of each registered data set, and the folder that its relative paths start from.
 _registered: dict[str, tuple[dict, str]] = {}
 
@@ -61,10 +67,7 @@ def register_custom_datasets(cfg: CfgNode) -> None:
             DatasetCatalog.remove(name)
         if name in MetadataCatalog.list():
             MetadataCatalog.remove(name)
-        if entry["FORMAT"] == "coco":
-            _register_coco(name, entry)
-        else:
-            _register_voc(name, entry)
+        _REGISTER[entry["FORMAT"]](name, entry)
         _registered[name] = registration
 
 
@@ -112,14 +115,14 @@ def check_names_of_detector(names: Sequence[str] | None, dataset_name: str) -> N
 def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
     """Compare the model's number of classes with that of a registered data set.
 
-    Covers the meta architectures that the configs use. The classes of a COCO JSON are known only
-    once the data set has been loaded: before, nothing is compared.
+    Covers the meta architectures that the configs use. The classes of COCO and YOLO data are known
+    only once the data set has been loaded: before, nothing is compared.
 
     Raises:
         ValueError: if the numbers differ, with both numbers and the names of the classes.
     """
     classes = MetadataCatalog.get(dataset_name).get("thing_classes", None)
-    section = _SECTIONS.get(cfg.MODEL.META_ARCHITECTURE)
+    section = SECTIONS.get(cfg.MODEL.META_ARCHITECTURE)
     if section is None or classes is None:
         return
     key, num_classes = f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES
@@ -199,12 +202,29 @@ def _check_entry(name: str, entry: dict) -> None:
         )
     if entry.get("EVALUATOR", "coco") not in ("coco", "pascal_voc"):
         raise ValueError(f"{where}.EVALUATOR must be 'coco' or 'pascal_voc'")
+    part = entry.get("PART")
+    if part not in (None, *_PARTS) or (part and entry.get("EVALUATOR") == "pascal_voc"):
+        raise ValueError(
+            f"{where}.PART must be one of {list(_PARTS)}, and needs EVALUATOR 'coco', got {part!r}"
+        )
+
+
+def is_in_part(file_name: str, part: str | None) -> bool:
+    """Whether an image is in a part of a data set: "train", "test" (about a tenth), or None: all.
+
+    It depends on the file's name alone, so that an image stays in its part when others come.
+    """
+    if part is None:
+        return True
+    digest = hashlib.sha256(os.path.basename(file_name).encode(errors="replace")).digest()
+    return (digest[0] % 10 == 0) == (part == "test")
 
 
 def _register_coco(name: str, entry: dict) -> None:
-    images = _path(entry["IMAGES"])
+    images = resolved_path(entry["IMAGES"])
     classes = entry.get("CLASSES")
-    load_records = coco_loader(_path(entry["JSON"]), images, name, classes)
+    keep = partial(is_in_part, part=entry["PART"]) if "PART" in entry else None
+    load_records = coco_loader(resolved_path(entry["JSON"]), images, name, classes, keep)
     # For those who do not use our mapper the coordinates are made floating point here.
     DatasetCatalog.register(name, lambda: [with_float_coordinates(x) for x in load_records()])
     metadata = MetadataCatalog.get(name).set(image_root=images, evaluator_type="coco")
@@ -213,14 +233,14 @@ def _register_coco(name: str, entry: dict) -> None:
 
 
 def _register_voc(name: str, entry: dict) -> None:
-    root, split, classes = _path(entry["ROOT"]), str(entry["SPLIT"]), list(entry["CLASSES"])
+    root, split, classes = resolved_path(entry["ROOT"]), str(entry["SPLIT"]), list(entry["CLASSES"])
     evaluator = entry.get("EVALUATOR", "coco")
 
     def load() -> list[dict]:
         records = load_voc(root, split, classes)
         if evaluator == "pascal_voc":
             check_readable_by_pascal_voc_evaluator(root, records)
-        return records
+        return [r for r in records if is_in_part(r["file_name"], entry.get("PART"))]
 
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
@@ -232,9 +252,32 @@ def _register_voc(name: str, entry: dict) -> None:
     )
 
 
+def _register_yolo(name: str, entry: dict) -> None:
+    data, split, classes = resolved_path(entry["DATA"]), str(entry["SPLIT"]), entry.get("CLASSES")
+
+    def load() -> list[dict]:
+        records, found = load_yolo(data, split)
+        if classes is not None and found != list(classes):
+            raise ValueError(
+                f"{data} has the classes {found}, but CLASSES of the data set {name!r} are "
+                f"{list(classes)}. Remove CLASSES, or take the data set that they are of"
+            )
+        MetadataCatalog.get(name).set(thing_classes=found)
+        return [r for r in records if is_in_part(r["file_name"], entry.get("PART"))]
+
+    DatasetCatalog.register(name, load)
+    metadata = MetadataCatalog.get(name).set(evaluator_type="coco")
+    if classes is not None:
+        metadata.set(thing_classes=list(classes))
+
+
+_REGISTER = {"coco": _register_coco, "voc": _register_voc, "yolo": _register_yolo}
+
+
 def _root() -> str:
     return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
 
 
-def _path(path: str) -> str:
+def resolved_path(path: str) -> str:
+    """Where a path of DATASETS.CUSTOM is."""
     return os.path.join(_root(), path)

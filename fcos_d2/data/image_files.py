@@ -3,7 +3,11 @@
 import numpy as np
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import ExifTags, Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+# The values of EXIF's orientation that swap height and width.
+_TURNED = (5, 6, 7, 8)
 
 
 def read_image(file: str, format: str) -> np.ndarray:
@@ -36,3 +40,32 @@ def check_depth(file: str) -> None:
             "the lowest would be read. Convert it to 8 bits, for example with OpenCV: "
             "x = cv2.imread(file, cv2.IMREAD_UNCHANGED); cv2.imwrite(file, (x / 257).round())"
         )
+
+
+def image_size(file: str) -> tuple[int, int]:
+    """(height, width) in pixels of an image as :func:`read_image` turns it. Reads no pixels.
+
+    Raises:
+        OSError: for a file that cannot be read.
+        ValueError: for one that is larger than PIL's limit.
+    """
+    (width, height), turn = _header(file)
+    return (width, height) if turn in _TURNED else (height, width)
+
+
+def orientation(file: str) -> int:
+    """EXIF's orientation of an image: 1 is upright. For errors see :func:`image_size`."""
+    return _header(file)[1]
+
+
+def _header(file: str) -> tuple[tuple[int, int], int]:
+    """(width, height) as stored, and EXIF's orientation."""
+    try:
+        with PathManager.open(file, "rb") as f, Image.open(f) as image:
+            # Of the base class: that of PNG files would read the pixels.
+            exif = Image.Image.getexif(image)
+            return image.size, exif.get(ExifTags.Base.Orientation, 1)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"The image {file} is too large: {error}") from error
+    except SyntaxError as error:  # PIL's, for some broken headers
+        raise OSError(f"The image {file} cannot be read: {error}") from error

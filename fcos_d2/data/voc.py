@@ -4,21 +4,20 @@ import logging
 import math
 import os
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+from .image_files import IMAGE_SUFFIXES, image_size
 
 
 def load_voc(root: str, split: str, classes: Sequence[str]) -> list[dict]:
     """Records of a split, as Detectron2's loader gives them.
 
     Unlike that loader it reads a split of one image, names with spaces, images in other formats
-    than JPEG, and files without ``<size>``, for which it opens the image. Boxes without area are
-    left out with one warning that names them.
+    than JPEG, and files without ``<size>``, for which it reads the image's header. Boxes without
+    area are left out with one warning that names them.
 
     Args:
         root: the folder with ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
@@ -30,22 +29,14 @@ def load_voc(root: str, split: str, classes: Sequence[str]) -> list[dict]:
         ValueError: for a file that cannot be parsed or lacks something, for coordinates that are
             no numbers, and for a class that is not listed; it names the file.
     """
-    with open(os.path.join(root, "ImageSets", "Main", f"{split}.txt"), encoding="utf-8") as file:
-        names = [line.strip() for line in file if line.strip()]
-    image_files = _image_files(os.path.join(root, "JPEGImages"))
+    image_files = find_image_files(root)
     records, left_out = [], []
-    for name in names:
-        xml_file = os.path.join(root, "Annotations", f"{name}.xml")
-        image_file = image_files.get(name, f"{name}.jpg")
-        image_file = os.path.join(root, "JPEGImages", image_file)
-        try:
-            tree = ET.parse(xml_file)
-        except ET.ParseError as error:
-            raise ValueError(f"{xml_file} is not an XML file, or is cut short: {error}") from error
-        height, width = _image_size(xml_file, tree, image_file)
+    for name in split_names(root, split):
+        xml_file, image_file, tree = parse_xml(root, name, image_files)
+        height, width = image_size_of(xml_file, tree, image_file)
         annotations = []
         for i, element in enumerate(tree.findall("object")):
-            category_id, (x0, y0, x1, y1) = _parse_object(xml_file, i, element, classes)
+            category_id, (x0, y0, x1, y1) = parse_object(xml_file, i, element, classes)
             if x1 > x0 and y1 > y0:
                 # Corners are pixel numbers from 1, and both pixels belong to the box.
                 bbox = [x0 - 1, y0 - 1, x1, y1]
@@ -95,8 +86,33 @@ def check_readable_by_pascal_voc_evaluator(root: str, records: Sequence[dict]) -
             ) from error
 
 
-def _image_files(folder: str) -> dict[str, str]:
+def split_names(root: str, split: str) -> list[str]:
+    """The images of a split. For a missing file there is an OSError."""
+    with open(os.path.join(root, "ImageSets", "Main", f"{split}.txt"), encoding="utf-8") as file:
+        return [line.strip() for line in file if line.strip()]
+
+
+def parse_xml(
+    root: str, name: str, image_files: Mapping[str, str]
+) -> tuple[str, str, ET.ElementTree]:
+    """The annotation file of an image, the image's file, and the content of the first.
+
+    Raises:
+        OSError: for a missing annotation file.
+        ValueError: for a file that cannot be parsed.
+    """
+    xml_file = os.path.join(root, "Annotations", f"{name}.xml")
+    try:
+        tree = ET.parse(xml_file)
+    except ET.ParseError as error:
+        raise ValueError(f"{xml_file} is not an XML file, or is cut short: {error}") from error
+    image_file = os.path.join(root, "JPEGImages", image_files.get(name, f"{name}.jpg"))
+    return xml_file, image_file, tree
+
+
+def find_image_files(root: str) -> dict[str, str]:
     """File of each image by its name without suffix; JPEG files come before others."""
+    folder = os.path.join(root, "JPEGImages")
     files = os.listdir(folder) if os.path.isdir(folder) else []
     order = {suffix: i for i, suffix in enumerate(IMAGE_SUFFIXES)}
     images = [f for f in files if os.path.splitext(f)[1].lower() in order]
@@ -104,14 +120,14 @@ def _image_files(folder: str) -> dict[str, str]:
     return {os.path.splitext(f)[0]: f for f in images}
 
 
-def _image_size(xml_file: str, tree: ET.ElementTree, image_file: str) -> tuple[int, int]:
+def image_size_of(xml_file: str, tree: ET.ElementTree, image_file: str) -> tuple[int, int]:
     """(height, width) of an image."""
     try:
         return int(tree.findtext("size/height")), int(tree.findtext("size/width"))
     except (TypeError, ValueError):  # TypeError: no such element
         pass
     try:
-        return read_image(image_file).shape[:2]
+        return image_size(image_file)
     except OSError as error:
         raise ValueError(
             f"{xml_file} has no <size> with whole numbers, and the image {image_file} cannot be "
@@ -119,7 +135,7 @@ def _image_size(xml_file: str, tree: ET.ElementTree, image_file: str) -> tuple[i
         ) from error
 
 
-def _parse_object(
+def parse_object(
     xml_file: str, index: int, element: ET.Element, classes: Sequence[str]
 ) -> tuple[int, list[float]]:
     """Class number and corners as in the file."""

@@ -23,6 +23,12 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     """Detectron2's options of a training, and ours."""
     parser = detectron2_engine.default_argument_parser(epilog=description)
     parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="train and test on this data set in place of the config's: a folder in COCO, VOC or "
+        "YOLO layout, a COCO annotation file, or a data.yaml. The number of classes follows it",
+    )
+    parser.add_argument(
         "--overwrite",
         action="store_true",
         help="start anew in an OUTPUT_DIR that has checkpoints of an earlier run, and delete them",

@@ -35,6 +35,7 @@ from ..data import (
     register_custom_datasets,
     with_class_names,
 )
+from ..data.layouts import use_data
 from ..data.proposals import check_proposal_files
 from ..data.training_loader import leave_signals_to_the_trainer, seed_all
 from ..modeling import FCOSWithTTA
@@ -71,12 +72,16 @@ def setup(args) -> CfgNode:
             f"TEST.AUG is offered for MODEL.META_ARCHITECTURE {list(_AUGMENTED)}, not "
             f"{cfg.MODEL.META_ARCHITECTURE!r}: set TEST.AUG.ENABLED False"
         )
+    data = getattr(args, "data", None)
+    of_data = use_data(cfg, data, args.opts[::2]) if data else None
     cfg.freeze()
     if not getattr(args, "eval_only", False) and not getattr(args, "resume", False):
         overwrite = getattr(args, "overwrite", False)
         refuse_earlier_run(cfg.OUTPUT_DIR, overwrite, cfg.MODEL.WEIGHTS)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fcos_d2")
+    if of_data:
+        logging.getLogger(__name__).info(of_data)
     register_custom_datasets(cfg)
     return cfg
 

@@ -234,9 +234,9 @@ def test_classes_of_train_and_test_are_compared(register, datasets_folder):
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ({"FORMAT": "yolo"}, r"pets\.FORMAT must be one of \['coco', 'voc'\], got 'yolo'"),
+        ({"FORMAT": "csv"}, r"pets\.FORMAT must be one of \['coco', 'voc', 'yolo'\], got 'csv'"),
         ({"FORMAT": "voc", "ROOT": "x"}, r"must have the keys \['CLASSES', 'FORMAT'"),
-        (voc(JSON="x"), r"may have \['EVALUATOR'\], got .*'JSON'"),
+        (voc(JSON="x"), r"may have \['EVALUATOR', 'PART'\], got .*'JSON'"),
         (voc(EVALUATOR="lvis"), "EVALUATOR must be 'coco' or 'pascal_voc'"),
     ],
 )

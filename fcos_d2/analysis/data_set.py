@@ -1,0 +1,197 @@
+"""Classes and sizes of the boxes of a data set, and the levels that the sizes go to."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tabulate import tabulate
+
+from ..data.check import Finding, RawData, to_records
+from .assignment import analyze_boxes
+from .statistics import BoxStatistics
+
+# Sides of boxes, the square roots of their areas, in pixels, that the bins of the tables begin at.
+_BINS = (0, 16, 32, 64, 128, 256, 512)
+_MOST_CLASSES = 40  # in a plot
+_COLORS = ("#3b75af", "#ef8636", "#519e3e", "#c53a32", "#8d69b8", "#84584e", "#d57dbe")
+_GREY = "#7f7f7f"
+_NONE = "no location"
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """Of one data set; crowds and boxes with an error are left out of ``sizes``.
+
+    Attributes:
+        name: of the data set.
+        images: number of images that the annotations list.
+        boxes: by class, in the order of the class numbers.
+        images_with: number of images with the class, by class.
+        sizes: by the name of the level where a box owns most locations, or "no location": the
+            sides of the boxes in pixels. Without a config there is one level, "boxes".
+    """
+
+    name: str
+    images: int
+    boxes: dict[str, int]
+    images_with: dict[str, int]
+    sizes: dict[str, list[float]]
+
+    def to_dict(self) -> dict:
+        """Ready for JSON, with the number of boxes in each bin of sizes."""
+        return {
+            "images": self.images,
+            "boxes": self.boxes,
+            "images_with": self.images_with,
+            "sizes": {level: _binned(sides) for level, sides in self.sizes.items()},
+        }
+
+    def table(self) -> str:
+        """As text for a terminal."""
+        classes = [(c, n, self.images_with[c]) for c, n in self.boxes.items()]
+        columns = {level: _binned(sides) for level, sides in self.sizes.items()}
+        sizes = [(f"{bin} px", *(c[bin] for c in columns.values())) for bin in _binned([])]
+        return "\n\n".join(
+            (
+                f"{self.name}: {self.images} images, {sum(self.boxes.values())} boxes",
+                tabulate(classes, ("class", "boxes", "images"), disable_numparse=True),
+                tabulate(sizes, ("side of the box", *columns), disable_numparse=True),
+            )
+        )
+
+
+def data_statistics(data: RawData, boxes: BoxStatistics | None, findings: list) -> DataStatistics:
+    """
+    Args:
+        boxes: of :func:`assign`, or None without a config: then sizes are those in the files.
+        findings: of ``check_annotations``.
+    """
+    names = {c["id"]: c["name"] for c in data.categories}
+    known = [a for a in data.annotations if a["category_id"] in names]
+    counts = Counter(a["category_id"] for a in known)
+    images = Counter(c for _, c in {(a["image_id"], a["category_id"]) for a in known})
+    if boxes is None:
+        records, _ = to_records(data, findings)
+        areas = [a["bbox"][2] * a["bbox"][3] for r in records for a in r["annotations"]]
+        sizes = {"boxes": [area**0.5 for area in areas]}
+    else:
+        main = torch.where(boxes.positives.sum(1) > 0, boxes.positives.argmax(1), -1)
+        levels = {name: i for i, name in enumerate(boxes.level_names)} | {_NONE: -1}
+        sizes = {name: boxes.sides[main == i].tolist() for name, i in levels.items()}
+    return DataStatistics(
+        data.name,
+        len(data.images),
+        {name: counts[i] for i, name in names.items()},
+        {name: images[i] for i, name in names.items()},
+        sizes,
+    )
+
+
+def assign(
+    cfg: CfgNode, data: RawData, findings: list[Finding], progress: bool = False
+) -> tuple[BoxStatistics, list[Finding]]:
+    """The locations of the sound boxes of a data set, and a finding for each box without one."""
+    records, indices = to_records(data, findings)
+    statistics = analyze_boxes(cfg, records, progress=progress)
+    unowned = [
+        data.finding("box owns no location", indices[record][number], _size_text(data, i))
+        for record, number in statistics.unowned
+        for i in [indices[record][number]]
+    ]
+    return statistics, unowned
+
+
+def save_data_plots(sets: list[DataStatistics], folder: str | Path) -> list[Path]:
+    """Write ``classes.png``, and ``sizes_NAME.png`` for each data set; returns the paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    longest = max((len(s.boxes) for s in sets), default=1)
+    height = 2 + 0.22 * min(longest, _MOST_CLASSES) * len(sets)
+    plots = {"classes.png": (partial(_classes, sets=sets), height)}
+    for data in sets:
+        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in data.name)
+        plots[f"sizes_{name}.png"] = (partial(_sizes, data=data), 4.4)
+    for name, (draw, height) in plots.items():
+        figure = Figure(figsize=(6.4, height), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        figure.savefig(folder / name)
+    return [folder / name for name in plots]
+
+
+def _classes(axes: Axes, sets: list[DataStatistics]) -> None:
+    total = Counter()
+    for data in sets:
+        total.update(data.boxes)
+    names = sorted(total, key=total.get, reverse=True)[:_MOST_CLASSES]
+    thickness = 0.8 / len(sets)
+    for i, data in enumerate(sets):
+        places = [p + i * thickness for p in range(len(names))]
+        counts = [data.boxes.get(name, 0) for name in names]
+        color = _COLORS[i % len(_COLORS)]
+        bars = axes.barh(places, counts, thickness, color=color, label=_plain(data.name))
+        axes.bar_label(bars, [f"{n:,}" for n in counts], padding=2, fontsize=8)
+    middle = (len(sets) - 1) * thickness / 2
+    axes.set_yticks([p + middle for p in range(len(names))], [_plain(n[:30]) for n in names])
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    more = f" (the {len(names)} most frequent of {len(total)})" if len(total) > len(names) else ""
+    axes.set_title(f"Boxes per class{more}")
+    axes.set_xlabel("boxes")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    if len(sets) > 1:
+        axes.figure.legend(frameon=False, loc="outside lower center", ncols=4)
+
+
+def _sizes(axes: Axes, data: DataStatistics) -> None:
+    sides = [side for of_level in data.sizes.values() for side in of_level]
+    low = max(min(sides, default=8), 1) / 1.1
+    high = max(max(sides, default=8), 4 * low)
+    steps = 40
+    edges = [low * (high * 1.001 / low) ** (i / steps) for i in range(steps + 1)]
+    shown = {name: of_level for name, of_level in data.sizes.items() if of_level}
+    order = list(data.sizes)
+    colors = [_GREY if n == _NONE else _COLORS[order.index(n) % len(_COLORS)] for n in shown]
+    clipped = [[max(side, low) for side in of_level] for of_level in shown.values()]
+    if shown:
+        labels = [f"{name} ({len(sides):,})" for name, sides in shown.items()]
+        axes.hist(clipped, edges, stacked=True, color=colors, label=labels)
+        title = "" if "boxes" in shown else "level where a box owns most locations (boxes)"
+        axes.figure.legend(frameon=False, loc="outside lower center", ncols=6, title=title)
+    else:
+        axes.text(0.5, 0.5, "no boxes", transform=axes.transAxes, ha="center")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    where = "in the files" if "boxes" in data.sizes else "at the test resize"
+    axes.set_title(f"Sizes of the boxes of {_plain(data.name)}")
+    axes.set_xlabel(f"square root of the area, in pixels {where}")
+    axes.set_ylabel("boxes")
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _plain(name: str) -> str:
+    """As matplotlib can write it: no formulas, and valid Unicode."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def _binned(sides: list[float]) -> dict[str, int]:
+    ends = (*_BINS[1:], float("inf"))
+    return {
+        f"{low}-{high}" if high < float("inf") else f"{low}-": sum(low <= x < high for x in sides)
+        for low, high in zip(_BINS, ends, strict=True)
+    }
+
+
+def _size_text(data: RawData, index: int) -> str:
+    _, _, width, height = data.annotations[index]["bbox"]
+    return f"{width:g} x {height:g} pixels in the file"

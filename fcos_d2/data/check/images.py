@@ -1,0 +1,91 @@
+"""Checks that read the images."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..image_files import check_depth, image_size, orientation
+from .findings import Finding, RawData
+
+
+def check_images(data: RawData, progress: bool = False) -> tuple[list[Finding], dict[str, bytes]]:
+    """Read every image of a data set, several at a time.
+
+    Returns:
+        what is wrong with them; and by file, a hash of the pixels of each that could be read.
+    """
+    findings, hashes = [], {}
+
+    def look(image: dict) -> tuple[list[tuple[str, str]], bytes | None]:
+        return _look(_file(data, image), image["height"], image["width"])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(look, data.images)
+        bar = tqdm(results, data.name, len(data.images), unit=" images", disable=not progress)
+        for image, (faults, digest) in zip(data.images, bar, strict=True):
+            file = _file(data, image)
+            findings += [Finding(kind, file, text, image["id"]) for kind, text in faults]
+            if digest is not None:
+                hashes[file] = digest
+    return findings, hashes
+
+
+def check_same_images(hashes: Mapping[str, Mapping[str, bytes]]) -> list[Finding]:
+    """Images with the same pixels, within a data set or in two of them.
+
+    Args:
+        hashes: by the name of the data set, those of :func:`check_images`.
+    """
+    findings = []
+    first: dict[bytes, tuple[str, str]] = {}
+    for name, of_files in hashes.items():
+        for file, digest in of_files.items():
+            other_name, other = first.setdefault(digest, (name, file))
+            if other_name != name:
+                text = f"in {name}, and as {other} in {other_name}"
+                findings.append(Finding("image in two sets", file, text))
+            elif other != file:
+                findings.append(Finding("image twice", file, f"also {other}"))
+    return findings
+
+
+def _file(data: RawData, image: dict) -> str:
+    return os.path.join(data.image_root, image["file_name"])
+
+
+def _look(file: str, height: int, width: int) -> tuple[list[tuple[str, str]], bytes | None]:
+    """The kinds of findings about an image with their details, and the hash of its pixels."""
+    if not os.path.isfile(file):
+        return [("no image", "there is no such file")], None
+    try:
+        size, turn = image_size(file), orientation(file)
+    except Exception as error:  # of many kinds, in broken headers
+        return [("unreadable image", f"{type(error).__name__}: {error}")], None
+    faults = []
+    if size != (height, width):
+        text = f"{size[1]} x {size[0]}, but annotated as {width} x {height}"
+        text += ", which is its size before it is turned by EXIF" * (size == (width, height))
+        faults.append(("other size than annotated", text))
+    if turn != 1:
+        faults.append(("turned by EXIF", f"orientation {turn}: boxes must fit the turned image"))
+    try:
+        check_depth(file)
+    except ValueError as error:
+        return [*faults, ("more than 8 bits", str(error))], None
+    try:
+        with Image.open(file) as image:
+            if image.format == "TIFF" and turn != 1:
+                text = (
+                    f"orientation {turn}: PIL turns it, and Detectron2 does again. Save it upright"
+                )
+                faults[-1] = ("TIFF turned by EXIF", text)
+            pixels = image.convert("RGB")
+    except Exception as error:  # of many kinds, in broken files
+        return [*faults, ("truncated image", f"{type(error).__name__}: {error}")], None
+    digest = hashlib.blake2b(f"{pixels.size}".encode(), digest_size=16)
+    digest.update(pixels.tobytes())
+    return faults, digest.digest()

@@ -1,0 +1,205 @@
+"""The files of a data set in YOLO layout: its data.yaml, images and labels."""
+
+import os
+import reprlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .image_files import IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class YoloData:
+    """What a data.yaml says.
+
+    Attributes:
+        file: the data.yaml.
+        folders: those that relative paths may start from, in the order in which they are tried.
+            The last one is the file's own.
+        classes: their order is that of the class numbers.
+        splits: the paths of each split, of folders, lists of images or images, as in the file.
+    """
+
+    file: str
+    folders: tuple[str, ...]
+    classes: list[str]
+    splits: dict[str, list[str]]
+
+
+def read_data_yaml(data: str) -> YoloData:
+    """What the data.yaml says, as plain data: no code of it is run.
+
+    Args:
+        data: the file or its folder.
+
+    Raises:
+        OSError: for a missing file.
+        ValueError: for a file that is no YAML, or does not say its classes and splits.
+    """
+    file = _find_data_yaml(data)
+    content = _parse(file)
+    if "kpt_shape" in content:
+        raise ValueError(f"{file} has kpt_shape: its labels have keypoints, which are not read")
+    classes = _classes(file, content)
+    folder = os.path.dirname(file) or "."
+    paths = [content.get("path") or "", ""]
+    if not isinstance(paths[0], str):
+        raise ValueError(f"{file}: path must be a folder, got {_short(paths[0])}")
+    # The folder of another machine may be written there: then that of the file is taken.
+    folders = [os.path.normpath(os.path.join(folder, _p(p))) for p in paths]
+    folders = tuple(dict.fromkeys(f for f in folders if os.path.isdir(f)))
+    splits = {}
+    for key in ("train", "val", "test"):
+        value = content.get(key)
+        value = [value] if isinstance(value, str) else value
+        if value is None:
+            continue
+        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+            raise ValueError(f"{file}: {key} must be a path or a list of paths")
+        splits[key] = [_p(x) for x in value]
+    return YoloData(file, folders, classes, splits)
+
+
+def image_files(data: YoloData, split: str, missing: list[str] | None = None) -> list[str]:
+    """The files of the images of a split, each once, sorted within each folder.
+
+    Args:
+        missing: receives what is said about listed images that are not there, in place of an error.
+
+    Raises:
+        OSError: for a missing folder or list.
+        ValueError: for a split that data.yaml does not name, and one without images.
+    """
+    if split not in data.splits:
+        raise ValueError(f"{data.file} has no split {split!r}; it has {list(data.splits)}")
+    files: dict[str, None] = {}
+    for path in data.splits[split]:
+        source = _find(data.folders, path)
+        if source is None:
+            tried = ", ".join(os.path.join(folder, path) for folder in data.folders)
+            raise FileNotFoundError(f"{data.file}: {split} is not there: {tried}")
+        if os.path.isdir(source):
+            files.update(dict.fromkeys(_images_below(source)))
+        elif source.endswith(".txt"):
+            files.update(dict.fromkeys(_listed_images(source, data.folders, missing)))
+        else:
+            files[source] = None
+    if not files:
+        raise ValueError(f"{data.file}: the split {split!r}, {data.splits[split]}, has no images")
+    return list(files)
+
+
+def label_file(data: YoloData, image_file: str) -> str:
+    """Where the labels of an image are: in "labels" beside "images", or else beside the image."""
+    # Folders above that of data.yaml have no say, whatever they are called.
+    top = data.folders[-1]
+    parts = list(Path(os.path.relpath(image_file, top)).parts)
+    folders = parts[:-1]
+    if "images" in folders:
+        last = len(folders) - 1 - folders[::-1].index("images")
+        parts[last] = "labels"
+    relative = os.path.splitext(os.path.join(*parts))[0]
+    return os.path.normpath(os.path.join(top, f"{relative}.txt"))
+
+
+def label_lines(file: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty, with their numbers from 1; none if there is no such file."""
+    if not os.path.lexists(file):
+        return
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text file: {error}") from error
+
+
+def _find_data_yaml(data: str) -> str:
+    if not os.path.isdir(data):
+        return data
+    files = sorted(f for f in os.listdir(data) if f.lower().endswith((".yaml", ".yml")))
+    files = ["data.yaml"] if "data.yaml" in files else files
+    if len(files) != 1:
+        raise ValueError(f"{data} has {files or 'no YAML file'}: name the file of the data set")
+    return os.path.join(data, files[0])
+
+
+def _parse(file: str) -> dict:
+    try:
+        with open(file, encoding="utf-8-sig") as f:
+            content = yaml.safe_load(f)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not a YAML file of plain data: {error}") from error
+    if not isinstance(content, dict) or "names" not in content:
+        raise ValueError(f"{file} is not the data.yaml of a data set: it has no 'names'")
+    return content
+
+
+def _classes(file: str, content: dict) -> list[str]:
+    names = content["names"]
+    if isinstance(names, dict):
+        if set(names) != set(range(len(names))):
+            raise ValueError(
+                f"{file}: names must be numbered from 0 to {len(names) - 1} without gaps, got "
+                f"{_short(list(names))}"
+            )
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{file}: names must be a list of classes, or numbers with their classes")
+    for i, name in enumerate(names):
+        # `no` and `on` are truth values in YAML.
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise ValueError(
+                f"{file}: the name of class {i}, {_short(name)}, is no text: put it in quotes"
+            )
+    count = content.get("nc", len(names))
+    if count != len(names):
+        raise ValueError(f"{file}: nc is {_short(count)}, but there are {len(names)} names")
+    return [str(name) for name in names]
+
+
+def _short(value: object) -> str:
+    return reprlib.repr(value)[:100]  # of lists in lists, which a small file can make huge
+
+
+def _p(path: str) -> str:
+    return path.strip().replace("\\", "/")  # written on Windows
+
+
+def _find(folders: Sequence[str], path: str) -> str | None:
+    """The first that exists; "../train" also beside data.yaml, where some exports have it."""
+    paths = [path, path.removeprefix("../")]
+    candidates = (os.path.join(folder, p) for folder in folders for p in paths)
+    return next((os.path.normpath(c) for c in candidates if os.path.exists(c)), None)
+
+
+def _images_below(folder: str) -> list[str]:
+    found, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # links that lead back
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [
+            os.path.join(parent, f)
+            for f in files
+            if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")
+        ]
+    return sorted(found)
+
+
+def _listed_images(file: str, folders: Sequence[str], missing: list[str] | None) -> Iterator[str]:
+    for number, line in label_lines(file):
+        image = _find((os.path.dirname(file), *folders), _p(line))
+        if image is not None:
+            yield image
+            continue
+        text = f"{file}, line {number}: the image {_p(line)} is not there"
+        if missing is None:
+            raise FileNotFoundError(text)
+        missing.append(text)
