@@ -5,7 +5,8 @@
 
 Kills, signals, damaged checkpoints, a full disk, a folder that cannot be written to, and files that
 would run code, in one and two processes on CPU. After each fault the run is resumed. It has
-survived if its weights are those of a run that nothing has disturbed. Takes about ten minutes on
+survived if its weights are those of a run that nothing has disturbed or, on another number of
+processes, if it has ended. Takes about ten minutes on
 two cores; exits with 1 if a run did not survive.
 """
 
