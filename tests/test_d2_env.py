@@ -124,7 +124,7 @@ def test_other_configs_are_as_before(environment):
 
 def test_errors_name_the_entry_and_unknown_data_sets(environment):
     with pytest.raises(ValueError, match=r"CUSTOM\.shapes_val\.FORMAT must be one of"):
-        read_as_tools_do(SHAPES, ["DATASETS.CUSTOM.shapes_val.FORMAT", "yolo"])
+        read_as_tools_do(SHAPES, ["DATASETS.CUSTOM.shapes_val.FORMAT", "labelme"])
     with pytest.raises(ValueError, match="come as pairs of key and value"):
         read_as_tools_do(SHAPES, ["SOLVER.BASE_LR"])
     with pytest.raises(KeyError, match="'shapes_typo' is not registered"):
