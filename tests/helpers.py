@@ -18,6 +18,14 @@ STRIDES = [8, 16, 32, 64, 128]
 LEVELS = Levels(tuple(STRIDES))
 
 
+# Overrides that make the demo's detector light, where only training and its files matter: 0.4 M
+# parameters in place of 11.5 M, so checkpoints of 3 MB in place of 92 and steps six times as fast.
+LIGHT = (
+    *("MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", "4", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16"),
+)
+
+
 def tiny_cfg(**fcos_keys):
     """R-18 with 64 channels and towers of one layer, 3 classes; keyword arguments are FCOS keys."""
     cfg = fcos_d2.get_cfg()

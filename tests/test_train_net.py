@@ -13,6 +13,8 @@ import cv2
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from helpers import LIGHT
 
 from fcos_d2 import model_zoo
 from fcos_d2.config import load_cfg
@@ -20,8 +22,8 @@ from fcos_d2.config import load_cfg
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/quick_schedules/fcos_R_18_FPN_shapes.yaml"
 SMALL = [
-    "MODEL.FCOS.NUM_CLS_CONVS", "1", "MODEL.FCOS.NUM_BOX_CONVS", "1", "SOLVER.IMS_PER_BATCH", "2",
-    "MODEL.FCOS.LOSS_NORMALIZER", "ema_fg",
+    *LIGHT, "MODEL.FCOS.NUM_CLS_CONVS", "1", "MODEL.FCOS.NUM_BOX_CONVS", "1",
+    "SOLVER.IMS_PER_BATCH", "2", "MODEL.FCOS.LOSS_NORMALIZER", "ema_fg",
 ]  # fmt: skip
 
 
@@ -38,17 +40,26 @@ def train_net(shapes_folder, tmp_path):
     def start(*args, opts=(), launcher=(), env=None):
         command = [sys.executable, *launcher, "train_net.py", "--config-file", CONFIG, *args]
         command += [*SMALL, "OUTPUT_DIR", str(tmp_path / "output"), *map(str, opts)]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=ours | (env or {}), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        # A pipe that nobody reads would stop the process once it is full.
+        printed = tmp_path / f"printed_{len(started)}.txt"
+        with printed.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=ours | (env or {}), stdout=file, stderr=subprocess.STDOUT
+            )
+        process.printed = printed
+        started.append(process)
+        return process
 
-    return start
+    started = []
+    yield start
+    for process in started:
+        process.kill()
 
 
-def finish(process, timeout=300):
-    output, _ = process.communicate(timeout=timeout)
-    assert process.returncode == 0, output[-3000:]
+def finish(process, timeout=300, exit_code=0):
+    process.wait(timeout)
+    output = process.printed.read_text()
+    assert process.returncode == exit_code, output[-3000:]
     return output
 
 
@@ -66,8 +77,7 @@ def test_two_processes_stop_by_a_signal_and_one_goes_on(train_net, tmp_path):
     process = train_net("--num-gpus", "2", "--dist-url", "auto", opts=long)
     wait_for(process, folder / "model_0000001.pth")
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output[-3000:]
+    output = finish(process, timeout=60, exit_code=143)
     assert "World size: 2" in output
     last = torch.load(folder / (folder / "last_checkpoint").read_text())["iteration"]
     assert f"Stopped by a signal after iteration {last}" in output
@@ -151,12 +161,11 @@ def test_killed_run_resumes_and_its_weights_predict(train_net, tmp_path):
 
 
 def test_eval_only(train_net, tmp_path):
-    model = model_zoo.get("quick_schedules/fcos_R_18_FPN_shapes.yaml", weights="", device="cpu")
-    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    cfg = model_zoo.get_config("quick_schedules/fcos_R_18_FPN_shapes.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.merge_from_list(SMALL)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
     process = train_net("--eval-only", opts=["MODEL.WEIGHTS", tmp_path / "model.pth",
-                                             "MODEL.FCOS.NUM_CLS_CONVS", 2,
-                                             "MODEL.FCOS.NUM_BOX_CONVS", 2,
-                                             "MODEL.FCOS.LOSS_NORMALIZER", "fg",
                                              "MODEL.FCOS.SCORE_THRESH_TEST", 0.001,
                                              "TEST.AUG.ENABLED", True,
                                              "TEST.AUG.MIN_SIZES", (128, 160)])  # fmt: skip

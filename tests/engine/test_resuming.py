@@ -170,7 +170,7 @@ def test_what_cannot_go_on_is_refused_before_anything_is_loaded(cfg, tmp_path):
         other.SOLVER.IMS_PER_BATCH = 4
     with refused(r"(?s)another model.*Missing: head\.cls_tower\.3.*NUM_CLS_CONVS: 1 -> 2") as other:
         other.MODEL.FCOS.NUM_CLS_CONVS = 2
-    with refused(r"Of another shape: .*lateral3\.weight \(64, 128, 1, 1\), here \(128") as other:
+    with refused(r"Of another shape: .*lateral3\.weight \(64, 32, 1, 1\), here \(128") as other:
         other.MODEL.FPN.OUT_CHANNELS = 128
     with refused(r"(?s)other groups of parameters.*BIAS_LR_FACTOR: 1\.0 -> 2\.0") as other:
         other.SOLVER.BIAS_LR_FACTOR = 2.0
