@@ -32,7 +32,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["fcos_d2", "fcos_d2.*"]), *config_packages],
     package_dir=config_packages,
-    package_data={"fcos_d2": ["detectron2.txt", "py.typed"]}
+    package_data={"fcos_d2": ["detectron2.txt", "py.typed", "report/page.html.j2"]}
     | {name: ["*.yaml", "*.py"] for name in config_packages},
     # Detectron2 is needed too, but is in no package registry: see "Install" in the README.
     install_requires=[
@@ -41,6 +41,7 @@ setup(
         "fvcore",
         "pycocotools",
         "opencv-python",
+        "jinja2",
     ],
     extras_require={
         "onnx": ONNX,

@@ -19,6 +19,7 @@ from fcos_d2.engine import (
     launch,
     setup,
 )
+from fcos_d2.report import report_after_training
 
 
 def main(args):
@@ -32,7 +33,10 @@ def main(args):
     trainer.resume_or_load(resume=args.resume)
     if args.overwrite and not args.resume:
         delete_earlier_run(cfg.OUTPUT_DIR)
-    return trainer.train()
+    results = trainer.train()
+    if comm.is_main_process():
+        report_after_training(cfg)
+    return results
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from . import model_zoo
 from .data import make_shapes_dataset, register_custom_datasets
 from .drawing import annotations_as_instances, draw_instances
 from .engine import Trainer
+from .report import write_report
 
 CONFIG = "quick_schedules/fcos_R_18_FPN_shapes.yaml"
 _SHOWN_SCORE = 0.4
@@ -100,6 +101,8 @@ def main() -> None:
     print("\nHeld-out images of the shapes data set:")
     print(tabulate([results.values()], headers=results.keys(), floatfmt=".1f"))
     print(f"\nPredictions beside the ground truth: {picture}")
+    for page in write_report(cfg):
+        print(f"Where it fails, class by class: {page}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Pictures of detections, by Detectron2's Visualizer."""
 
 import colorsys
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
@@ -12,7 +14,7 @@ def draw_instances(
     image: np.ndarray,
     instances: Instances,
     metadata: Metadata,
-    threshold: float = 0.0,
+    threshold: float | Sequence[float] = 0.0,
     scale: float = 1.0,
 ) -> np.ndarray:
     """Draw boxes with their classes, scores if they have them, and masks, each class in its colour.
@@ -21,7 +23,8 @@ def draw_instances(
         image: (H, W, 3) uint8, BGR.
         instances: in pixels of the image, with ``pred_boxes`` and ``pred_classes``. On any device.
         metadata: ``thing_classes`` are the names; ``thing_colors`` the colours, if there are any.
-        threshold: instances with a smaller score are not drawn.
+        threshold: instances with a smaller score are not drawn. One for all classes, or one for
+            each.
         scale: the size of the picture, relative to that of the image.
 
     Returns:
@@ -29,17 +32,27 @@ def draw_instances(
     """
     instances = instances.to("cpu")
     if instances.has("scores"):
-        instances = instances[instances.scores >= threshold]
+        least = torch.as_tensor(threshold, dtype=torch.float64)
+        if least.ndim:
+            least = least[instances.pred_classes]
+        instances = instances[instances.scores >= least]
+    metadata = Metadata(**metadata.as_dict())
+    names = metadata.get("thing_classes", ())
+    if names:
+        del metadata.thing_classes  # Metadata refuses another value
+        metadata.thing_classes = [plain_text(name) for name in names]
     if metadata.get("thing_colors", None) is None:
-        num_classes = len(metadata.get("thing_classes", ())) or 1 + max(
-            map(int, instances.pred_classes), default=0
-        )
-        metadata = Metadata(**metadata.as_dict())
+        num_classes = len(names) or 1 + max(map(int, instances.pred_classes), default=0)
         metadata.thing_colors = class_colors(num_classes)
     visualizer = Visualizer(
         image[:, :, ::-1], metadata, scale=scale, instance_mode=ColorMode.SEGMENTATION
     )
     return visualizer.draw_instance_predictions(instances).get_image()[:, :, ::-1]
+
+
+def plain_text(name: str) -> str:
+    """A name as matplotlib can write it: no formulas, and valid Unicode."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def class_colors(num_classes: int) -> list[tuple[int, int, int]]:

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A camera's frames shall not wait for others.
         batch_size = 1 if isinstance(source, int) else args.batch_size
         predictor = Predictor(cfg, batch_size=batch_size, optimize=args.optimize)
+        threshold = _threshold(args.threshold, predictor.metadata.get("thing_classes", None))
         output = Path(args.output)
         output.mkdir(parents=True, exist_ok=True)
         failed: list[str] = []
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, (image, detections) in tqdm(frames, total=write.total, unit=" images"):
             count += 1
             instances = detections["instances"]
-            drawn = draw_instances(image, instances, predictor.metadata, args.threshold)
+            drawn = draw_instances(image, instances, predictor.metadata, threshold)
             write(name, drawn)
             if args.json:
                 results += _as_coco_results(name, instances, ids, predictor.metadata)
@@ -101,7 +102,10 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="also write results.json in COCO's result format"
     )
     parser.add_argument(
-        "--threshold", type=float, default=0.4, help="the least score that is drawn (0.4)"
+        "--threshold",
+        default="0.4",
+        metavar="SCORE_OR_FILE",
+        help="the least score that is drawn (0.4), or a report's thresholds.json",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="images that run together (8)")
     parser.add_argument("--device", help='for example "cuda:1" or "cpu"; a GPU if there is one')
@@ -142,6 +146,27 @@ def _own_config(args: argparse.Namespace) -> CfgNode:
         file.write(text)
         file.flush()
         return load_cfg(file.name, args.opts)
+
+
+def _threshold(text: str, class_names: Sequence[str] | None) -> float | list[float]:
+    """A score, or one for each class from a report's file.
+
+    Raises:
+        ValueError: for a file that has none for a class of the detector.
+        OSError: for what is neither a number nor a file.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        of_classes = json.loads(Path(text).read_text())["classes"]
+        return [float(of_classes[name]) for name in class_names]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--threshold {text} has no scores of the classes {class_names}, which are those of "
+            f"the weights: {error!r}. A report writes such a file, thresholds.json"
+        ) from error
 
 
 def _source(name: str) -> list[str] | str | int:

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from helpers import tiny_cfg
 from pycocotools.coco import COCO
 
 from fcos_d2 import Predictor, load_cfg, predict
+from fcos_d2.drawing import draw_instances
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ["disc", "square", "triangle"]
@@ -97,6 +100,32 @@ def test_patterns_single_files_and_sub_folders(weights, images, tmp_path, capsys
     predict.main([*main, str(images / "0002.png")])
     assert (output / "0002.png").exists()
     assert "1 images in" in capsys.readouterr().out
+
+
+def test_a_threshold_for_each_class(weights, images, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(predict, "draw_instances", lambda *args: drawn.append(args) or args[0])
+    file = tmp_path / "thresholds.json"
+    file.write_text(json.dumps({"classes": {"triangle": 0.3, "disc": 0.1, "square": 0.2}}))
+    args = ["--weights", weights, "--input", str(images), "--output", str(tmp_path / "out")]
+    predict.main([*args, "--threshold", str(file)])
+    assert [threshold for *_, threshold in drawn] == [[0.1, 0.2, 0.3]] * 3
+
+    file.write_text(json.dumps({"classes": {"disc": 0.1}}))
+    with pytest.raises(SystemExit, match=r"has no scores of the classes .*'square'"):
+        predict.main([*args, "--threshold", str(file)])
+    with pytest.raises(SystemExit, match=r"Nothing was detected.*nowhere\.json"):
+        predict.main([*args, "--threshold", "nowhere.json"])
+
+
+def test_instances_are_drawn_from_the_threshold_of_their_class():
+    boxes = torch.tensor([[10.0, 60, 80, 140], [120, 60, 190, 140], [120, 60, 190, 140]])
+    instances = Instances((200, 200), pred_boxes=Boxes(boxes), scores=torch.full((3,), 0.3))
+    instances.pred_classes = torch.tensor([0, 1, 1])
+    image, metadata = np.zeros((200, 200, 3), np.uint8), Metadata(thing_classes=["a", "$b_{$"])
+    for threshold, shown in (([0.4, 0.31], (0, 0)), ([0.3, 0.2], (1, 1)), ([0.2, 0.4], (1, 0))):
+        drawn = draw_instances(image, instances, metadata, threshold)
+        assert (drawn[:, :100].any(), drawn[:, 100:].any()) == shown
 
 
 def test_a_video(weights, shapes_folder, tmp_path):

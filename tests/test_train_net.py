@@ -90,6 +90,9 @@ def test_two_processes_stop_by_a_signal_and_one_goes_on(train_net, tmp_path):
     assert {"bbox/AP", "loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"} <= metrics.keys()
     assert metrics["fcos/positives_per_image"] > 0
     assert list(folder.glob("events.out.tfevents*"))  # TensorBoard
+    assert f"The report: {folder / 'report' / 'index.html'}" in output
+    numbers = json.loads((folder / "report" / "report.json").read_text())
+    assert numbers["ap"]["output"]["AP"] == pytest.approx(metrics["bbox/AP"], abs=1e-9)
     assert torch.load(folder / "model_final.pth")["iteration"] == last + 2
 
 

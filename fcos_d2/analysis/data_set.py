@@ -8,19 +8,18 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
 from ..data.check import Finding, RawData, to_records
+from ..drawing import plain_text
 from .assignment import analyze_boxes
+from .plots import COLORS, new_figure
 from .statistics import BoxStatistics
 
 # Sides of boxes, the square roots of their areas, in pixels, that the bins of the tables begin at.
 _BINS = (0, 16, 32, 64, 128, 256, 512)
 _MOST_CLASSES = 40  # in a plot
-_COLORS = ("#3b75af", "#ef8636", "#519e3e", "#c53a32", "#8d69b8", "#84584e", "#d57dbe")
 _GREY = "#7f7f7f"
 _NONE = "no location"
 
@@ -119,8 +118,7 @@ def save_data_plots(sets: list[DataStatistics], folder: str | Path) -> list[Path
         name = "".join(c if c.isalnum() or c in "-_" else "_" for c in data.name)
         plots[f"sizes_{name}.png"] = (partial(_sizes, data=data), 4.4)
     for name, (draw, height) in plots.items():
-        figure = Figure(figsize=(6.4, height), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(6.4, height)
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
@@ -137,11 +135,11 @@ def _classes(axes: Axes, sets: list[DataStatistics]) -> None:
     for i, data in enumerate(sets):
         places = [p + i * thickness for p in range(len(names))]
         counts = [data.boxes.get(name, 0) for name in names]
-        color = _COLORS[i % len(_COLORS)]
-        bars = axes.barh(places, counts, thickness, color=color, label=_plain(data.name))
+        color = COLORS[i % len(COLORS)]
+        bars = axes.barh(places, counts, thickness, color=color, label=plain_text(data.name))
         axes.bar_label(bars, [f"{n:,}" for n in counts], padding=2, fontsize=8)
     middle = (len(sets) - 1) * thickness / 2
-    axes.set_yticks([p + middle for p in range(len(names))], [_plain(n[:30]) for n in names])
+    axes.set_yticks([p + middle for p in range(len(names))], [plain_text(n[:30]) for n in names])
     axes.invert_yaxis()
     axes.margins(x=0.12)
     more = f" (the {len(names)} most frequent of {len(total)})" if len(total) > len(names) else ""
@@ -161,7 +159,7 @@ def _sizes(axes: Axes, data: DataStatistics) -> None:
     edges = [low * (high * 1.001 / low) ** (i / steps) for i in range(steps + 1)]
     shown = {name: of_level for name, of_level in data.sizes.items() if of_level}
     order = list(data.sizes)
-    colors = [_GREY if n == _NONE else _COLORS[order.index(n) % len(_COLORS)] for n in shown]
+    colors = [_GREY if n == _NONE else COLORS[order.index(n) % len(COLORS)] for n in shown]
     clipped = [[max(side, low) for side in of_level] for of_level in shown.values()]
     if shown:
         labels = [f"{name} ({len(sides):,})" for name, sides in shown.items()]
@@ -173,15 +171,10 @@ def _sizes(axes: Axes, data: DataStatistics) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     where = "in the files" if "boxes" in data.sizes else "at the test resize"
-    axes.set_title(f"Sizes of the boxes of {_plain(data.name)}")
+    axes.set_title(f"Sizes of the boxes of {plain_text(data.name)}")
     axes.set_xlabel(f"square root of the area, in pixels {where}")
     axes.set_ylabel("boxes")
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-
-
-def _plain(name: str) -> str:
-    """As matplotlib can write it: no formulas, and valid Unicode."""
-    return name.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def _binned(sides: list[float]) -> dict[str, int]:

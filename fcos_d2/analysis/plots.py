@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from .score_quality import ScoresAndIoUs, rank_correlation
 from .statistics import AssignmentStatistics
 
-_BLUE, _ORANGE = "#3b75af", "#ef8636"
+COLORS = ("#3b75af", "#ef8636", "#519e3e", "#c53a32", "#8d69b8", "#84584e", "#d57dbe")
+_BLUE, _ORANGE = COLORS[:2]
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -3,13 +3,14 @@ from .hooks import BestCheckpointer
 from .processes import argument_parser, launch
 from .resuming import delete_earlier_run
 from .stopping import Stopped
-from .trainer import Trainer, distribute, setup
+from .trainer import Trainer, coco_evaluator, distribute, setup
 
 __all__ = [
     "BestCheckpointer",
     "Stopped",
     "Trainer",
     "argument_parser",
+    "coco_evaluator",
     "delete_earlier_run",
     "distribute",
     "evaluate",

@@ -1,17 +1,25 @@
 """Evaluation of weights, without a training."""
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.evaluation import DatasetEvaluator
 
 from ..checkpoint import AtomicCheckpointer
 from ..data import check_names_of_detector
 from .trainer import Trainer
 
 
-def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
+def evaluate(
+    cfg: CfgNode, resume: bool = False, evaluators: Sequence[DatasetEvaluator] | None = None
+) -> dict:
     """Evaluate ``cfg.MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of OUTPUT_DIR.
 
     With ``TEST.AUG.ENABLED`` also with test-time augmentation.
+
+    Args:
+        evaluators: one for each test set, in place of those that the data sets ask for.
 
     Raises:
         ValueError: without weights or a checkpoint, for those that do not fill the model, and if
@@ -33,7 +41,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
     for name in cfg.DATASETS.TEST:
         DatasetCatalog.get(name)  # only then are the classes of every data set known
         check_names_of_detector(checkpointer.class_names, name)
-    results = Trainer.test(cfg, model)
+    results = Trainer.test(cfg, model, evaluators)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))
     return results

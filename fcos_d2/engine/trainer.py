@@ -273,8 +273,10 @@ class Trainer(DefaultTrainer):
         """Evaluate with test-time augmentation; the results have "_TTA" behind their names."""
         logging.getLogger(__name__).info("Evaluating with test-time augmentation ...")
         wrapper = _AUGMENTED[cfg.MODEL.META_ARCHITECTURE]
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        evaluators = [
+            cls.build_evaluator(cfg, name, _inference_folder(cfg, name, "inference_TTA"))
+            for name in cfg.DATASETS.TEST
+        ]
         # The augmentation scales the original pixels, not those at the size of the plain test.
         original = cfg.clone()
         original.defrost()
@@ -311,16 +313,33 @@ class Trainer(DefaultTrainer):
         """
         evaluator_type = _evaluator_type(dataset_name)
         if evaluator_type == "coco":
-            folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-            # Tasks are those that the predictions have: masks and keypoints of R-CNN too. A
-            # converted data set is not cached: the annotations may change between two runs.
-            return COCOEvaluator(
-                dataset_name,
-                output_dir=folder,
-                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-                allow_cached_coco=False,
-            )
+            return coco_evaluator(cfg, dataset_name, output_folder)
         return PascalVOCDetectionEvaluator(dataset_name)
+
+
+def coco_evaluator(
+    cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+) -> COCOEvaluator:
+    """COCO's evaluation, of any registered data set.
+
+    Tasks are those that the predictions have: masks and keypoints of R-CNN too.
+
+    Args:
+        output_folder: for the detections, in place of OUTPUT_DIR/inference.
+    """
+    return COCOEvaluator(
+        dataset_name,
+        output_dir=output_folder or _inference_folder(cfg, dataset_name),
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        # A converted data set is not cached: the annotations may change between two runs.
+        allow_cached_coco=False,
+    )
+
+
+def _inference_folder(cfg: CfgNode, dataset_name: str, parent: str = "inference") -> str:
+    """Where detections on a data set are written: of several, each has its own folder."""
+    folder = os.path.join(cfg.OUTPUT_DIR, parent)
+    return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
 
 
 def _evaluator_type(dataset_name: str) -> str:

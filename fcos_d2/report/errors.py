@@ -1,0 +1,141 @@
+"""What a detector confuses, and its largest errors: COCOeval's matches, read image by image."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .evaluation import MATCH_IOU, BoxEvaluation
+
+POOR_IOU = 0.1  # a detection that overlaps no box by more has nothing to do with any
+# A false positive is the first of these that is true of it.
+KINDS = {
+    "twice": "a box of its class that another detection found",
+    "wrong class": f"a box of another class, with an IoU of {MATCH_IOU:g} or more",
+    "poor box": f"a box with an IoU of {POOR_IOU:g} to {MATCH_IOU:g}",
+    "background": f"no box with an IoU of {POOR_IOU:g} or more",
+    "missed": "a box that no detection of its class found",
+}
+
+
+@dataclass(frozen=True)
+class Error:
+    """A false positive or a missed box.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        image_id: of COCO's file.
+        box: (4,) x0, y0, x1, y1 in pixels of the image.
+        category: the detection's, or that of the missed box.
+        score: None for a missed box.
+        iou: with the box that it overlaps most, or of the detection that overlaps the missed box
+            most.
+        other: the category of that one; None if there is no overlap.
+    """
+
+    kind: str
+    image_id: int | str
+    box: tuple[float, float, float, float]
+    category: int
+    score: float | None
+    iou: float
+    other: int | None
+
+
+def confusion_matrix(evaluation: BoxEvaluation, threshold: float) -> np.ndarray:
+    """(K + 1, K + 1) counts: ground truth in rows, detections in columns, background last.
+
+    Boxes and detections are matched without regard to class, the best scores first, at an IoU of
+    ``MATCH_IOU``. Crowds, and what lies in them, are left out.
+
+    Args:
+        threshold: detections with a smaller score are left out.
+    """
+    numbers = {category: i for i, category in enumerate(evaluation.class_names)}
+    background = len(numbers)
+    matrix = np.zeros((background + 1, background + 1), dtype=np.int64)
+    truth, detections = evaluation.truth.anns, evaluation.detections.anns
+    for image in evaluation.matches(by_class=False):
+        kept = np.asarray(image["dtScores"]) >= threshold
+        found = set()
+        for i in np.flatnonzero(kept & ~image["dtIgnore"][0].astype(bool)):
+            column = numbers[detections[image["dtIds"][i]]["category_id"]]
+            matched = int(image["dtMatches"][0][i])
+            found.add(matched)
+            row = numbers[truth[matched]["category_id"]] if matched else background
+            matrix[row, column] += 1
+        for i, ignored in zip(image["gtIds"], image["gtIgnore"], strict=True):
+            if not ignored and i not in found:
+                matrix[numbers[truth[i]["category_id"]], background] += 1
+    return matrix
+
+
+def find_errors(evaluation: BoxEvaluation, threshold: float) -> list[Error]:
+    """All false positives and missed boxes, worst first: by score, and missed boxes by area.
+
+    Args:
+        threshold: detections with a smaller score are left out.
+    """
+    wrong, missed = set(), set()
+    for image in evaluation.matches():
+        kept = np.asarray(image["dtScores"]) >= threshold
+        matched = image["dtMatches"][0]
+        unmatched = kept & (matched == 0) & ~image["dtIgnore"][0].astype(bool)
+        wrong.update(np.asarray(image["dtIds"])[unmatched].tolist())
+        found = set(matched[kept].astype(int).tolist())
+        boxes = zip(image["gtIds"], image["gtIgnore"], strict=True)
+        missed.update(i for i, ignored in boxes if not ignored and i not in found)
+    errors = []
+    for image in evaluation.matches(by_class=False):
+        errors += _errors_of_image(evaluation, image, threshold, wrong, missed)
+    return sorted(errors, key=_badness, reverse=True)
+
+
+def _errors_of_image(
+    evaluation: BoxEvaluation, image: dict, threshold: float, wrong: set[int], missed: set[int]
+) -> list[Error]:
+    # Rows are those of dtIds; columns are boxes, class by class.
+    boxes = evaluation.truth.imgToAnns[image["image_id"]]
+    boxes = sorted(boxes, key=lambda box: box["category_id"])
+    found = [evaluation.detections.anns[i] for i in image["dtIds"]]
+    ious = np.asarray(evaluation.agnostic.ious[image["image_id"], -1])
+    ious = ious.reshape(len(found), len(boxes)) * [not g["iscrowd"] for g in boxes]
+    of_class = np.array([d["category_id"] for d in found])
+    true_class = np.array([g["category_id"] for g in boxes])
+    errors = []
+    for row, detection in enumerate(found):
+        if detection["id"] in wrong:
+            kind = _kind(ious[row], true_class == of_class[row])
+            errors.append(_error(kind, detection, boxes, ious[row]))
+    kept = np.array([d["score"] >= threshold for d in found], dtype=bool)
+    for column, box in enumerate(boxes):
+        if box["id"] in missed:
+            errors.append(_error("missed", box, found, ious[:, column] * kept))
+    return errors
+
+
+def _kind(ious: np.ndarray, same_class: np.ndarray) -> str:
+    """The kind of a false positive, from its IoU with each box and whether that is of its class."""
+    if (ious[same_class] >= MATCH_IOU).any():
+        return "twice"
+    if (ious[~same_class] >= MATCH_IOU).any():
+        return "wrong class"
+    return "poor box" if (ious >= POOR_IOU).any() else "background"
+
+
+def _error(kind: str, annotation: dict, others: list[dict], ious: np.ndarray) -> Error:
+    x, y, width, height = annotation["bbox"]
+    best = int(ious.argmax()) if len(ious) and ious.max() > 0 else None
+    return Error(
+        kind,
+        annotation["image_id"],
+        (x, y, x + width, y + height),
+        annotation["category_id"],
+        annotation.get("score"),
+        iou=0.0 if best is None else float(ious[best]),
+        other=None if best is None else others[best]["category_id"],
+    )
+
+
+def _badness(error: Error) -> float:
+    x0, y0, x1, y1 = error.box
+    return (x1 - x0) * (y1 - y0) if error.score is None else error.score

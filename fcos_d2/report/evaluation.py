@@ -1,0 +1,172 @@
+"""COCOeval of the boxes of a run, and what its arrays say at each score.
+
+Shapes: D detections, G ground-truth boxes, S different scores.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+CURVE_IOUS = (0.5, 0.75, 0.9)  # of figures 4 to 6 of 1904.01355
+MATCH_IOU = 0.5
+_AREAS = ("all", "small", "medium", "large")
+_EVERY_AREA, _MOST_DETECTIONS = 0, -1  # indices of COCOeval's parameters
+
+
+@dataclass(frozen=True)
+class ScoreCurve:
+    """What is found, and how much of it is right, with detections of at least each score.
+
+    Attributes:
+        name: of the class; None for all of them together.
+        boxes: number of ground-truth boxes.
+        scores: (S,) descending.
+        precision, recall, f1: (S,)
+    """
+
+    name: str | None
+    boxes: int
+    scores: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+
+    @property
+    def best(self) -> int | None:
+        """Index of the score with the highest F1; None if nothing is found at any."""
+        return int(self.f1.argmax()) if len(self.f1) and self.f1.max() > 0 else None
+
+    @property
+    def threshold(self) -> float | None:
+        """Half-way between the best score and the next lower one; None if nothing is found."""
+        if self.best is None:
+            return None
+        return float(self.scores[self.best : self.best + 2].mean())
+
+
+class BoxEvaluation:
+    """Detections of a run, matched with the ground truth by COCOeval.
+
+    Attributes:
+        truth, detections: the two sides, as pycocotools has them.
+        class_names: by category id, in the order of the ids.
+        by_class: COCOeval as evaluators run it: a box is found by a detection of its class.
+        agnostic: the same without classes, at ``CURVE_IOUS``.
+    """
+
+    def __init__(self, truth: COCO, results: Sequence[dict]):
+        """
+        Args:
+            results: in COCO's result format.
+
+        Raises:
+            ValueError: for results of images or categories that the ground truth does not have.
+        """
+        images, categories = set(truth.getImgIds()), set(truth.getCatIds())
+        for i, result in enumerate(results):
+            if result["image_id"] not in images or result["category_id"] not in categories:
+                raise ValueError(
+                    f"Result {i} is of image {result['image_id']!r} and category "
+                    f"{result['category_id']!r}, which the data set does not have: the results are "
+                    "of another data set"
+                )
+        self.truth = truth
+        self.class_names = {c["id"]: c["name"] for c in truth.loadCats(sorted(categories))}
+        self.detections = _load_results(truth, results)
+        self.by_class = _evaluate(self.truth, self.detections, by_class=True)
+        self.agnostic = _evaluate(self.truth, self.detections, by_class=False)
+
+    def average_precision(
+        self, iou: float | None = None, area: str = "all", category: int | None = None
+    ) -> float | None:
+        """AP in percent as COCO's evaluator says it; None without such boxes.
+
+        Args:
+            iou: one of 0.5, 0.55, ..., 0.95, or None for their mean.
+            area: "all", "small", "medium" or "large".
+            category: the id of one, or None for the mean over those with boxes.
+        """
+        # (IoU thresholds, recalls, categories, areas, numbers of detections)
+        precision = self.by_class.eval["precision"]
+        precision = precision[:, :, :, _AREAS.index(area), _MOST_DETECTIONS]
+        if iou is not None:
+            precision = precision[np.isclose(self.by_class.params.iouThrs, iou)]
+        if category is not None:
+            precision = precision[:, :, [list(self.class_names).index(category)]]
+        precision = precision[precision > -1]
+        return 100 * float(precision.mean()) if precision.size else None
+
+    def precision_recall(self, iou: float) -> tuple[np.ndarray, np.ndarray]:
+        """Recall and precision, (101,) each, without classes, at one of ``CURVE_IOUS``.
+
+        As in figures 4 to 6 of 1904.01355. The mean of the precision is the curve's AP.
+        """
+        of_iou = self.agnostic.eval["precision"][CURVE_IOUS.index(iou)]
+        return self.agnostic.params.recThrs, of_iou[:, 0, _EVERY_AREA, _MOST_DETECTIONS].clip(0)
+
+    def score_curve(self, category: int | None = None) -> ScoreCurve:
+        """Of a category, or of all together, at an IoU of ``MATCH_IOU``."""
+        boxes, scores, right = 0, [np.zeros(0)], [np.zeros(0, dtype=bool)]
+        for image in self.matches():
+            if category in (None, image["category_id"]):
+                boxes += int((image["gtIgnore"] == 0).sum())
+                counted = ~image["dtIgnore"][0].astype(bool)
+                scores.append(np.asarray(image["dtScores"])[counted])
+                right.append(image["dtMatches"][0][counted] != 0)
+        scores, right = np.concatenate(scores), np.concatenate(right)
+        order = (-scores).argsort(kind="stable")
+        scores, found = scores[order], right[order].cumsum()
+        # Detections with equal scores are kept or dropped together.
+        last = np.flatnonzero(np.diff(scores, append=-np.inf))
+        scores, found = scores[last], found[last]
+        name = None if category is None else self.class_names[category]
+        return ScoreCurve(
+            name,
+            boxes,
+            scores,
+            precision=found / (last + 1),
+            recall=found / max(boxes, 1),
+            f1=2 * found / (last + 1 + boxes),
+        )
+
+    def matches(self, by_class: bool = True) -> Iterator[dict]:
+        """COCOeval's own result of each image (and class), for boxes of all sizes.
+
+        The first row of its arrays is that of an IoU of ``MATCH_IOU``.
+        """
+        evaluation = self.by_class if by_class else self.agnostic
+        every = evaluation.params.areaRng[_EVERY_AREA]
+        return (e for e in evaluation.evalImgs if e is not None and e["aRng"] == every)
+
+
+def _load_results(truth: COCO, results: Sequence[dict]) -> COCO:
+    boxes = [
+        {k: r[k] for k in ("image_id", "category_id", "bbox", "score")}
+        for r in results
+        if "bbox" in r
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        if boxes:
+            return truth.loadRes(boxes)
+        empty = COCO()
+        empty.dataset = {**truth.dataset, "annotations": []}
+        empty.createIndex()
+        return empty
+
+
+def _evaluate(truth: COCO, detections: COCO, by_class: bool) -> COCOeval:
+    evaluation = COCOeval(truth, detections, "bbox")
+    if not by_class:
+        evaluation.params.useCats = 0
+        evaluation.params.iouThrs = np.array(CURVE_IOUS)
+        evaluation.params.areaRng = evaluation.params.areaRng[: _EVERY_AREA + 1]
+        evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[: _EVERY_AREA + 1]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation

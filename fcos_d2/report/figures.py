@@ -1,0 +1,153 @@
+"""The plots of a report."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..analysis.plots import COLORS, new_figure
+from ..drawing import plain_text
+from .evaluation import CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
+
+_MOST_CLASSES = 30  # in a matrix
+_MOST_NUMBERS = 15  # classes of a matrix with a number in each cell
+
+
+def training_figure(runs: Mapping[str, Sequence[dict]]) -> Figure | None:
+    """Loss, rate and AP over the iterations; None if none of them was written.
+
+    Args:
+        runs: by name, the rows of metrics.json, with "AP" where there is one.
+    """
+    every = [row for rows in runs.values() for row in rows]
+    panels = {"total_loss": "loss", "lr": "learning rate", "AP": "AP"}
+    panels = {key: title for key, title in panels.items() if any(key in row for row in every)}
+    if not panels:
+        return None
+    last = 1.02 * max(row["iteration"] for row in every)
+    figure = new_figure(4.4 * len(panels), 3.6)
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (key, title) in zip(grid, panels.items(), strict=True):
+        if len(runs) == 1 and key == "total_loss":
+            names = sorted({k for row in every for k in row if k.startswith("loss")})
+            for color, name in zip(cycle(COLORS[1:]), names):
+                _plot(axes, every, name, name, color=color, linewidth=1)
+        for color, (name, rows) in zip(cycle(COLORS), runs.items()):
+            # A single value would be no line.
+            marker = "o" if key == "AP" else None
+            label = name if len(runs) > 1 else key
+            _plot(axes, rows, key, label, color=color, marker=marker)
+        axes.set(title=title, xlabel="iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        top = axes.dataLim.y1  # infinite where all values are NaN
+        axes.set(xlim=(0, last), ylim=(0, 1.08 * top if 0 < top < np.inf else 1))
+    if len(runs) > 1:
+        _legend_of(figure, figure.axes[0])
+    elif "total_loss" in panels:
+        figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def _plot(axes: Axes, rows: Sequence[dict], key: str, label: str, **style) -> None:
+    points = [(row["iteration"], row[key]) for row in rows if key in row]
+    if points:
+        axes.plot(*np.array(points).T, **style, label=plain_text(label))
+
+
+def precision_recall_figure(runs: Mapping[str, BoxEvaluation]) -> Figure:
+    """Without classes, one panel for each IoU, as in figures 4 to 6 of 1904.01355."""
+    figure = new_figure(4.4 * len(CURVE_IOUS), 4.3)
+    for axes, iou in zip(figure.subplots(1, len(CURVE_IOUS)), CURVE_IOUS, strict=True):
+        for color, (name, evaluation) in zip(cycle(COLORS), runs.items()):
+            recall, precision = evaluation.precision_recall(iou)
+            label = f"{plain_text(name)}: AP {100 * precision.mean():.1f}"
+            axes.plot(recall, precision, color=color, label=label)
+        axes.set(
+            title=f"IoU {iou:g}", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02)
+        )
+        axes.set_aspect("equal")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def score_figure(curve: ScoreCurve) -> Figure:
+    """Precision, recall and F1 over the score threshold."""
+    figure = new_figure(6.4, 4)
+    axes = figure.add_subplot()
+    # A threshold keeps what lies above it: each value counts down to the next lower score.
+    for color, name in zip(cycle(COLORS), ("precision", "recall", "f1")):
+        label = "F1" if name == "f1" else name
+        axes.step(curve.scores, getattr(curve, name), where="post", color=color, label=label)
+    if curve.threshold is not None:
+        axes.axvline(curve.threshold, color="black", linestyle="--", linewidth=1)
+        text = f" F1 {curve.f1[curve.best]:.2f} at {curve.threshold:.2f}"
+        axes.annotate(text, (curve.threshold, 1.01), annotation_clip=False, fontsize=9)
+    axes.set(xlabel="score threshold", xlim=(0, 1), ylim=(0, 1))
+    axes.set_ylabel(f"at an IoU of {MATCH_IOU:g}, all classes together")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    _legend_of(figure, axes)
+    return figure
+
+
+def bars_figure(runs: Mapping[str, Mapping[str, float | None]], title: str) -> Figure:
+    """AP of each class or size, a bar for each run; None is drawn as no bar."""
+    names = list(next(iter(runs.values())))
+    figure = new_figure(6.4, 1.3 + 0.3 * len(names) * max(1, 0.6 * len(runs)))
+    axes = figure.add_subplot()
+    height = 0.8 / len(runs)
+    for i, (color, (run, values)) in enumerate(zip(cycle(COLORS), runs.items())):
+        places = np.arange(len(names)) + i * height
+        lengths = [values[name] or 0.0 for name in names]
+        bars = axes.barh(places, lengths, height, color=color, label=plain_text(run))
+        texts = ["-" if values[name] is None else f"{values[name]:.1f}" for name in names]
+        axes.bar_label(bars, texts, padding=2, fontsize=8)
+    axes.set_yticks(
+        np.arange(len(names)) + (len(runs) - 1) * height / 2, [plain_text(n[:30]) for n in names]
+    )
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="AP", xlim=(0, 105))
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(runs) > 1:
+        _legend_of(figure, axes)
+    return figure
+
+
+def confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
+    """
+    Args:
+        matrix: of :func:`~fcos_d2.report.errors.confusion_matrix`.
+        names: of the classes. Of many, those that are confused most are shown.
+    """
+    wrong = matrix - np.diag(matrix.diagonal())
+    confused = (wrong.sum(0) + wrong.sum(1))[:-1]
+    shown = np.sort((-confused).argsort(kind="stable")[:_MOST_CLASSES])
+    rows = [*shown, len(names)]
+    counts = matrix[np.ix_(rows, rows)]
+    labels = [plain_text(names[i][:20]) for i in shown] + ["background"]
+    # Shares of each row, over all columns, so that rare classes are seen too.
+    shares = counts / matrix[rows].sum(1, keepdims=True).clip(1)
+    side = min(2.6 + 0.42 * len(labels), 12)
+    figure = new_figure(side + 0.6, side)
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(labels)), labels, rotation=90)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlabel="detected", ylabel="ground truth")
+    if len(labels) <= _MOST_NUMBERS:
+        for (row, column), share in np.ndenumerate(shares):
+            color = "white" if share > 0.5 else "black"
+            text = f"{counts[row, column]:,}"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    if len(shown) < len(names):
+        axes.set_title(f"the {len(shown)} of {len(names)} classes that are confused most")
+    return figure
+
+
+def _legend_of(figure: Figure, axes: Axes) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)

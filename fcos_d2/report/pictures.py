@@ -1,0 +1,97 @@
+"""Pictures of errors: a part of an image with its ground truth, and with what was detected."""
+
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+import torch
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
+
+from ..drawing import class_colors, draw_instances
+from .errors import Error
+
+_AROUND = 1  # sides of the box that are shown on each side of it
+_LEAST = 96  # pixels of the image along a side of the part
+_SIDE = 420  # pixels of the picture along the longer side of a part
+_GAP = 8
+
+
+class ErrorPictures:
+    """Draws errors of one data set and run."""
+
+    def __init__(
+        self, truth: COCO, detections: COCO, class_names: Mapping[int, str], threshold: float
+    ):
+        """
+        Args:
+            class_names: by category id.
+            threshold: detections with a smaller score are not drawn.
+        """
+        self.truth, self.detections, self.threshold = truth, detections, threshold
+        self._numbers = {category: i for i, category in enumerate(class_names)}
+        names, colors = list(class_names.values()), class_colors(len(class_names))
+        self._metadata = Metadata(thing_classes=names, thing_colors=colors)
+
+    def draw(self, image: np.ndarray, error: Error) -> np.ndarray:
+        """What is annotated on the left, what was detected on the right, the error in a frame.
+
+        Args:
+            image: (H, W, 3) uint8, BGR, that of the error.
+
+        Returns:
+            (H', W', 3) uint8, BGR.
+        """
+        part = _part(error.box, image.shape[:2])
+        x0, y0, x1, y1 = part
+        scale = _SIDE / max(x1 - x0, y1 - y0)
+        found = self.detections.imgToAnns[error.image_id]
+        sides = [
+            self._instances(self.truth.imgToAnns[error.image_id], part),
+            self._instances([d for d in found if d["score"] >= self.threshold], part, scores=True),
+        ]
+        crop = np.ascontiguousarray(image[y0:y1, x0:x1])
+        drawn = [draw_instances(crop, side, self._metadata, scale=scale) for side in sides]
+        drawn = [np.ascontiguousarray(picture) for picture in drawn]
+        _frame(drawn[error.kind != "missed"], np.array(error.box) - [x0, y0, x0, y0], scale)
+        gap = np.full((drawn[0].shape[0], _GAP, 3), 255, dtype=np.uint8)
+        return np.hstack([drawn[0], gap, drawn[1]])
+
+    def _instances(
+        self, annotations: Sequence[dict], part: tuple[int, int, int, int], scores: bool = False
+    ) -> Instances:
+        x0, y0, x1, y1 = part
+        boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = Boxes(boxes - [x0, y0, x0, y0])
+        size = y1 - y0, x1 - x0
+        instances = Instances(size, pred_boxes=boxes)
+        numbers = [self._numbers[a["category_id"]] for a in annotations]
+        instances.pred_classes = torch.tensor(numbers, dtype=torch.int64)
+        if scores:
+            instances.scores = torch.tensor([a["score"] for a in annotations])
+        boxes.clip(size)
+        return instances[boxes.nonempty()]
+
+
+def _part(
+    box: tuple[float, float, float, float], image_size: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """A square around the box, moved into the image, and cut off where it is larger than that."""
+    x0, y0, x1, y1 = box
+    side = max((1 + 2 * _AROUND) * max(x1 - x0, y1 - y0), _LEAST)
+    ends = []
+    for low, high, size in ((x0, x1, image_size[1]), (y0, y1, image_size[0])):
+        begin = min(max((low + high - side) / 2, 0), max(size - side, 0))
+        ends.append((int(begin), int(np.ceil(min(begin + side, size)))))
+    (left, right), (top, bottom) = ends
+    return left, top, right, bottom
+
+
+def _frame(picture: np.ndarray, box: np.ndarray, scale: float) -> None:
+    """Draw a white frame with a black edge just outside of a box."""
+    for outset, color in ((5, (0, 0, 0)), (3, (255, 255, 255))):
+        corners = np.concatenate([box[:2] * scale - outset, box[2:] * scale + outset])
+        corners = corners.clip(1, np.tile(picture.shape[1::-1], 2) - 2).round().astype(int).tolist()
+        cv2.rectangle(picture, corners[:2], corners[2:], color, 2)

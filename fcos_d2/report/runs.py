@@ -1,0 +1,86 @@
+"""What a run left in its folder: its metrics, and its detections on a data set."""
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import convert_to_coco_json
+from detectron2.utils.file_io import PathManager
+from pycocotools.coco import COCO
+
+from ..engine.resuming import metrics_rows
+from .evaluation import BoxEvaluation
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    Attributes:
+        name: what its folder is called.
+        written: when its detections were.
+        evaluation: of them.
+        metrics: the rows of its metrics.json, with the data set's AP as "AP".
+    """
+
+    name: str
+    written: datetime
+    evaluation: BoxEvaluation
+    metrics: list[dict]
+
+
+def read_runs(folders: Sequence[str | os.PathLike], dataset: str, truth: COCO) -> list[Run]:
+    """
+    Raises:
+        FileNotFoundError: for a run without detections on the data set.
+        ValueError: for detections that are of another data set, or cut short.
+    """
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    if len(set(names)) < len(names):
+        names = [os.fspath(folder) for folder in folders]
+    return [
+        _read_run(Path(folder), name, dataset, truth)
+        for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def _read_run(folder: Path, name: str, dataset: str, truth: COCO) -> Run:
+    file = _results_file(folder, dataset)
+    try:
+        evaluation = BoxEvaluation(truth, json.loads(file.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} has no detections on {dataset!r}: {error}") from error
+    rows = [dict(row) for row in metrics_rows(str(folder / "metrics.json"))]
+    for row in rows:
+        ap = row.get(f"{dataset}/bbox/AP", row.get("bbox/AP"))
+        if ap is not None:
+            row["AP"] = ap
+    return Run(name, datetime.fromtimestamp(file.stat().st_mtime), evaluation, rows)
+
+
+def _results_file(folder: Path, dataset: str) -> Path:
+    """The file that Detectron2's COCO evaluator writes; see ``Trainer.build_evaluator``."""
+    name = "coco_instances_results.json"
+    for file in (folder / "inference" / dataset / name, folder / "inference" / name):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        f"The run {folder} has no {file}: it was not evaluated on {dataset!r}, or by an evaluator "
+        "that keeps no detections. tools/report.py --eval-only MODEL.WEIGHTS FILE evaluates it"
+    )
+
+
+def ground_truth(dataset: str) -> COCO:
+    """The annotations of a registered data set, as Detectron2's COCO evaluator takes them."""
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+        file = MetadataCatalog.get(dataset).get("json_file")
+        if file is None:
+            file = os.path.join(folder, "annotations.json")
+            convert_to_coco_json(dataset, file, allow_cached=False)
+        return COCO(PathManager.get_local_path(file))

@@ -1,0 +1,285 @@
+"""The files of a report: figures, pictures of errors, numbers as JSON, and the page."""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from jinja2 import Environment, PackageLoader
+from PIL import Image
+
+from ..analysis.records import load_dataset
+from ..checkpoint import replacing
+from ..data.image_files import read_image
+from . import figures
+from .errors import KINDS, Error, confusion_matrix, find_errors
+from .evaluation import CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
+from .pictures import ErrorPictures
+from .runs import Run, ground_truth, read_runs
+
+_PICTURES = 6  # of each kind of error
+_AP = {
+    "AP": {},
+    "AP50": {"iou": 0.5},
+    "AP75": {"iou": 0.75},
+    "APs": {"area": "small"},
+    "APm": {"area": "medium"},
+    "APl": {"area": "large"},
+}
+
+
+def report_after_training(cfg: CfgNode) -> None:
+    """Write ``OUTPUT_DIR/report``; what stands in the way of it is a warning.
+
+    To be called by one process.
+    """
+    if not len(cfg.DATASETS.TEST):
+        return
+    logger = logging.getLogger(__name__)
+    try:
+        for page in write_report(cfg):
+            logger.info(f"The report: {page}")
+    except Exception as error:  # The training is done, and its checkpoints are written.
+        expected = isinstance(error, ValueError | OSError)
+        logger.warning(f"There is no report. {error}", exc_info=not expected)
+
+
+def write_report(
+    cfg: CfgNode,
+    folder: str | PathLike | None = None,
+    compare: Sequence[str | PathLike] = (),
+) -> list[Path]:
+    """Write a report on the detections that a run left in OUTPUT_DIR/inference.
+
+    Args:
+        cfg: of the run. Each data set of DATASETS.TEST has a report.
+        folder: OUTPUT_DIR/report if not given. With several data sets, reports lie in folders
+            under it, with their names. Files of an earlier report are replaced.
+        compare: folders of other runs, whose detections are compared with these.
+
+    Returns:
+        the pages.
+
+    Raises:
+        FileNotFoundError: for a run without detections on a data set.
+        ValueError: if there is no such data set, or if detections are of another one.
+    """
+    folder = Path(cfg.OUTPUT_DIR, "report") if folder is None else Path(folder)
+    pages = []
+    for name in cfg.DATASETS.TEST:
+        records = load_dataset(cfg, name)
+        truth = ground_truth(name)
+        runs = read_runs([cfg.OUTPUT_DIR, *compare], name, truth)
+        target = folder / name if len(cfg.DATASETS.TEST) > 1 else folder
+        pages.append(_Report(target, name, runs).write(records))
+    return pages
+
+
+class _Report:
+    """On the first of some runs, the others beside it."""
+
+    def __init__(self, folder: Path, dataset: str, runs: Sequence[Run]):
+        self.folder, self.dataset, self.runs = folder, dataset, runs
+        self.evaluation: BoxEvaluation = runs[0].evaluation
+        self.curve = self.evaluation.score_curve()
+        self.curves = {c: self.evaluation.score_curve(c) for c in self.evaluation.class_names}
+        # Any does where nothing is found.
+        self.threshold = 0.5 if self.curve.threshold is None else self.curve.threshold
+        self.errors = find_errors(self.evaluation, self.threshold)
+        self.confusion = confusion_matrix(self.evaluation, self.threshold)
+
+    def write(self, records: Sequence[dict]) -> Path:
+        """Write all files, the page last; returns its path."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_json("report.json", self._numbers())
+        if self.curve.threshold is not None:
+            self._write_json("thresholds.json", self._thresholds())
+        widths = {}  # in pixels of a page
+        for name, figure in self._figures().items():
+            if figure is not None:
+                figure.savefig(self.folder / name)
+                widths[name] = round(96 * figure.get_figwidth())
+        pictures, problem = self._write_pictures(records)
+        page = self.folder / "index.html"
+        with replacing(str(page), "wb") as file:
+            # Names may hold what is no character.
+            file.write(self._page(widths, pictures, problem).encode(errors="replace"))
+        return page
+
+    def _write_json(self, name: str, content: dict) -> None:
+        with replacing(str(self.folder / name), "w") as file:
+            json.dump(content, file, indent=1)
+
+    def _figures(self) -> dict:
+        evaluations = {run.name: run.evaluation for run in self.runs}
+        sizes, classes = (
+            {name: of(evaluation) for name, evaluation in evaluations.items()}
+            for of in (_ap_of_sizes, _ap_of_classes)
+        )
+        return {
+            "training.png": figures.training_figure({r.name: r.metrics for r in self.runs}),
+            "precision_recall.png": figures.precision_recall_figure(evaluations),
+            "thresholds.png": figures.score_figure(self.curve),
+            "sizes.png": figures.bars_figure(sizes, "AP by size"),
+            "classes.png": figures.bars_figure(classes, "AP by class"),
+            "confusion.png": figures.confusion_figure(
+                self.confusion, list(self.evaluation.class_names.values())
+            ),
+        }
+
+    def _average_precisions(self) -> dict[str, list[float | None]]:
+        return {
+            run.name: [run.evaluation.average_precision(**of) for of in _AP.values()]
+            for run in self.runs
+        }
+
+    def _thresholds(self) -> dict:
+        """What ``fcos_d2.predict --threshold`` reads."""
+        of_classes = {c.name: c.threshold for c in self.curves.values()}
+        return {
+            "iou": MATCH_IOU,
+            "threshold": self.threshold,
+            "classes": {
+                n: self.threshold if threshold is None else threshold
+                for n, threshold in of_classes.items()
+            },
+        }
+
+    def _numbers(self) -> dict:
+        """All that the page says, for programs."""
+        curve_ap = {
+            run.name: {
+                str(iou): 100 * float(run.evaluation.precision_recall(iou)[1].mean())
+                for iou in CURVE_IOUS
+            }
+            for run in self.runs
+        }
+        return {
+            "dataset": self.dataset,
+            "ap": {
+                name: dict(zip(_AP, values, strict=True))
+                for name, values in self._average_precisions().items()
+            },
+            "class_agnostic_ap": curve_ap,
+            "threshold": self.curve.threshold,
+            "classes": self._class_rows(),
+            "confusion": {
+                "classes": [*self.evaluation.class_names.values(), "background"],
+                "counts": self.confusion.tolist(),
+            },
+            "errors": {kind: self._count(kind) for kind in KINDS},
+        }
+
+    def _class_rows(self) -> list[dict]:
+        rows = []
+        for category, curve in self.curves.items():
+            precision, recall, f1 = _at_best(curve)
+            rows.append(
+                {
+                    "name": curve.name,
+                    "boxes": curve.boxes,
+                    "ap": self.evaluation.average_precision(category=category),
+                    "threshold": curve.threshold,
+                    "f1": f1,
+                    "precision": precision,
+                    "recall": recall,
+                }
+            )
+        return rows
+
+    def _count(self, kind: str) -> int:
+        return sum(error.kind == kind for error in self.errors)
+
+    def _write_pictures(self, records: Sequence[dict]) -> tuple[dict[str, list[dict]], str]:
+        """Pictures of the largest errors of each kind, and what is to be said of missing ones."""
+        shutil.rmtree(self.folder / "errors", ignore_errors=True)
+        (self.folder / "errors").mkdir()
+        draw = ErrorPictures(
+            self.evaluation.truth,
+            self.evaluation.detections,
+            self.evaluation.class_names,
+            self.threshold,
+        )
+        files = {record["image_id"]: record["file_name"] for record in records}
+        pictures, problem = {}, ""
+        for kind in KINDS:
+            pictures[kind] = []
+            largest = islice((e for e in self.errors if e.kind == kind), _PICTURES)
+            for number, error in enumerate(largest):
+                source = files.get(error.image_id, "")
+                try:
+                    image = read_image(source, "BGR")
+                except Exception as unread:  # PIL raises many kinds
+                    problem = f"Some pictures are missing. {source} could not be read: {unread}"
+                    continue
+                file = f"errors/{kind.replace(' ', '_')}_{number + 1}.png"
+                Image.fromarray(draw.draw(image, error)[:, :, ::-1]).save(self.folder / file)
+                caption = f"{self._caption(error)}. {Path(source).name}"
+                pictures[kind].append({"file": file, "caption": caption})
+        return pictures, problem
+
+    def _caption(self, error: Error) -> str:
+        names = self.evaluation.class_names
+        x0, y0, x1, y1 = error.box
+        said = f"{x1 - x0:.0f} x {y1 - y0:.0f} pixels"
+        if error.score is not None:
+            said = f"{error.score:.2f}, {said}"
+        overlap = f"; IoU {error.iou:.2f}" if error.iou else ""
+        if error.other is not None:
+            whose = "detection" if error.kind == "missed" else "box"
+            overlap += f" with a {whose} of {names[error.other]}"
+        return f"{names[error.category]} {said}{overlap}"
+
+    def _page(self, widths: dict[str, int], pictures: dict[str, list[dict]], problem: str) -> str:
+        environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True)
+        environment.filters["number"] = _number
+        truth = self.evaluation.truth
+        return environment.get_template("page.html.j2").render(
+            run=self.runs[0].name,
+            dataset=self.dataset,
+            images=len(truth.imgs),
+            boxes=self.curve.boxes,
+            detections=len(self.evaluation.detections.anns),
+            date=f"{datetime.now():%Y-%m-%d %H:%M}",
+            detections_date=f"{self.runs[0].written:%Y-%m-%d %H:%M}",
+            ap_names=list(_AP),
+            ap=self._average_precisions(),
+            widths=widths,
+            iou=MATCH_IOU,
+            threshold=self.curve.threshold,
+            f1=0.0 if self.curve.best is None else self.curve.f1[self.curve.best],
+            shown_threshold=self.threshold,
+            classes=self._class_rows(),
+            kinds=[
+                {"name": k, "means": m, "count": self._count(k), "pictures": pictures[k]}
+                for k, m in KINDS.items()
+            ],
+            pictures_problem=problem,
+        )
+
+
+def _at_best(curve: ScoreCurve) -> tuple[float | None, float | None, float | None]:
+    """Precision, recall and F1 at the best threshold."""
+    if curve.best is None:
+        return None, None, None
+    return tuple(float(x[curve.best]) for x in (curve.precision, curve.recall, curve.f1))
+
+
+def _ap_of_sizes(evaluation: BoxEvaluation) -> dict[str, float | None]:
+    areas = ("all", "small", "medium", "large")
+    return {area: evaluation.average_precision(area=area) for area in areas}
+
+
+def _ap_of_classes(evaluation: BoxEvaluation) -> dict[str, float | None]:
+    names = evaluation.class_names
+    return {name: evaluation.average_precision(category=c) for c, name in names.items()}
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
