@@ -79,6 +79,8 @@ def test_two_processes_stop_by_a_signal_and_one_goes_on(train_net, tmp_path):
     process.send_signal(signal.SIGTERM)
     output = finish(process, timeout=60, exit_code=143)
     assert "World size: 2" in output
+    # Those without boxes are left out before.
+    assert output.count("shapes_train: 542 images, 1583 boxes; ") == 1
     last = torch.load(folder / (folder / "last_checkpoint").read_text())["iteration"]
     assert f"Stopped by a signal after iteration {last}" in output
 

@@ -20,6 +20,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
+    MetadataCatalog,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
@@ -28,6 +29,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .check import summary
 from .proposals import check_proposal_files
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -81,6 +83,10 @@ class TrainingLoader:
                 f"the {world} processes"
             )
         grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+        if comm.is_main_process():
+            classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", ())
+            checked = summary(", ".join(cfg.DATASETS.TRAIN), records, classes)
+            logging.getLogger(__name__).info(checked)
         self.wide = [grouped and r.get("width", 0) > r.get("height", 0) for r in records]
         self.dataset = _SeededImages(DatasetFromList(records), mapper, on_bad_image == "skip")
         self.num_skipped = 0

@@ -251,6 +251,25 @@ def test_data_registered_in_python(tmp_path):
         check.read_registered(get_cfg(), "in_python")
 
 
+def test_one_line_about_records():
+    boxes = [[2, 2, 10, 10], [2, 2, 10, 10], [35, 20, 10, 5], [20, 2, 30, 12], [2, 2, 10, 10.2]]
+    modes = [BoxMode.XYWH_ABS] * 3 + [BoxMode.XYXY_ABS, BoxMode.XYWH_ABS]
+    annotations = [
+        {"bbox": box, "bbox_mode": mode, "category_id": i % 2}
+        for i, (box, mode) in enumerate(zip(boxes, modes, strict=True))
+    ]
+    record = {"file_name": "a.png", "height": 30, "width": 40, "annotations": annotations}
+    without_size = {"file_name": "b.png", "annotations": annotations}
+    line = check.summary("x", [record, without_size], ["a", "b"])
+    assert line == (
+        "x: 1 images, 5 boxes; box twice, of two classes (1), box beyond the edge (1): "
+        "tools/check_dataset.py says where"
+    )
+    assert check.summary("x", [record], ["a"]).startswith("x: 1 images, 5 boxes; unknown category")
+    fine = {**record, "annotations": annotations[:1]}
+    assert check.summary("x", [fine], ()) == "x: 1 images, 1 boxes; their annotations are fine"
+
+
 def test_classes_of_several_sets():
     sets = []
     for name, classes in (("a", "xy"), ("b", "yx"), ("c", "xyz"), ("d", "xy")):

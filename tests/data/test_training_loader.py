@@ -59,7 +59,9 @@ def test_batches_are_those_of_one_shuffled_stream_in_two_orientations(cfg):
 
 
 def among_two(monkeypatch, rank):
-    fake = SimpleNamespace(get_world_size=lambda: 2, get_rank=lambda: rank)
+    fake = SimpleNamespace(
+        get_world_size=lambda: 2, get_rank=lambda: rank, is_main_process=lambda: rank == 0
+    )
     monkeypatch.setattr(training_loader, "comm", fake)
 
 

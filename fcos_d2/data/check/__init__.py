@@ -4,7 +4,7 @@ Reading makes :class:`RawData` of any format; ``check_annotations`` and ``check_
 pixels, ``check_images`` and ``check_same_images`` do.
 """
 
-from .annotations import check_annotations, check_sets, cleaned, to_records
+from .annotations import check_annotations, check_sets, cleaned, summary, to_records
 from .findings import KINDS, Finding, RawData, count, table
 from .images import check_images, check_same_images
 from .reading import read_coco, read_entry, read_records, read_registered, read_voc, read_yolo
@@ -25,6 +25,7 @@ __all__ = [
     "read_registered",
     "read_voc",
     "read_yolo",
+    "summary",
     "table",
     "to_records",
 ]

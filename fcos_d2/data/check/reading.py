@@ -202,9 +202,9 @@ def read_records(name: str, records: Sequence[dict], classes: Sequence[str]) -> 
             continue
         data.images.append({"id": i, "file_name": file, "height": height, "width": width})
         for j, annotation in enumerate(record.get("annotations", ())):
-            bbox = BoxMode.convert(
-                [float(x) for x in annotation["bbox"]], annotation["bbox_mode"], BoxMode.XYWH_ABS
-            )
+            bbox = [float(x) for x in annotation["bbox"]]
+            if annotation["bbox_mode"] != BoxMode.XYWH_ABS:
+                bbox = BoxMode.convert(bbox, annotation["bbox_mode"], BoxMode.XYWH_ABS)
             category = annotation["category_id"] + 1
             crowd = annotation.get("iscrowd", 0)
             box = {"image_id": i, "category_id": category, "bbox": list(bbox), "iscrowd": crowd}
