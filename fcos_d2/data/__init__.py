@@ -1,12 +1,11 @@
-from .custom import (
+from .classes import (
     check_names_of_detector,
     check_num_classes,
     check_same_classes,
-    check_test_sets,
     class_names,
-    register_custom_datasets,
     with_class_names,
 )
+from .custom import check_test_sets, register_custom_datasets
 from .mapper import DatasetMapper
 from .shapes import make_shapes_dataset
 from .training_loader import TrainingLoader

@@ -18,7 +18,6 @@ DETECTRON2_DATASETS, or else at ``datasets``, as for Detectron2's built-in data 
 
 import hashlib
 import os
-from collections.abc import Sequence
 from functools import partial
 
 from detectron2.config import CfgNode
@@ -26,6 +25,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from .classes import check_num_classes
 from .coco import coco_loader
 from .mapper import with_float_coordinates
 from .voc import check_readable_by_pascal_voc_evaluator, load_voc
@@ -37,8 +37,6 @@ _KEYS = {
     "voc": ({"FORMAT", "ROOT", "SPLIT", "CLASSES"}, {"EVALUATOR", "PART"}),
     "yolo": ({"FORMAT", "DATA", "SPLIT"}, {"CLASSES", "PART"}),
 }
-# The section of MODEL with each meta architecture's NUM_CLASSES; ProposalNetwork has none.
-SECTIONS = {"FCOS": "FCOS", "RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
 _PARTS = ("train", "test")
 # The entry of each registered data set, and the folder that its relative paths start from.
 _registered: dict[str, tuple[dict, str]] = {}
@@ -69,93 +67,6 @@ def register_custom_datasets(cfg: CfgNode) -> None:
             MetadataCatalog.remove(name)
         _REGISTER[entry["FORMAT"]](name, entry)
         _registered[name] = registration
-
-
-def with_class_names(cfg: CfgNode) -> CfgNode:
-    """A copy of a config whose entries of DATASETS.CUSTOM say the classes of loaded data sets."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    for name, entry in cfg.DATASETS.CUSTOM.items():
-        classes = MetadataCatalog.get(name).get("thing_classes", None)
-        if classes is not None:
-            entry["CLASSES"] = list(classes)
-    return cfg
-
-
-def class_names(cfg: CfgNode) -> list[str] | None:
-    """The classes of the first registered data set of a config that says them, or None."""
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        if name in DatasetCatalog:
-            classes = MetadataCatalog.get(name).get("thing_classes", None)
-            if classes is not None:
-                return list(classes)
-    return None
-
-
-def check_names_of_detector(names: Sequence[str] | None, dataset_name: str) -> None:
-    """Compare the classes that a detector was trained on with those of a loaded data set.
-
-    Args:
-        names: None if they are not known.
-
-    Raises:
-        ValueError: if they differ, or are in another order, with both lists.
-    """
-    theirs = list(MetadataCatalog.get(dataset_name).get("thing_classes", ()))
-    if names is None or not theirs or list(names) == theirs:
-        return
-    how = "in another order than" if sorted(names) == sorted(theirs) else "unlike"
-    raise ValueError(
-        f"The data set {dataset_name!r} has the classes {theirs}, {how} the detector, which was "
-        f"trained on {list(names)}. It knows classes by their number: take another data set, or "
-        "make the names and their order the same"
-    )
-
-
-def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
-    """Compare the model's number of classes with that of a registered data set.
-
-    Covers the meta architectures that the configs use. The classes of COCO and YOLO data are known
-    only once the data set has been loaded: before, nothing is compared.
-
-    Raises:
-        ValueError: if the numbers differ, with both numbers and the names of the classes.
-    """
-    classes = MetadataCatalog.get(dataset_name).get("thing_classes", None)
-    section = SECTIONS.get(cfg.MODEL.META_ARCHITECTURE)
-    if section is None or classes is None:
-        return
-    key, num_classes = f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES
-    if len(classes) != num_classes:
-        raise ValueError(
-            f"{key} is {num_classes}, but the data set {dataset_name!r} has {len(classes)} "
-            f"classes: {list(classes)}. Set {key} to {len(classes)}"
-        )
-
-
-def check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
-    """Compare the classes of registered data sets, names and order.
-
-    Loads those whose classes are known only then.
-
-    Raises:
-        ValueError: if a data set has other classes than the first one, or has them in another
-            order, with both lists.
-    """
-    classes = {}
-    for name in (*train, *test):
-        if MetadataCatalog.get(name).get("thing_classes", None) is None:
-            DatasetCatalog.get(name)
-        classes[name] = list(MetadataCatalog.get(name).get("thing_classes", ()))
-    first = next(iter(classes), None)
-    for name, names in classes.items():
-        if names != classes[first]:
-            how = "in another order than" if sorted(names) == sorted(classes[first]) else "unlike"
-            raise ValueError(
-                f"The data set {name!r} has the classes {names}, {how} {first!r}, which has "
-                f"{classes[first]}. A detector knows classes by their number: make the names and "
-                "their order the same (in a COCO file the order is that of the category ids)"
-            )
 
 
 def check_test_sets(cfg: CfgNode) -> None:

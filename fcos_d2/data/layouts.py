@@ -9,8 +9,8 @@ from glob import escape, glob
 from detectron2.config import CfgNode
 
 from .check.reading import read_voc
+from .classes import SECTIONS
 from .coco import parse_coco_json
-from .custom import SECTIONS
 from .voc import split_names
 from .yolo_files import read_data_yaml
 

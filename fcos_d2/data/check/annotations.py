@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from detectron2.structures import BoxMode
 
+from ..classes import how_they_differ
 from ..coco import fault_of_box, has_good_ids
 from .findings import KINDS, Finding, RawData
 from .reading import read_records
@@ -80,7 +81,7 @@ def check_sets(sets: Sequence[RawData]) -> list[Finding]:
     names = [[c["name"] for c in sorted(d.categories, key=_order)] for d in sets]
     for data, theirs in zip(sets[1:], names[1:], strict=True):
         if theirs != names[0]:
-            how = "in another order than" if sorted(theirs) == sorted(names[0]) else "unlike"
+            how = how_they_differ(theirs, names[0])
             text = f"{data.name} has {theirs}, {how} {sets[0].name}: {names[0]}"
             findings.append(Finding("other classes than the first set", data.name, text[:1000]))
     return findings
