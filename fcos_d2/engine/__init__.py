@@ -1,9 +1,10 @@
 from .evaluation import evaluate
+from .evaluators import coco_evaluator
 from .hooks import BestCheckpointer
 from .processes import argument_parser, launch
 from .resuming import delete_earlier_run
 from .stopping import Stopped
-from .trainer import Trainer, coco_evaluator, distribute, setup
+from .trainer import Trainer, distribute, setup
 
 __all__ = [
     "BestCheckpointer",

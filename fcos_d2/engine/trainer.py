@@ -6,7 +6,7 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
     DefaultTrainer,
     SimpleTrainer,
@@ -15,7 +15,7 @@ from detectron2.engine import (
     hooks,
 )
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -40,6 +40,7 @@ from ..data.proposals import check_proposal_files
 from ..data.training_loader import leave_signals_to_the_trainer, seed_all
 from ..modeling import FCOSWithTTA
 from .amp import AutocastTrainer, amp_dtype
+from .evaluators import build_evaluator, inference_folder
 from .hooks import AgreeOnBuffers, BestCheckpointer, OwedEvaluation, WaitingLog
 from .resuming import (
     MetricsWriter,
@@ -274,7 +275,7 @@ class Trainer(DefaultTrainer):
         logging.getLogger(__name__).info("Evaluating with test-time augmentation ...")
         wrapper = _AUGMENTED[cfg.MODEL.META_ARCHITECTURE]
         evaluators = [
-            cls.build_evaluator(cfg, name, _inference_folder(cfg, name, "inference_TTA"))
+            cls.build_evaluator(cfg, name, inference_folder(cfg, name, "inference_TTA"))
             for name in cfg.DATASETS.TEST
         ]
         # The augmentation scales the original pixels, not those at the size of the plain test.
@@ -306,51 +307,8 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """The evaluator that the data set's ``evaluator_type`` asks for.
-
-        Raises:
-            NotImplementedError: for another type than "coco" and "pascal_voc".
-        """
-        evaluator_type = _evaluator_type(dataset_name)
-        if evaluator_type == "coco":
-            return coco_evaluator(cfg, dataset_name, output_folder)
-        return PascalVOCDetectionEvaluator(dataset_name)
-
-
-def coco_evaluator(
-    cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-) -> COCOEvaluator:
-    """COCO's evaluation, of any registered data set.
-
-    Tasks are those that the predictions have: masks and keypoints of R-CNN too.
-
-    Args:
-        output_folder: for the detections, in place of OUTPUT_DIR/inference.
-    """
-    return COCOEvaluator(
-        dataset_name,
-        output_dir=output_folder or _inference_folder(cfg, dataset_name),
-        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-        # A converted data set is not cached: the annotations may change between two runs.
-        allow_cached_coco=False,
-    )
-
-
-def _inference_folder(cfg: CfgNode, dataset_name: str, parent: str = "inference") -> str:
-    """Where detections on a data set are written: of several, each has its own folder."""
-    folder = os.path.join(cfg.OUTPUT_DIR, parent)
-    return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
-
-
-def _evaluator_type(dataset_name: str) -> str:
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
-    if evaluator_type not in ("coco", "pascal_voc"):
-        raise NotImplementedError(
-            f"The data set {dataset_name!r} has evaluator_type {evaluator_type!r}; 'coco' and "
-            "'pascal_voc' are supported. Set it in the data set's metadata, or override "
-            "Trainer.build_evaluator"
-        )
-    return evaluator_type
+        """See :func:`fcos_d2.engine.evaluators.build_evaluator`."""
+        return build_evaluator(cfg, dataset_name, output_folder)
 
 
 def distribute(model: torch.nn.Module, device: str) -> torch.nn.Module:

@@ -101,6 +101,12 @@ def test_best_checkpoint_hook_comes_right_after_evaluation(cfg):
 
 def test_evaluates_by_the_type_of_the_data_set(cfg, tmp_path):
     assert isinstance(Trainer.build_evaluator(cfg, "shapes_val"), COCOEvaluator)
+    # Detections on several data sets do not write over each other.
+    both = cfg.clone()
+    both.DATASETS.TEST = ("shapes_val", "shapes_train")
+    for name in both.DATASETS.TEST:
+        folder = Trainer.build_evaluator(both, name)._output_dir
+        assert folder == os.path.join(cfg.OUTPUT_DIR, "inference", name)
     (tmp_path / "Annotations").mkdir()
     MetadataCatalog.get("voc_like").set(
         evaluator_type="pascal_voc", dirname=str(tmp_path), split="x", year=2007, thing_classes=[]
@@ -305,7 +311,7 @@ def test_augmentation_starts_from_the_original_pixels(cfg, monkeypatch):
 
 
 def test_evaluate_the_last_checkpoint(cfg, monkeypatch, tmp_path):
-    monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, cfg, model: model))
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, cfg, model, evaluators: model))
     trainer = Trainer(cfg)
     torch.nn.init.constant_(trainer.model.head.cls_logits.bias, 0.5)
     trainer.checkpointer.save("model_x")
