@@ -54,7 +54,7 @@ def confusion_matrix(evaluation: BoxEvaluation, threshold: float) -> np.ndarray:
     background = len(numbers)
     matrix = np.zeros((background + 1, background + 1), dtype=np.int64)
     truth, detections = evaluation.truth.anns, evaluation.detections.anns
-    for image in evaluation.matches(by_class=False):
+    for image in evaluation.agnostic_matches():
         kept = np.asarray(image["dtScores"]) >= threshold
         found = set()
         for i in np.flatnonzero(kept & ~image["dtIgnore"][0].astype(bool)):
@@ -85,7 +85,7 @@ def find_errors(evaluation: BoxEvaluation, threshold: float) -> list[Error]:
         boxes = zip(image["gtIds"], image["gtIgnore"], strict=True)
         missed.update(i for i, ignored in boxes if not ignored and i not in found)
     errors = []
-    for image in evaluation.matches(by_class=False):
+    for image in evaluation.agnostic_matches():
         errors += _errors_of_image(evaluation, image, threshold, wrong, missed)
     return sorted(errors, key=_badness, reverse=True)
 
