@@ -107,7 +107,7 @@ class BoxEvaluation:
         As in figures 4 to 6 of 1904.01355. The mean of the precision is the curve's AP.
         """
         of_iou = self.agnostic.eval["precision"][CURVE_IOUS.index(iou)]
-        return self.agnostic.params.recThrs, of_iou[:, 0, _EVERY_AREA, _MOST_DETECTIONS].clip(0)
+        return self.agnostic.params.recThrs, of_iou[:, 0, _EVERY_AREA, 0].clip(0)
 
     def score_curve(self, category: int | None = None) -> ScoreCurve:
         """Of a category, or of all together, at an IoU of ``MATCH_IOU``."""
@@ -176,6 +176,9 @@ def _evaluate(truth: COCO, detections: COCO, by_class: bool) -> COCOeval:
     evaluation = COCOeval(truth, detections, "bbox")
     if not by_class:
         evaluation.params.useCats = 0
+        # Curves are of COCO's 100 detections, but matches of all: it takes 100 of each class.
+        most = max(map(len, detections.imgToAnns.values()), default=0)
+        evaluation.params.maxDets = [100, max(100, most)]
         evaluation.params.iouThrs = np.array(CURVE_IOUS)
         evaluation.params.areaRng = evaluation.params.areaRng[: _EVERY_AREA + 1]
         evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[: _EVERY_AREA + 1]
