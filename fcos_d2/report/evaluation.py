@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 CURVE_IOUS = (0.5, 0.75, 0.9)  # of figures 4 to 6 of 1904.01355
 MATCH_IOU = 0.5
-_AREAS = ("all", "small", "medium", "large")
+AREAS = ("all", "small", "medium", "large")
 _EVERY_AREA, _MOST_DETECTIONS = 0, -1  # indices of COCOeval's parameters
 
 
@@ -93,7 +93,7 @@ class BoxEvaluation:
         """
         # (IoU thresholds, recalls, categories, areas, numbers of detections)
         precision = self.by_class.eval["precision"]
-        precision = precision[:, :, :, _AREAS.index(area), _MOST_DETECTIONS]
+        precision = precision[:, :, :, AREAS.index(area), _MOST_DETECTIONS]
         if iou is not None:
             precision = precision[np.isclose(self.by_class.params.iouThrs, iou)]
         if category is not None:

@@ -19,7 +19,7 @@ from ..checkpoint import replacing
 from ..data.image_files import read_image
 from . import figures
 from .errors import KINDS, Error, confusion_matrix, find_errors
-from .evaluation import CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
+from .evaluation import AREAS, CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
 from .pictures import ErrorPictures
 from .runs import Run, ground_truth, read_runs
 
@@ -118,6 +118,7 @@ class _Report:
 
     def _figures(self) -> dict:
         evaluations = {run.name: run.evaluation for run in self.runs}
+        class_names = list(self.evaluation.class_names.values())
         sizes, classes = (
             {name: of(evaluation) for name, evaluation in evaluations.items()}
             for of in (_ap_of_sizes, _ap_of_classes)
@@ -126,11 +127,9 @@ class _Report:
             "training.png": figures.training_figure({r.name: r.metrics for r in self.runs}),
             "precision_recall.png": figures.precision_recall_figure(evaluations),
             "thresholds.png": figures.score_figure(self.curve),
-            "sizes.png": figures.bars_figure(sizes, "AP by size"),
-            "classes.png": figures.bars_figure(classes, "AP by class"),
-            "confusion.png": figures.confusion_figure(
-                self.confusion, list(self.evaluation.class_names.values())
-            ),
+            "sizes.png": figures.bars_figure(AREAS, sizes, "AP by size"),
+            "classes.png": figures.bars_figure(class_names, classes, "AP by class"),
+            "confusion.png": figures.confusion_figure(self.confusion, class_names),
         }
 
     def _average_precisions(self) -> dict[str, list[float | None]]:
@@ -271,14 +270,12 @@ def _at_best(curve: ScoreCurve) -> tuple[float | None, float | None, float | Non
     return tuple(float(x[curve.best]) for x in (curve.precision, curve.recall, curve.f1))
 
 
-def _ap_of_sizes(evaluation: BoxEvaluation) -> dict[str, float | None]:
-    areas = ("all", "small", "medium", "large")
-    return {area: evaluation.average_precision(area=area) for area in areas}
+def _ap_of_sizes(evaluation: BoxEvaluation) -> list[float | None]:
+    return [evaluation.average_precision(area=area) for area in AREAS]
 
 
-def _ap_of_classes(evaluation: BoxEvaluation) -> dict[str, float | None]:
-    names = evaluation.class_names
-    return {name: evaluation.average_precision(category=c) for c, name in names.items()}
+def _ap_of_classes(evaluation: BoxEvaluation) -> list[float | None]:
+    return [evaluation.average_precision(category=c) for c in evaluation.class_names]
 
 
 def _number(value: float | None, digits: int = 1) -> str:
