@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import islice
@@ -98,7 +97,9 @@ class _Report:
         """Write all files, the page last; returns its path."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_json("report.json", self._numbers())
-        if self.curve.threshold is not None:
+        if self.curve.threshold is None:
+            (self.folder / "thresholds.json").unlink(missing_ok=True)
+        else:
             self._write_json("thresholds.json", self._thresholds())
         widths = {}  # in pixels of a page
         for name, figure in self._figures().items():
@@ -197,8 +198,10 @@ class _Report:
 
     def _write_pictures(self, records: Sequence[dict]) -> tuple[dict[str, list[dict]], str]:
         """Pictures of the largest errors of each kind, and what is to be said of missing ones."""
-        shutil.rmtree(self.folder / "errors", ignore_errors=True)
-        (self.folder / "errors").mkdir()
+        (self.folder / "errors").mkdir(exist_ok=True)
+        for kind in KINDS:
+            for number in range(_PICTURES):
+                (self.folder / _picture_file(kind, number)).unlink(missing_ok=True)
         draw = ErrorPictures(
             self.evaluation.truth,
             self.evaluation.detections,
@@ -217,7 +220,7 @@ class _Report:
                 except Exception as unread:  # PIL raises many kinds
                     problem = f"Some pictures are missing. {source} could not be read: {unread}"
                     continue
-                file = f"errors/{kind.replace(' ', '_')}_{number + 1}.png"
+                file = _picture_file(kind, number)
                 Image.fromarray(draw.draw(image, error)[:, :, ::-1]).save(self.folder / file)
                 caption = f"{self._caption(error)}. {Path(source).name}"
                 pictures[kind].append({"file": file, "caption": caption})
@@ -261,6 +264,10 @@ class _Report:
             ],
             pictures_problem=problem,
         )
+
+
+def _picture_file(kind: str, number: int) -> str:
+    return f"errors/{kind.replace(' ', '_')}_{number + 1}.png"
 
 
 def _at_best(curve: ScoreCurve) -> tuple[float | None, float | None, float | None]:

@@ -117,10 +117,19 @@ def test_a_second_report_leaves_nothing_of_the_first(cfg, shapes_folder, tmp_pat
 
 
 def test_nothing_detected(cfg, tmp_path):
+    write_report(cfg)  # an earlier report, whose thresholds are not those of this one
     (tmp_path / "run" / "inference" / "coco_instances_results.json").write_text("[]")
     (page,) = write_report(cfg)
     assert "No detection finds a box" in Page(page).text
     assert not (page.parent / "thresholds.json").exists()
+
+
+def test_files_of_others_stay(cfg, tmp_path):
+    theirs = tmp_path / "folder" / "errors" / "mine.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
+    write_report(cfg, tmp_path / "folder")
+    assert theirs.exists() and len(list(theirs.parent.iterdir())) > 6
 
 
 def test_runs_are_compared_by_name_or_else_by_path(cfg, shapes_folder, tmp_path):
