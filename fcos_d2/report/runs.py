@@ -65,14 +65,18 @@ def _read_run(folder: Path, name: str, dataset: str, truth: COCO) -> Run:
 
 
 def _results_file(folder: Path, dataset: str) -> Path:
-    """The file that Detectron2's COCO evaluator writes; see ``Trainer.build_evaluator``."""
+    """The file that Detectron2's COCO evaluator writes; see ``Trainer.build_evaluator``.
+
+    A run that was evaluated on several data sets, and on one of them, has two: the last counts.
+    """
     name = "coco_instances_results.json"
-    for file in (folder / "inference" / dataset / name, folder / "inference" / name):
-        if file.is_file():
-            return file
+    files = (folder / "inference" / dataset / name, folder / "inference" / name)
+    if found := [file for file in files if file.is_file()]:
+        return max(found, key=lambda file: file.stat().st_mtime)
     raise FileNotFoundError(
-        f"The run {folder} has no {file}: it was not evaluated on {dataset!r}, or by an evaluator "
-        "that keeps no detections. tools/report.py --eval-only MODEL.WEIGHTS FILE evaluates it"
+        f"The run {folder} has no {files[-1]}: it was not evaluated on {dataset!r}, or by an "
+        "evaluator that keeps no detections. tools/report.py --eval-only MODEL.WEIGHTS FILE "
+        "evaluates it"
     )
 
 

@@ -176,6 +176,19 @@ def test_several_data_sets_have_a_report_each(cfg, shapes_folder, tmp_path):
     assert first["ap"]["run"]["AP75"] < second["ap"]["run"]["AP75"]
 
 
+@pytest.mark.parametrize("last", ["", "shapes_val"])
+def test_the_last_evaluation_counts(cfg, shapes_folder, tmp_path, last):
+    inference = tmp_path / "run" / "inference"
+    (inference / "shapes_val").mkdir()
+    for second, part in enumerate(sorted(["", "shapes_val"], key=last.__eq__)):
+        file = inference / part / "coco_instances_results.json"
+        file.write_text(json.dumps(detections_of(shapes_folder, move=2.0 * (part == last))))
+        os.utime(file, (second + 1e9,) * 2)
+    (page,) = write_report(cfg)
+    numbers = json.loads((page.parent / "report.json").read_text())
+    assert 0 < numbers["class_agnostic_ap"]["run"]["0.9"] < 99  # that with boxes that were moved
+
+
 def test_images_that_are_gone(cfg, shapes_folder, tmp_path):
     cfg.DATASETS.CUSTOM.shapes_val.IMAGES = str(tmp_path / "nowhere")
     (page,) = write_report(cfg)
