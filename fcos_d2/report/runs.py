@@ -81,10 +81,17 @@ def _results_file(folder: Path, dataset: str) -> Path:
 
 
 def ground_truth(dataset: str) -> COCO:
-    """The annotations of a registered data set, as Detectron2's COCO evaluator takes them."""
+    """The annotations of a registered data set, as Detectron2's COCO evaluator takes them.
+
+    Raises:
+        ValueError: for one without annotations, as COCO's test sets are.
+    """
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
         file = MetadataCatalog.get(dataset).get("json_file")
         if file is None:
             file = os.path.join(folder, "annotations.json")
             convert_to_coco_json(dataset, file, allow_cached=False)
-        return COCO(PathManager.get_local_path(file))
+        truth = COCO(PathManager.get_local_path(file))
+    if "annotations" not in truth.dataset:
+        raise ValueError(f"The data set {dataset!r} has no annotations to compare detections with")
+    return truth

@@ -13,6 +13,8 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from helpers import LIGHT, tiny_cfg
 
@@ -209,6 +211,21 @@ def test_what_prevents_a_report_is_said(cfg, tmp_path, caplog):
     report_after_training(cfg)
     assert "There is no report. The run" in caplog.text and "Traceback" not in caplog.text
     assert not (tmp_path / "run" / "report").exists()
+
+
+def test_a_data_set_without_annotations(cfg, shapes_folder, tmp_path):
+    """COCO's test sets, which Detectron2 registers."""
+    truth = json.loads((shapes_folder / "shapes" / "val.json").read_text())
+    del truth["annotations"]
+    (tmp_path / "test.json").write_text(json.dumps(truth))
+    register_coco_instances("report_unlabelled", {}, str(tmp_path / "test.json"), "nowhere")
+    cfg.DATASETS.TEST = ("report_unlabelled",)
+    try:
+        with pytest.raises(ValueError, match="'report_unlabelled' has no annotations"):
+            write_report(cfg)
+    finally:
+        DatasetCatalog.remove("report_unlabelled")
+        MetadataCatalog.remove("report_unlabelled")
 
 
 def test_the_tool_evaluates_and_says_where_the_page_is(shapes_folder, tmp_path, cfg):
