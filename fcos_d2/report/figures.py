@@ -28,7 +28,7 @@ def training_figure(runs: Mapping[str, Sequence[dict]]) -> Figure | None:
     panels = {key: title for key, title in panels.items() if any(key in row for row in every)}
     if not panels:
         return None
-    last = 1.02 * max(row["iteration"] for row in every)
+    last = 1.02 * max(1, *(row["iteration"] for row in every))
     figure = new_figure(4.4 * len(panels), 3.6)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (key, title) in zip(grid, panels.items(), strict=True):
