@@ -38,15 +38,14 @@ def report_after_training(cfg: CfgNode) -> None:
 
     To be called by one process.
     """
-    if not len(cfg.DATASETS.TEST):
-        return
     logger = logging.getLogger(__name__)
-    try:
-        for page in write_report(cfg):
+    for name in cfg.DATASETS.TEST:
+        try:
+            page = _write_one(cfg, name, Path(cfg.OUTPUT_DIR, "report"))
             logger.info(f"The report: {page}")
-    except Exception as error:  # The training is done, and its checkpoints are written.
-        expected = isinstance(error, ValueError | OSError)
-        logger.warning(f"There is no report. {error}", exc_info=not expected)
+        except Exception as error:  # The training is done, and its checkpoints are written.
+            expected = isinstance(error, ValueError | OSError)
+            logger.warning(f"There is no report on {name!r}. {error}", exc_info=not expected)
 
 
 def write_report(
@@ -70,14 +69,17 @@ def write_report(
         ValueError: if there is no such data set, or if detections are of another one.
     """
     folder = Path(cfg.OUTPUT_DIR, "report") if folder is None else Path(folder)
-    pages = []
-    for name in cfg.DATASETS.TEST:
-        records = load_dataset(cfg, name)
-        truth = ground_truth(name)
-        runs = read_runs([cfg.OUTPUT_DIR, *compare], name, truth)
-        target = folder / name if len(cfg.DATASETS.TEST) > 1 else folder
-        pages.append(_Report(target, name, runs).write(records))
-    return pages
+    return [_write_one(cfg, name, folder, compare) for name in cfg.DATASETS.TEST]
+
+
+def _write_one(
+    cfg: CfgNode, name: str, folder: Path, compare: Sequence[str | PathLike] = ()
+) -> Path:
+    """The report on one of the data sets; see :func:`write_report`."""
+    records = load_dataset(cfg, name)
+    runs = read_runs([cfg.OUTPUT_DIR, *compare], name, ground_truth(name))
+    folder = folder / name if len(cfg.DATASETS.TEST) > 1 else folder
+    return _Report(folder, name, runs).write(records)
 
 
 class _Report:

@@ -178,6 +178,23 @@ def test_several_data_sets_have_a_report_each(cfg, shapes_folder, tmp_path):
     assert first["ap"]["run"]["AP75"] < second["ap"]["run"]["AP75"]
 
 
+def test_a_data_set_without_detections_does_not_prevent_the_others(
+    cfg, shapes_folder, tmp_path, caplog
+):
+    """As those of PASCAL VOC's evaluator are."""
+    cfg.DATASETS.CUSTOM.second = cfg.DATASETS.CUSTOM.shapes_val.clone()
+    cfg.DATASETS.TEST = ("second", "shapes_val")
+    inference = tmp_path / "run" / "inference"
+    inference.rename(tmp_path / "run" / "shapes_val")
+    inference.mkdir()
+    (tmp_path / "run" / "shapes_val").rename(inference / "shapes_val")
+    caplog.set_level(logging.INFO)
+    report_after_training(cfg)
+    page = tmp_path / "run" / "report" / "shapes_val" / "index.html"
+    assert page.exists() and f"The report: {page}" in caplog.text
+    assert "There is no report on 'second'. The run" in caplog.text
+
+
 @pytest.mark.parametrize("last", ["", "shapes_val"])
 def test_the_last_evaluation_counts(cfg, shapes_folder, tmp_path, last):
     inference = tmp_path / "run" / "inference"
@@ -209,7 +226,8 @@ def test_what_prevents_a_report_is_said(cfg, tmp_path, caplog):
     # After a training it is a warning: what was trained is there.
     caplog.set_level(logging.INFO)
     report_after_training(cfg)
-    assert "There is no report. The run" in caplog.text and "Traceback" not in caplog.text
+    assert "There is no report on 'shapes_val'. The run" in caplog.text
+    assert "Traceback" not in caplog.text
     assert not (tmp_path / "run" / "report").exists()
 
 
