@@ -51,8 +51,12 @@ def draw_instances(
 
 
 def plain_text(name: str) -> str:
-    """A name as matplotlib can write it: no formulas, and valid Unicode."""
-    return name.encode(errors="replace").decode().replace("$", r"\$")
+    """A name as matplotlib can write it: no formulas, and valid Unicode.
+
+    A leading "_", for which it would leave out a legend's label, comes after a space.
+    """
+    text = name.encode(errors="replace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def class_colors(num_classes: int) -> list[tuple[int, int, int]]:

@@ -1,5 +1,6 @@
 """What a detector confuses, and its largest errors: COCOeval's matches, read image by image."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,18 +55,16 @@ def confusion_matrix(evaluation: BoxEvaluation, threshold: float) -> np.ndarray:
     background = len(numbers)
     matrix = np.zeros((background + 1, background + 1), dtype=np.int64)
     truth, detections = evaluation.truth.anns, evaluation.detections.anns
-    for image in evaluation.matches(by_class=False):
-        kept = np.asarray(image["dtScores"]) >= threshold
-        found = set()
-        for i in np.flatnonzero(kept & ~image["dtIgnore"][0].astype(bool)):
-            column = numbers[detections[image["dtIds"][i]]["category_id"]]
-            matched = int(image["dtMatches"][0][i])
-            found.add(matched)
-            row = numbers[truth[matched]["category_id"]] if matched else background
-            matrix[row, column] += 1
-        for i, ignored in zip(image["gtIds"], image["gtIgnore"], strict=True):
-            if not ignored and i not in found:
-                matrix[numbers[truth[i]["category_id"]], background] += 1
+    for image in evaluation.agnostic_matches():
+        row_of = dict.fromkeys(_counted(image, threshold), background)
+        for i, detection, ignored in _boxes(image):
+            row = numbers[truth[i]["category_id"]]
+            if detection in row_of:
+                row_of[detection] = row
+            elif not ignored:
+                matrix[row, background] += 1
+        for detection, row in row_of.items():
+            matrix[row, numbers[detections[detection]["category_id"]]] += 1
     return matrix
 
 
@@ -77,17 +76,30 @@ def find_errors(evaluation: BoxEvaluation, threshold: float) -> list[Error]:
     """
     wrong, missed = set(), set()
     for image in evaluation.matches():
-        kept = np.asarray(image["dtScores"]) >= threshold
-        matched = image["dtMatches"][0]
-        unmatched = kept & (matched == 0) & ~image["dtIgnore"][0].astype(bool)
-        wrong.update(np.asarray(image["dtIds"])[unmatched].tolist())
-        found = set(matched[kept].astype(int).tolist())
-        boxes = zip(image["gtIds"], image["gtIgnore"], strict=True)
-        missed.update(i for i, ignored in boxes if not ignored and i not in found)
+        counted = set(_counted(image, threshold))
+        wrong |= counted.difference(detection for _, detection, _ in _boxes(image))
+        missed.update(
+            i for i, detection, ignored in _boxes(image) if not ignored and detection not in counted
+        )
     errors = []
-    for image in evaluation.matches(by_class=False):
+    for image in evaluation.agnostic_matches():
         errors += _errors_of_image(evaluation, image, threshold, wrong, missed)
     return sorted(errors, key=_badness, reverse=True)
+
+
+def _counted(image: dict, threshold: float) -> list[int]:
+    """The ids of detections that are right or wrong: those in crowds are neither."""
+    counted = np.asarray(image["dtScores"]) >= threshold
+    return np.asarray(image["dtIds"])[counted & ~image["dtIgnore"][0].astype(bool)].tolist()
+
+
+def _boxes(image: dict) -> Iterator[tuple[int, int, bool]]:
+    """Each box's id, that of the detection that found it (0 for none), and if it is ignored.
+
+    The other way round, ``dtMatches`` rounds large ids of boxes, and a 0 may be an id.
+    """
+    found_by = image["gtMatches"][0].astype(int).tolist()
+    return zip(image["gtIds"], found_by, map(bool, image["gtIgnore"]), strict=True)
 
 
 def _errors_of_image(

@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 CURVE_IOUS = (0.5, 0.75, 0.9)  # of figures 4 to 6 of 1904.01355
 MATCH_IOU = 0.5
-_AREAS = ("all", "small", "medium", "large")
+AREAS = ("all", "small", "medium", "large")
 _EVERY_AREA, _MOST_DETECTIONS = 0, -1  # indices of COCOeval's parameters
 
 
@@ -93,7 +93,7 @@ class BoxEvaluation:
         """
         # (IoU thresholds, recalls, categories, areas, numbers of detections)
         precision = self.by_class.eval["precision"]
-        precision = precision[:, :, :, _AREAS.index(area), _MOST_DETECTIONS]
+        precision = precision[:, :, :, AREAS.index(area), _MOST_DETECTIONS]
         if iou is not None:
             precision = precision[np.isclose(self.by_class.params.iouThrs, iou)]
         if category is not None:
@@ -107,17 +107,16 @@ class BoxEvaluation:
         As in figures 4 to 6 of 1904.01355. The mean of the precision is the curve's AP.
         """
         of_iou = self.agnostic.eval["precision"][CURVE_IOUS.index(iou)]
-        return self.agnostic.params.recThrs, of_iou[:, 0, _EVERY_AREA, _MOST_DETECTIONS].clip(0)
+        return self.agnostic.params.recThrs, of_iou[:, 0, _EVERY_AREA, 0].clip(0)
 
     def score_curve(self, category: int | None = None) -> ScoreCurve:
         """Of a category, or of all together, at an IoU of ``MATCH_IOU``."""
         boxes, scores, right = 0, [np.zeros(0)], [np.zeros(0, dtype=bool)]
-        for image in self.matches():
-            if category in (None, image["category_id"]):
-                boxes += int((image["gtIgnore"] == 0).sum())
-                counted = ~image["dtIgnore"][0].astype(bool)
-                scores.append(np.asarray(image["dtScores"])[counted])
-                right.append(image["dtMatches"][0][counted] != 0)
+        for image in self.matches(category):
+            boxes += int((image["gtIgnore"] == 0).sum())
+            counted = ~image["dtIgnore"][0].astype(bool)
+            scores.append(np.asarray(image["dtScores"])[counted])
+            right.append(image["dtMatches"][0][counted] != 0)
         scores, right = np.concatenate(scores), np.concatenate(right)
         order = (-scores).argsort(kind="stable")
         scores, found = scores[order], right[order].cumsum()
@@ -134,14 +133,28 @@ class BoxEvaluation:
             f1=2 * found / (last + 1 + boxes),
         )
 
-    def matches(self, by_class: bool = True) -> Iterator[dict]:
-        """COCOeval's own result of each image (and class), for boxes of all sizes.
+    def matches(self, category: int | None = None) -> Iterator[dict]:
+        """COCOeval's own result of each image and class, or of one class, for boxes of all sizes.
 
         The first row of its arrays is that of an IoU of ``MATCH_IOU``.
         """
-        evaluation = self.by_class if by_class else self.agnostic
-        every = evaluation.params.areaRng[_EVERY_AREA]
-        return (e for e in evaluation.evalImgs if e is not None and e["aRng"] == every)
+        classes = None if category is None else [list(self.class_names).index(category)]
+        return _of_every_area(self.by_class, classes)
+
+    def agnostic_matches(self) -> Iterator[dict]:
+        """The same of each image, without classes."""
+        return _of_every_area(self.agnostic)
+
+
+def _of_every_area(evaluation: COCOeval, classes: Sequence[int] | None = None) -> Iterator[dict]:
+    # COCOeval's list goes class by class, each of them area by area, each of these image by image.
+    images = len(evaluation.params.imgIds)
+    of_class = len(evaluation.params.areaRng) * images
+    if classes is None:
+        classes = range(len(evaluation.evalImgs) // of_class if of_class else 0)
+    for number in classes:
+        begin = number * of_class + _EVERY_AREA * images
+        yield from filter(None, evaluation.evalImgs[begin : begin + images])
 
 
 def _load_results(truth: COCO, results: Sequence[dict]) -> COCO:
@@ -163,6 +176,9 @@ def _evaluate(truth: COCO, detections: COCO, by_class: bool) -> COCOeval:
     evaluation = COCOeval(truth, detections, "bbox")
     if not by_class:
         evaluation.params.useCats = 0
+        # Curves are of COCO's 100 detections, but matches of all: it takes 100 of each class.
+        most = max(map(len, detections.imgToAnns.values()), default=0)
+        evaluation.params.maxDets = [100, max(100, most)]
         evaluation.params.iouThrs = np.array(CURVE_IOUS)
         evaluation.params.areaRng = evaluation.params.areaRng[: _EVERY_AREA + 1]
         evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[: _EVERY_AREA + 1]

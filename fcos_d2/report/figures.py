@@ -13,6 +13,7 @@ from ..drawing import plain_text
 from .evaluation import CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
 
 _MOST_CLASSES = 30  # in a matrix
+_MOST_BARS = 80  # classes
 _MOST_NUMBERS = 15  # classes of a matrix with a number in each cell
 
 
@@ -27,7 +28,7 @@ def training_figure(runs: Mapping[str, Sequence[dict]]) -> Figure | None:
     panels = {key: title for key, title in panels.items() if any(key in row for row in every)}
     if not panels:
         return None
-    last = 1.02 * max(row["iteration"] for row in every)
+    last = 1.02 * max(1, *(row["iteration"] for row in every))
     figure = new_figure(4.4 * len(panels), 3.6)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (key, title) in zip(grid, panels.items(), strict=True):
@@ -95,21 +96,32 @@ def score_figure(curve: ScoreCurve) -> Figure:
     return figure
 
 
-def bars_figure(runs: Mapping[str, Mapping[str, float | None]], title: str) -> Figure:
-    """AP of each class or size, a bar for each run; None is drawn as no bar."""
-    names = list(next(iter(runs.values())))
-    figure = new_figure(6.4, 1.3 + 0.3 * len(names) * max(1, 0.6 * len(runs)))
+def bars_figure(
+    names: Sequence[str], runs: Mapping[str, Sequence[float | None]], title: str
+) -> Figure:
+    """AP of each class or size, a bar for each run; None is drawn as no bar.
+
+    Args:
+        names: of the classes or sizes. Of many, those with the lowest AP of the first run are
+            shown.
+        runs: by name, the AP of each of ``names``.
+    """
+    first = np.array(next(iter(runs.values())), dtype=np.float64)  # NaN, for None, is last
+    shown = np.sort(first.argsort(kind="stable")[:_MOST_BARS])
+    if len(shown) < len(names):
+        title += f": the {len(shown)} lowest of {len(names)}"
+    figure = new_figure(6.4, 1.3 + 0.3 * len(shown) * max(1, 0.6 * len(runs)))
     axes = figure.add_subplot()
     height = 0.8 / len(runs)
     for i, (color, (run, values)) in enumerate(zip(cycle(COLORS), runs.items())):
-        places = np.arange(len(names)) + i * height
-        lengths = [values[name] or 0.0 for name in names]
+        values = [values[number] for number in shown]
+        lengths = [value or 0.0 for value in values]
+        places = np.arange(len(shown)) + i * height
         bars = axes.barh(places, lengths, height, color=color, label=plain_text(run))
-        texts = ["-" if values[name] is None else f"{values[name]:.1f}" for name in names]
+        texts = ["-" if value is None else f"{value:.1f}" for value in values]
         axes.bar_label(bars, texts, padding=2, fontsize=8)
-    axes.set_yticks(
-        np.arange(len(names)) + (len(runs) - 1) * height / 2, [plain_text(n[:30]) for n in names]
-    )
+    middle = (len(runs) - 1) * height / 2
+    axes.set_yticks(np.arange(len(shown)) + middle, [plain_text(names[n][:30]) for n in shown])
     axes.invert_yaxis()
     axes.set(title=title, xlabel="AP", xlim=(0, 105))
     axes.spines[["top", "right"]].set_visible(False)

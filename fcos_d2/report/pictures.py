@@ -1,5 +1,6 @@
 """Pictures of errors: a part of an image with its ground truth, and with what was detected."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import cv2
@@ -14,6 +15,7 @@ from .errors import Error
 
 _AROUND = 1  # sides of the box that are shown on each side of it
 _LEAST = 96  # pixels of the image along a side of the part
+_NARROWEST = 1 / 20  # height over width of a part, or the reverse: the rest is filled with white
 _SIDE = 420  # pixels of the picture along the longer side of a part
 _GAP = 8
 
@@ -45,13 +47,18 @@ class ErrorPictures:
         """
         part = _part(error.box, image.shape[:2])
         x0, y0, x1, y1 = part
-        scale = _SIDE / max(x1 - x0, y1 - y0)
+        longest = max(x1 - x0, y1 - y0)
+        scale = _SIDE / longest
         found = self.detections.imgToAnns[error.image_id]
         sides = [
             self._instances(self.truth.imgToAnns[error.image_id], part),
             self._instances([d for d in found if d["score"] >= self.threshold], part, scores=True),
         ]
-        crop = np.ascontiguousarray(image[y0:y1, x0:x1])
+        least = math.ceil(_NARROWEST * longest)
+        below, beside = max(least - (y1 - y0), 0), max(least - (x1 - x0), 0)
+        crop = cv2.copyMakeBorder(
+            image[y0:y1, x0:x1], 0, below, 0, beside, cv2.BORDER_CONSTANT, value=(255, 255, 255)
+        )
         drawn = [draw_instances(crop, side, self._metadata, scale=scale) for side in sides]
         drawn = [np.ascontiguousarray(picture) for picture in drawn]
         _frame(drawn[error.kind != "missed"], np.array(error.box) - [x0, y0, x0, y0], scale)

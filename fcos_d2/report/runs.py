@@ -65,22 +65,33 @@ def _read_run(folder: Path, name: str, dataset: str, truth: COCO) -> Run:
 
 
 def _results_file(folder: Path, dataset: str) -> Path:
-    """The file that Detectron2's COCO evaluator writes; see ``Trainer.build_evaluator``."""
+    """The file that Detectron2's COCO evaluator writes; see ``Trainer.build_evaluator``.
+
+    A run that was evaluated on several data sets, and on one of them, has two: the last counts.
+    """
     name = "coco_instances_results.json"
-    for file in (folder / "inference" / dataset / name, folder / "inference" / name):
-        if file.is_file():
-            return file
+    files = (folder / "inference" / dataset / name, folder / "inference" / name)
+    if found := [file for file in files if file.is_file()]:
+        return max(found, key=lambda file: file.stat().st_mtime)
     raise FileNotFoundError(
-        f"The run {folder} has no {file}: it was not evaluated on {dataset!r}, or by an evaluator "
-        "that keeps no detections. tools/report.py --eval-only MODEL.WEIGHTS FILE evaluates it"
+        f"The run {folder} has no {files[-1]}: it was not evaluated on {dataset!r}, or by an "
+        "evaluator that keeps no detections. tools/report.py --eval-only MODEL.WEIGHTS FILE "
+        "evaluates it"
     )
 
 
 def ground_truth(dataset: str) -> COCO:
-    """The annotations of a registered data set, as Detectron2's COCO evaluator takes them."""
+    """The annotations of a registered data set, as Detectron2's COCO evaluator takes them.
+
+    Raises:
+        ValueError: for one without annotations, as COCO's test sets are.
+    """
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
         file = MetadataCatalog.get(dataset).get("json_file")
         if file is None:
             file = os.path.join(folder, "annotations.json")
             convert_to_coco_json(dataset, file, allow_cached=False)
-        return COCO(PathManager.get_local_path(file))
+        truth = COCO(PathManager.get_local_path(file))
+    if "annotations" not in truth.dataset:
+        raise ValueError(f"The data set {dataset!r} has no annotations to compare detections with")
+    return truth

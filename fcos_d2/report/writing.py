@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import islice
@@ -19,7 +18,7 @@ from ..checkpoint import replacing
 from ..data.image_files import read_image
 from . import figures
 from .errors import KINDS, Error, confusion_matrix, find_errors
-from .evaluation import CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
+from .evaluation import AREAS, CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
 from .pictures import ErrorPictures
 from .runs import Run, ground_truth, read_runs
 
@@ -39,15 +38,14 @@ def report_after_training(cfg: CfgNode) -> None:
 
     To be called by one process.
     """
-    if not len(cfg.DATASETS.TEST):
-        return
     logger = logging.getLogger(__name__)
-    try:
-        for page in write_report(cfg):
+    for name in cfg.DATASETS.TEST:
+        try:
+            page = _write_one(cfg, name, Path(cfg.OUTPUT_DIR, "report"))
             logger.info(f"The report: {page}")
-    except Exception as error:  # The training is done, and its checkpoints are written.
-        expected = isinstance(error, ValueError | OSError)
-        logger.warning(f"There is no report. {error}", exc_info=not expected)
+        except Exception as error:  # The training is done, and its checkpoints are written.
+            expected = isinstance(error, ValueError | OSError)
+            logger.warning(f"There is no report on {name!r}. {error}", exc_info=not expected)
 
 
 def write_report(
@@ -71,14 +69,17 @@ def write_report(
         ValueError: if there is no such data set, or if detections are of another one.
     """
     folder = Path(cfg.OUTPUT_DIR, "report") if folder is None else Path(folder)
-    pages = []
-    for name in cfg.DATASETS.TEST:
-        records = load_dataset(cfg, name)
-        truth = ground_truth(name)
-        runs = read_runs([cfg.OUTPUT_DIR, *compare], name, truth)
-        target = folder / name if len(cfg.DATASETS.TEST) > 1 else folder
-        pages.append(_Report(target, name, runs).write(records))
-    return pages
+    return [_write_one(cfg, name, folder, compare) for name in cfg.DATASETS.TEST]
+
+
+def _write_one(
+    cfg: CfgNode, name: str, folder: Path, compare: Sequence[str | PathLike] = ()
+) -> Path:
+    """The report on one of the data sets; see :func:`write_report`."""
+    records = load_dataset(cfg, name)
+    runs = read_runs([cfg.OUTPUT_DIR, *compare], name, ground_truth(name))
+    folder = folder / name if len(cfg.DATASETS.TEST) > 1 else folder
+    return _Report(folder, name, runs).write(records)
 
 
 class _Report:
@@ -98,7 +99,9 @@ class _Report:
         """Write all files, the page last; returns its path."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_json("report.json", self._numbers())
-        if self.curve.threshold is not None:
+        if self.curve.threshold is None:
+            (self.folder / "thresholds.json").unlink(missing_ok=True)
+        else:
             self._write_json("thresholds.json", self._thresholds())
         widths = {}  # in pixels of a page
         for name, figure in self._figures().items():
@@ -118,6 +121,7 @@ class _Report:
 
     def _figures(self) -> dict:
         evaluations = {run.name: run.evaluation for run in self.runs}
+        class_names = list(self.evaluation.class_names.values())
         sizes, classes = (
             {name: of(evaluation) for name, evaluation in evaluations.items()}
             for of in (_ap_of_sizes, _ap_of_classes)
@@ -126,11 +130,9 @@ class _Report:
             "training.png": figures.training_figure({r.name: r.metrics for r in self.runs}),
             "precision_recall.png": figures.precision_recall_figure(evaluations),
             "thresholds.png": figures.score_figure(self.curve),
-            "sizes.png": figures.bars_figure(sizes, "AP by size"),
-            "classes.png": figures.bars_figure(classes, "AP by class"),
-            "confusion.png": figures.confusion_figure(
-                self.confusion, list(self.evaluation.class_names.values())
-            ),
+            "sizes.png": figures.bars_figure(AREAS, sizes, "AP by size"),
+            "classes.png": figures.bars_figure(class_names, classes, "AP by class"),
+            "confusion.png": figures.confusion_figure(self.confusion, class_names),
         }
 
     def _average_precisions(self) -> dict[str, list[float | None]]:
@@ -198,8 +200,10 @@ class _Report:
 
     def _write_pictures(self, records: Sequence[dict]) -> tuple[dict[str, list[dict]], str]:
         """Pictures of the largest errors of each kind, and what is to be said of missing ones."""
-        shutil.rmtree(self.folder / "errors", ignore_errors=True)
-        (self.folder / "errors").mkdir()
+        (self.folder / "errors").mkdir(exist_ok=True)
+        for kind in KINDS:
+            for number in range(_PICTURES):
+                (self.folder / _picture_file(kind, number)).unlink(missing_ok=True)
         draw = ErrorPictures(
             self.evaluation.truth,
             self.evaluation.detections,
@@ -218,7 +222,7 @@ class _Report:
                 except Exception as unread:  # PIL raises many kinds
                     problem = f"Some pictures are missing. {source} could not be read: {unread}"
                     continue
-                file = f"errors/{kind.replace(' ', '_')}_{number + 1}.png"
+                file = _picture_file(kind, number)
                 Image.fromarray(draw.draw(image, error)[:, :, ::-1]).save(self.folder / file)
                 caption = f"{self._caption(error)}. {Path(source).name}"
                 pictures[kind].append({"file": file, "caption": caption})
@@ -264,6 +268,10 @@ class _Report:
         )
 
 
+def _picture_file(kind: str, number: int) -> str:
+    return f"errors/{kind.replace(' ', '_')}_{number + 1}.png"
+
+
 def _at_best(curve: ScoreCurve) -> tuple[float | None, float | None, float | None]:
     """Precision, recall and F1 at the best threshold."""
     if curve.best is None:
@@ -271,14 +279,12 @@ def _at_best(curve: ScoreCurve) -> tuple[float | None, float | None, float | Non
     return tuple(float(x[curve.best]) for x in (curve.precision, curve.recall, curve.f1))
 
 
-def _ap_of_sizes(evaluation: BoxEvaluation) -> dict[str, float | None]:
-    areas = ("all", "small", "medium", "large")
-    return {area: evaluation.average_precision(area=area) for area in areas}
+def _ap_of_sizes(evaluation: BoxEvaluation) -> list[float | None]:
+    return [evaluation.average_precision(area=area) for area in AREAS]
 
 
-def _ap_of_classes(evaluation: BoxEvaluation) -> dict[str, float | None]:
-    names = evaluation.class_names
-    return {name: evaluation.average_precision(category=c) for c, name in names.items()}
+def _ap_of_classes(evaluation: BoxEvaluation) -> list[float | None]:
+    return [evaluation.average_precision(category=c) for c in evaluation.class_names]
 
 
 def _number(value: float | None, digits: int = 1) -> str:

@@ -83,6 +83,31 @@ def test_sums(case, threshold):
             assert len(errors) - missed == round(right / curve.precision[at]) - right
 
 
+@pytest.mark.parametrize("first", [0, 2**60 + 1])
+def test_ids_of_boxes_may_be_0_or_large(first):
+    truth = make_truth(TRUTH)
+    for annotation in truth.dataset["annotations"]:
+        annotation["id"] += first - 1
+    truth.createIndex()
+    moved = BoxEvaluation(truth, make_results(RESULTS))
+    plain = BoxEvaluation(make_truth(TRUTH), make_results(RESULTS))
+    np.testing.assert_array_equal(confusion_matrix(moved, 0.4), confusion_matrix(plain, 0.4))
+    assert find_errors(moved, 0.4) == find_errors(plain, 0.4)
+
+
+def test_more_than_100_detections_of_an_image():
+    # COCO takes 100 of each class.
+    found = [(0, (DISC, SQUARE)[i % 2], 60, 60, 10, 10, 1 - i / 1000) for i in range(150)]
+    found.append((0, TRIANGLE, 40, 0, 10, 10, 0.5))
+    evaluation = BoxEvaluation(make_truth(TRUTH), make_results(found))
+    kinds = [error.kind for error in find_errors(evaluation, 0.4)]
+    assert sorted(kinds) == ["background"] * 150 + ["missed"] * 3
+    matrix = confusion_matrix(evaluation, 0.4)
+    assert matrix[-1].tolist() == [75, 75, 0, 0] and matrix[2, 2] == 1
+    # The curves are COCO's, of the best 100.
+    assert evaluation.precision_recall(0.5)[1].max() == 0
+
+
 def test_no_detections():
     evaluation = BoxEvaluation(make_truth(TRUTH), [])
     assert [e.kind for e in find_errors(evaluation, 0.5)] == ["missed"] * 4

@@ -13,6 +13,8 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from helpers import LIGHT, tiny_cfg
 
@@ -117,10 +119,19 @@ def test_a_second_report_leaves_nothing_of_the_first(cfg, shapes_folder, tmp_pat
 
 
 def test_nothing_detected(cfg, tmp_path):
+    write_report(cfg)  # an earlier report, whose thresholds are not those of this one
     (tmp_path / "run" / "inference" / "coco_instances_results.json").write_text("[]")
     (page,) = write_report(cfg)
     assert "No detection finds a box" in Page(page).text
     assert not (page.parent / "thresholds.json").exists()
+
+
+def test_files_of_others_stay(cfg, tmp_path):
+    theirs = tmp_path / "folder" / "errors" / "mine.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
+    write_report(cfg, tmp_path / "folder")
+    assert theirs.exists() and len(list(theirs.parent.iterdir())) > 6
 
 
 def test_runs_are_compared_by_name_or_else_by_path(cfg, shapes_folder, tmp_path):
@@ -167,6 +178,36 @@ def test_several_data_sets_have_a_report_each(cfg, shapes_folder, tmp_path):
     assert first["ap"]["run"]["AP75"] < second["ap"]["run"]["AP75"]
 
 
+def test_a_data_set_without_detections_does_not_prevent_the_others(
+    cfg, shapes_folder, tmp_path, caplog
+):
+    """As those of PASCAL VOC's evaluator are."""
+    cfg.DATASETS.CUSTOM.second = cfg.DATASETS.CUSTOM.shapes_val.clone()
+    cfg.DATASETS.TEST = ("second", "shapes_val")
+    inference = tmp_path / "run" / "inference"
+    inference.rename(tmp_path / "run" / "shapes_val")
+    inference.mkdir()
+    (tmp_path / "run" / "shapes_val").rename(inference / "shapes_val")
+    caplog.set_level(logging.INFO)
+    report_after_training(cfg)
+    page = tmp_path / "run" / "report" / "shapes_val" / "index.html"
+    assert page.exists() and f"The report: {page}" in caplog.text
+    assert "There is no report on 'second'. The run" in caplog.text
+
+
+@pytest.mark.parametrize("last", ["", "shapes_val"])
+def test_the_last_evaluation_counts(cfg, shapes_folder, tmp_path, last):
+    inference = tmp_path / "run" / "inference"
+    (inference / "shapes_val").mkdir()
+    for second, part in enumerate(sorted(["", "shapes_val"], key=last.__eq__)):
+        file = inference / part / "coco_instances_results.json"
+        file.write_text(json.dumps(detections_of(shapes_folder, move=2.0 * (part == last))))
+        os.utime(file, (second + 1e9,) * 2)
+    (page,) = write_report(cfg)
+    numbers = json.loads((page.parent / "report.json").read_text())
+    assert 0 < numbers["class_agnostic_ap"]["run"]["0.9"] < 99  # that with boxes that were moved
+
+
 def test_images_that_are_gone(cfg, shapes_folder, tmp_path):
     cfg.DATASETS.CUSTOM.shapes_val.IMAGES = str(tmp_path / "nowhere")
     (page,) = write_report(cfg)
@@ -185,8 +226,24 @@ def test_what_prevents_a_report_is_said(cfg, tmp_path, caplog):
     # After a training it is a warning: what was trained is there.
     caplog.set_level(logging.INFO)
     report_after_training(cfg)
-    assert "There is no report. The run" in caplog.text and "Traceback" not in caplog.text
+    assert "There is no report on 'shapes_val'. The run" in caplog.text
+    assert "Traceback" not in caplog.text
     assert not (tmp_path / "run" / "report").exists()
+
+
+def test_a_data_set_without_annotations(cfg, shapes_folder, tmp_path):
+    """COCO's test sets, which Detectron2 registers."""
+    truth = json.loads((shapes_folder / "shapes" / "val.json").read_text())
+    del truth["annotations"]
+    (tmp_path / "test.json").write_text(json.dumps(truth))
+    register_coco_instances("report_unlabelled", {}, str(tmp_path / "test.json"), "nowhere")
+    cfg.DATASETS.TEST = ("report_unlabelled",)
+    try:
+        with pytest.raises(ValueError, match="'report_unlabelled' has no annotations"):
+            write_report(cfg)
+    finally:
+        DatasetCatalog.remove("report_unlabelled")
+        MetadataCatalog.remove("report_unlabelled")
 
 
 def test_the_tool_evaluates_and_says_where_the_page_is(shapes_folder, tmp_path, cfg):
