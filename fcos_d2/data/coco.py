@@ -227,9 +227,9 @@ def _fill_in(annotations: list[dict]) -> tuple[list[dict], bool]:
 
 
 def has_good_ids(annotations: Sequence[dict]) -> bool:
-    """Whether they are numbers or text, unique, and not 0: pycocotools takes it for no match."""
+    """Whether they are numbers, unique, and not 0: pycocotools takes it for no match."""
     ids = [annotation.get("id") for annotation in annotations]
-    return all(type(i) in (int, str) and i != 0 for i in ids) and len(set(ids)) == len(ids)
+    return all(type(i) is int and i != 0 for i in ids) and len(set(ids)) == len(ids)
 
 
 def named(annotation: dict, index: int) -> str:

@@ -138,23 +138,16 @@ class BoxEvaluation:
 
         The first row of its arrays is that of an IoU of ``MATCH_IOU``.
         """
-        classes = None if category is None else [list(self.class_names).index(category)]
-        return _of_every_area(self.by_class, classes)
+        images = len(self.by_class.params.imgIds)
+        matches = self.by_class.evalImgs
+        if category is not None:
+            begin = images * list(self.class_names).index(category)
+            matches = matches[begin : begin + images]
+        return filter(None, matches)
 
     def agnostic_matches(self) -> Iterator[dict]:
         """The same of each image, without classes."""
-        return _of_every_area(self.agnostic)
-
-
-def _of_every_area(evaluation: COCOeval, classes: Sequence[int] | None = None) -> Iterator[dict]:
-    # COCOeval's list goes class by class, each of them area by area, each of these image by image.
-    images = len(evaluation.params.imgIds)
-    of_class = len(evaluation.params.areaRng) * images
-    if classes is None:
-        classes = range(len(evaluation.evalImgs) // of_class if of_class else 0)
-    for number in classes:
-        begin = number * of_class + _EVERY_AREA * images
-        yield from filter(None, evaluation.evalImgs[begin : begin + images])
+        return filter(None, self.agnostic.evalImgs)
 
 
 def _load_results(truth: COCO, results: Sequence[dict]) -> COCO:
@@ -185,4 +178,12 @@ def _evaluate(truth: COCO, detections: COCO, by_class: bool) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
+    # The list goes class by class, each of them area by area, each of these image by image. What
+    # it has of other sizes is most of the memory, and has been counted.
+    images, areas = len(evaluation.params.imgIds), len(evaluation.params.areaRng)
+    evaluation.evalImgs = [
+        match
+        for number, match in enumerate(evaluation.evalImgs)
+        if number // images % areas == _EVERY_AREA
+    ]
     return evaluation
