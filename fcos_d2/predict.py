@@ -8,6 +8,7 @@
 """
 
 import argparse
+import contextlib
 import glob
 import json
 import os
@@ -152,13 +153,13 @@ def _threshold(text: str, class_names: Sequence[str] | None) -> float | list[flo
     """A score, or one for each class from a report's file.
 
     Raises:
-        ValueError: for a file that has none for a class of the detector.
-        OSError: for what is neither a number nor a file.
+        ValueError: for what is neither a number nor a file, and for a file that has none for a
+            class of the detector.
     """
-    try:
+    with contextlib.suppress(ValueError):
         return float(text)
-    except ValueError:
-        pass
+    if not os.path.isfile(text):
+        raise ValueError(f"--threshold {text!r} is neither a number nor a file")
     try:
         of_classes = json.loads(Path(text).read_text())["classes"]
         return [float(of_classes[name]) for name in class_names]
