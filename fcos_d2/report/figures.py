@@ -72,7 +72,7 @@ def precision_recall_figure(runs: Mapping[str, BoxEvaluation]) -> Figure:
         )
         axes.set_aspect("equal")
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower left", fontsize=8)
+        axes.legend(loc="best", fontsize=8)
     return figure
 
 
