@@ -67,6 +67,9 @@ def test_computes_the_same_at_all_sizes_without_compiling_again():
     assert copied.backbone._compiled_call_impl is not None
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="on CPU test_distributed.py compares compiled training"
+)
 def test_trains_the_same():
     results = []
     for model in make_pair(NORM="FrozenBN"):
@@ -101,13 +104,11 @@ for _ in range(2):
     assert "a C++ compiler" in warnings[0] and "/missing/g++" in warnings[0]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_frozen_weights_compute_the_same_at_all_sizes(precision):
-    compiled, eager = make_pair(PRECISION_TEST=precision)
+def test_frozen_weights_compute_the_same_at_all_sizes():
+    # In float32 test_predictor.py compares what is detected with them.
+    compiled, eager = make_pair(PRECISION_TEST="bfloat16")
     compiled.execution.freeze()
-    tolerance = {"rtol": 1e-3, "atol": 1e-4}
-    if precision == "bfloat16":  # 2^-9 a layer, of values up to 10
-        tolerance = {"rtol": 0.1, "atol": 0.3}
+    tolerance = {"rtol": 0.1, "atol": 0.3}  # 2^-9 a layer, of values up to 10
     for size in ((160, 192), (192, 160), (129, 200), (64, 64)):
         image = make_input(size=size)
         a, b = (maps(model, image) for model in (compiled, eager))
