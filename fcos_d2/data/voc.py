@@ -70,7 +70,7 @@ def check_readable_by_pascal_voc_evaluator(root: str, records: Sequence[dict]) -
     """
     for record in records:
         name = record["image_id"]
-        file = os.path.join(root, "Annotations", f"{name}.xml")
+        file = annotation_file(root, name)
         if len(name.split()) > 1:
             raise ValueError(
                 f"{file}: the PASCAL VOC evaluator cannot read names with spaces. Rename the "
@@ -92,6 +92,11 @@ def split_names(root: str, split: str) -> list[str]:
         return [line.strip() for line in file if line.strip()]
 
 
+def annotation_file(root: str, name: str) -> str:
+    """Where the annotations of an image are."""
+    return os.path.join(root, "Annotations", f"{name}.xml")
+
+
 def parse_xml(
     root: str, name: str, image_files: Mapping[str, str]
 ) -> tuple[str, str, ET.ElementTree]:
@@ -101,7 +106,7 @@ def parse_xml(
         OSError: for a missing annotation file.
         ValueError: for a file that cannot be parsed.
     """
-    xml_file = os.path.join(root, "Annotations", f"{name}.xml")
+    xml_file = annotation_file(root, name)
     try:
         tree = ET.parse(xml_file)
     except ET.ParseError as error:

@@ -11,7 +11,14 @@ from detectron2.structures import BoxMode
 from ..coco import check_box, check_entry, parse_coco_json
 from ..custom import is_in_part, register_custom_datasets, resolved_path
 from ..image_files import image_size
-from ..voc import find_image_files, image_size_of, parse_object, parse_xml, split_names
+from ..voc import (
+    annotation_file,
+    find_image_files,
+    image_size_of,
+    parse_object,
+    parse_xml,
+    split_names,
+)
 from ..yolo import parse_line
 from ..yolo_files import image_files, label_file, label_lines, read_data_yaml
 from .findings import Finding, RawData
@@ -116,7 +123,7 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = N
             xml_file, image_file, tree = parse_xml(root, image, found)
             height, width = image_size_of(xml_file, tree, image_file)
         except (OSError, ValueError) as error:
-            data.findings.append(_broken(_xml(root, image), error, image))
+            data.findings.append(_broken(annotation_file(root, image), error, image))
             continue
         file_name = os.path.relpath(image_file, data.image_root)
         data.images.append({"id": image, "file_name": file_name, "height": height, "width": width})
@@ -216,10 +223,6 @@ def _voc_box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
     # Corners are pixel numbers from 1. The loader drops boxes whose corners are the same.
     width, height = (b - a + (b > a) for a, b in ((x0, x1), (y0, y1)))
     return [x0 - 1, y0 - 1, width, height]
-
-
-def _xml(root: str, image: str) -> str:
-    return os.path.join(root, "Annotations", f"{image}.xml")
 
 
 def _broken(file: str, error: Exception, image=None, annotation=None) -> Finding:
