@@ -98,7 +98,8 @@ class _Report:
     def write(self, records: Sequence[dict]) -> Path:
         """Write all files, the page last; returns its path."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_json("report.json", self._numbers())
+        numbers = self._numbers()
+        self._write_json("report.json", numbers)
         if self.curve.threshold is None:
             (self.folder / "thresholds.json").unlink(missing_ok=True)
         else:
@@ -112,7 +113,7 @@ class _Report:
         page = self.folder / "index.html"
         with replacing(str(page), "wb") as file:
             # Names may hold what is no character.
-            file.write(self._page(widths, pictures, problem).encode(errors="replace"))
+            file.write(self._page(numbers, widths, pictures, problem).encode(errors="replace"))
         return page
 
     def _write_json(self, name: str, content: dict) -> None:
@@ -133,12 +134,6 @@ class _Report:
             "sizes.png": figures.bars_figure(AREAS, sizes, "AP by size"),
             "classes.png": figures.bars_figure(class_names, classes, "AP by class"),
             "confusion.png": figures.confusion_figure(self.confusion, class_names),
-        }
-
-    def _average_precisions(self) -> dict[str, list[float | None]]:
-        return {
-            run.name: [run.evaluation.average_precision(**of) for of in _AP.values()]
-            for run in self.runs
         }
 
     def _thresholds(self) -> dict:
@@ -165,8 +160,8 @@ class _Report:
         return {
             "dataset": self.dataset,
             "ap": {
-                name: dict(zip(_AP, values, strict=True))
-                for name, values in self._average_precisions().items()
+                run.name: {k: run.evaluation.average_precision(**of) for k, of in _AP.items()}
+                for run in self.runs
             },
             "class_agnostic_ap": curve_ap,
             "threshold": self.curve.threshold,
@@ -175,7 +170,7 @@ class _Report:
                 "classes": [*self.evaluation.class_names.values(), "background"],
                 "counts": self.confusion.tolist(),
             },
-            "errors": {kind: self._count(kind) for kind in KINDS},
+            "errors": {kind: sum(e.kind == kind for e in self.errors) for kind in KINDS},
         }
 
     def _class_rows(self) -> list[dict]:
@@ -194,9 +189,6 @@ class _Report:
                 }
             )
         return rows
-
-    def _count(self, kind: str) -> int:
-        return sum(error.kind == kind for error in self.errors)
 
     def _write_pictures(self, records: Sequence[dict]) -> tuple[dict[str, list[dict]], str]:
         """Pictures of the largest errors of each kind, and what is to be said of missing ones."""
@@ -240,7 +232,9 @@ class _Report:
             overlap += f" with a {whose} of {names[error.other]}"
         return f"{names[error.category]} {said}{overlap}"
 
-    def _page(self, widths: dict[str, int], pictures: dict[str, list[dict]], problem: str) -> str:
+    def _page(
+        self, numbers: dict, widths: dict[str, int], pictures: dict[str, list[dict]], problem: str
+    ) -> str:
         environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True)
         environment.filters["number"] = _number
         truth = self.evaluation.truth
@@ -253,15 +247,15 @@ class _Report:
             date=f"{datetime.now():%Y-%m-%d %H:%M}",
             detections_date=f"{self.runs[0].written:%Y-%m-%d %H:%M}",
             ap_names=list(_AP),
-            ap=self._average_precisions(),
+            ap={name: values.values() for name, values in numbers["ap"].items()},
             widths=widths,
             iou=MATCH_IOU,
             threshold=self.curve.threshold,
             f1=0.0 if self.curve.best is None else self.curve.f1[self.curve.best],
             shown_threshold=self.threshold,
-            classes=self._class_rows(),
+            classes=numbers["classes"],
             kinds=[
-                {"name": k, "means": m, "count": self._count(k), "pictures": pictures[k]}
+                {"name": k, "means": m, "count": numbers["errors"][k], "pictures": pictures[k]}
                 for k, m in KINDS.items()
             ],
             pictures_problem=problem,
