@@ -14,7 +14,7 @@ from tabulate import tabulate
 from ..data.check import Finding, RawData, to_records
 from ..drawing import plain_text
 from .assignment import analyze_boxes
-from .plots import COLORS, new_figure
+from .plots import COLORS, grouped_bars, new_figure
 from .statistics import BoxStatistics
 
 # Sides of boxes, the square roots of their areas, in pixels, that the bins of the tables begin at.
@@ -131,16 +131,8 @@ def _classes(axes: Axes, sets: list[DataStatistics]) -> None:
     for data in sets:
         total.update(data.boxes)
     names = sorted(total, key=total.get, reverse=True)[:_MOST_CLASSES]
-    thickness = 0.8 / len(sets)
-    for i, data in enumerate(sets):
-        places = [p + i * thickness for p in range(len(names))]
-        counts = [data.boxes.get(name, 0) for name in names]
-        color = COLORS[i % len(COLORS)]
-        bars = axes.barh(places, counts, thickness, color=color, label=plain_text(data.name))
-        axes.bar_label(bars, [f"{n:,}" for n in counts], padding=2, fontsize=8)
-    middle = (len(sets) - 1) * thickness / 2
-    axes.set_yticks([p + middle for p in range(len(names))], [plain_text(n[:30]) for n in names])
-    axes.invert_yaxis()
+    groups = {data.name: [data.boxes.get(name, 0) for name in names] for data in sets}
+    grouped_bars(axes, names, groups, "{:,}".format)
     axes.margins(x=0.12)
     more = f" (the {len(names)} most frequent of {len(total)})" if len(total) > len(names) else ""
     axes.set_title(f"Boxes per class{more}")

@@ -1,11 +1,14 @@
 """Plots of :class:`AssignmentStatistics` as PNG files, and of scores against IoU."""
 
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..drawing import plain_text
 from .score_quality import ScoresAndIoUs, rank_correlation
 from .statistics import AssignmentStatistics
 
@@ -18,6 +21,31 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def grouped_bars(
+    axes: Axes,
+    names: Sequence[str],
+    groups: Mapping[str, Sequence[float | None]],
+    text: Callable[[float], str],
+) -> None:
+    """Horizontal bars, the first name on top, one bar of each group beside the others.
+
+    Args:
+        names: of the rows.
+        groups: by name, a value for each row; None is no bar, and the text "-".
+        text: what is written at the end of a bar.
+    """
+    thickness = 0.8 / len(groups)
+    for i, (color, (group, values)) in enumerate(zip(cycle(COLORS), groups.items())):
+        places = [row + i * thickness for row in range(len(names))]
+        lengths = [value or 0.0 for value in values]
+        bars = axes.barh(places, lengths, thickness, color=color, label=plain_text(group))
+        texts = ["-" if value is None else text(value) for value in values]
+        axes.bar_label(bars, texts, padding=2, fontsize=8)
+    middle = (len(groups) - 1) * thickness / 2
+    axes.set_yticks([p + middle for p in range(len(names))], [plain_text(n[:30]) for n in names])
+    axes.invert_yaxis()
 
 
 def save_plots(statistics: AssignmentStatistics, folder: str | Path) -> list[Path]:

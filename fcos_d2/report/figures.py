@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..analysis.plots import COLORS, new_figure
+from ..analysis.plots import COLORS, grouped_bars, new_figure
 from ..drawing import plain_text
 from .evaluation import CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
 
@@ -112,17 +112,8 @@ def bars_figure(
         title += f": the {len(shown)} lowest of {len(names)}"
     figure = new_figure(6.4, 1.3 + 0.3 * len(shown) * max(1, 0.6 * len(runs)))
     axes = figure.add_subplot()
-    height = 0.8 / len(runs)
-    for i, (color, (run, values)) in enumerate(zip(cycle(COLORS), runs.items())):
-        values = [values[number] for number in shown]
-        lengths = [value or 0.0 for value in values]
-        places = np.arange(len(shown)) + i * height
-        bars = axes.barh(places, lengths, height, color=color, label=plain_text(run))
-        texts = ["-" if value is None else f"{value:.1f}" for value in values]
-        axes.bar_label(bars, texts, padding=2, fontsize=8)
-    middle = (len(runs) - 1) * height / 2
-    axes.set_yticks(np.arange(len(shown)) + middle, [plain_text(names[n][:30]) for n in shown])
-    axes.invert_yaxis()
+    groups = {run: [values[number] for number in shown] for run, values in runs.items()}
+    grouped_bars(axes, [names[number] for number in shown], groups, "{:.1f}".format)
     axes.set(title=title, xlabel="AP", xlim=(0, 105))
     axes.spines[["top", "right"]].set_visible(False)
     if len(runs) > 1:
