@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import torch
 from detectron2.modeling import build_model
@@ -151,3 +152,11 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (self.folder,)
+
+
+def assert_plots(folder, names):
+    """The folder holds these PNG files alone, and each shows something on white."""
+    assert {file.name for file in folder.iterdir()} == names
+    for name in names:
+        pixels = cv2.imread(str(folder / name))
+        assert pixels.min() < 50 and pixels.max() == 255

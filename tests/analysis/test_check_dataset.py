@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.structures import BoxMode
-from helpers import tiny_cfg
+from helpers import assert_plots, tiny_cfg
 
 from fcos_d2.analysis import analyze_assignment, analyze_boxes
 
@@ -58,10 +58,7 @@ def test_the_data_sets_of_a_config(check_dataset, shapes_folder, tmp_path):
     assert sum(by_level.values()) == sum(numbers["boxes"].values())
     assert "120/120" in result.stderr  # the progress bar
     names = {"classes.png", "sizes_shapes_train.png", "sizes_shapes_val.png"}
-    assert {p.name for p in (tmp_path / "plots").iterdir()} == names
-    for name in names:
-        pixels = cv2.imread(str(tmp_path / "plots" / name))
-        assert pixels.min() < 50 and pixels.max() == 255
+    assert_plots(tmp_path / "plots", names)
 
 
 def test_errors_and_the_cleaned_copy(check_dataset, tmp_path):

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import pytest
+from helpers import assert_plots
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/quick_schedules/fcos_R_18_FPN_shapes.yaml"
@@ -43,10 +43,7 @@ def test_dataset_and_json_give_the_same(tool, shapes_folder, tmp_path):
     assert f"{100 * numbers['best_possible_recall']:.2f} %" in by_name.stdout
     assert "120/120" in by_name.stderr  # the progress bar
     names = {"recall_by_size.png", "positives_per_level.png", "ambiguity.png"}
-    assert {p.name for p in (tmp_path / "plots").iterdir()} == names
-    for name in names:
-        pixels = cv2.imread(str(tmp_path / "plots" / name))
-        assert pixels.min() < 50 and pixels.max() == 255
+    assert_plots(tmp_path / "plots", names)
 
 
 def test_overrides_of_the_config(tool, shapes_folder, tmp_path):
