@@ -23,7 +23,6 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.structures import BoxMode, Instances
 from tqdm import tqdm
@@ -58,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"Nothing was detected. {error}") from error
 
-    ids = _category_ids(cfg)
     results, begin = [], time.perf_counter()
     count = 0
     try:
@@ -68,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             drawn = draw_instances(image, instances, predictor.metadata, threshold)
             write(name, drawn)
             if args.json:
-                results += _as_coco_results(name, instances, ids, predictor.metadata)
+                results += _as_coco_results(name, instances, predictor.metadata)
     except KeyboardInterrupt:
         print("Stopped; what was detected so far is kept.")
     finally:
@@ -266,23 +264,14 @@ class _VideoWriter:
             self.writer.release()
 
 
-def _category_ids(cfg: CfgNode) -> dict[int, int]:
-    """The data set's number of each class, where that is known."""
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        ids = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id", None)
-        if ids is not None:
-            return {number: dataset_id for dataset_id, number in ids.items()}
-    return {}
-
-
-def _as_coco_results(
-    name: str | int, instances: Instances, ids: dict[int, int], metadata: Metadata
-) -> list[dict]:
+def _as_coco_results(name: str | int, instances: Instances, metadata: Metadata) -> list[dict]:
     """Detections in COCO's result format.
 
     ``image_id`` is a number for frames, and where the file is named by one, as COCO's are, or else
     the file; ``category_id`` is the data set's where it is known, or else counts from 0.
     """
+    numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
+    ids = {number: category_id for category_id, number in numbers.items()}
     stem = Path(name).stem if isinstance(name, str) else str(name)
     image_id = int(stem) if stem.isdecimal() else name
     names = metadata.get("thing_classes", None)

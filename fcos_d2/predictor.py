@@ -13,7 +13,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 
 from .checkpoint import AtomicCheckpointer
-from .data import class_names
+from .data import category_ids, class_names
 from .data.image_files import IMAGE_SUFFIXES, read_image
 from .modeling import FCOS
 from .modeling.backbone import padded_size
@@ -30,8 +30,8 @@ class Predictor:
     Images that the network sees at one size, padding included, run together. As padding an image
     further would change its detections, others never do: what comes out for an image is what
     Detectron2's DefaultPredictor gives for it alone, up to rounding. Results come in the order
-    of the images. ``metadata`` has the names of the classes, if the weights or the data sets say
-    them, for Detectron2's Visualizer.
+    of the images. ``metadata`` has the names and category ids of the classes, if the weights or the
+    data sets say them, under Detectron2's names.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Predictor:
         self.model = build_model(cfg.clone()).eval()
         checkpointer = AtomicCheckpointer(self.model)
         checkpointer.load(cfg.MODEL.WEIGHTS)
-        self.metadata = _metadata(cfg, checkpointer.class_names)
+        self.metadata = _metadata(cfg, checkpointer)
         self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self.model_channels = cfg.INPUT.FORMAT
         self.batch_size, self.channels = batch_size, channels
@@ -192,10 +192,17 @@ class Predictor:
         return self.model(model_inputs)
 
 
-def _metadata(cfg: CfgNode, names: list[str] | None) -> Metadata:
-    """What the Visualizer takes: the names that the weights say, or else those of the data set."""
-    names = names or class_names(cfg)
-    return Metadata(name="detector", **({"thing_classes": names} if names else {}))
+def _metadata(cfg: CfgNode, checkpointer: AtomicCheckpointer) -> Metadata:
+    """Names and category ids of the classes: those of the weights, or else of the data sets."""
+    names, ids = checkpointer.class_names, checkpointer.category_ids
+    if names is None or (ids is None and names == class_names(cfg)):
+        names, ids = class_names(cfg), category_ids(cfg)
+    metadata = Metadata(name="detector")
+    if names is not None:
+        metadata.thing_classes = names
+    if ids is not None:
+        metadata.thing_dataset_id_to_contiguous_id = {id: i for i, id in enumerate(ids)}
+    return metadata
 
 
 def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:

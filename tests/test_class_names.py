@@ -12,7 +12,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.utils.visualizer import Visualizer
 from helpers import tiny_cfg
 
-from fcos_d2 import Predictor, load_cfg
+from fcos_d2 import Predictor, load_cfg, predict
 from fcos_d2.data import register_custom_datasets
 from fcos_d2.engine import Trainer, evaluate
 
@@ -58,7 +58,7 @@ def forget():
 
 def test_checkpoints_and_the_config_of_a_run_say_the_classes(trained):
     saved = torch.load(trained / "model_final.pth", weights_only=True)
-    assert saved["class_names"] == CLASSES
+    assert saved["class_names"] == CLASSES and saved["category_ids"] == [1, 2, 3]
     (trained / "from_checkpoint.yaml").write_text(saved["config"])
     for file in ("config.yaml", "from_checkpoint.yaml"):
         cfg = load_cfg(str(trained / file))
@@ -145,3 +145,18 @@ def test_fine_tuning_starts_the_class_layer_anew(
         assert name.startswith("head.cls_logits") or torch.equal(value, before[name])
     line = next(x for x in caplog.messages if "of the model's" in x)
     assert line.endswith("Initial values keep head.cls_logits.weight, head.cls_logits.bias")
+
+
+def test_predictions_have_the_category_ids_of_the_data_set(trained, shapes_folder, tmp_path):
+    """Also where the data set is not at hand: COCO's tools compare results by these numbers."""
+    forget()
+    image = str(shapes_folder / "shapes" / "val" / "0001.png")
+    predict.main(["--weights", str(trained / "model_final.pth"), "--input", image, "--json",
+                  "--output", str(tmp_path / "out"),
+                  "MODEL.FCOS.SCORE_THRESH_TEST", "0.0"])  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    truth = json.loads((shapes_folder / "shapes" / "val.json").read_text())
+    ids = {category["name"]: category["id"] for category in truth["categories"]}
+    assert ids == {"disc": 1, "square": 2, "triangle": 3}
+    assert len(results) == 100
+    assert all(r["category_id"] == ids[r["category_name"]] for r in results)

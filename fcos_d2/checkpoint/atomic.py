@@ -34,6 +34,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self._tag = True
         self.missing: list[str] = []  # names that the last file had not, or in another shape
         self.class_names: list[str] | None = None  # that the last file says
+        self.category_ids: list[int] | None = None  # of these classes in the data set
         # Of the data that is trained on. A class layer of other ones is not loaded.
         self.classes_of_data: list[str] | None = None
 
@@ -47,7 +48,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         rest = super().load(path, *args, **kwargs)
-        self.class_names = rest.get("class_names")
+        self.class_names, self.category_ids = rest.get("class_names"), rest.get("category_ids")
         return rest
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

@@ -1,4 +1,5 @@
 from .classes import (
+    category_ids,
     check_names_of_detector,
     check_num_classes,
     check_same_classes,
@@ -13,6 +14,7 @@ from .training_loader import TrainingLoader
 __all__ = [
     "DatasetMapper",
     "TrainingLoader",
+    "category_ids",
     "check_names_of_detector",
     "check_num_classes",
     "check_same_classes",

@@ -22,11 +22,25 @@ def with_class_names(cfg: CfgNode) -> CfgNode:
 
 def class_names(cfg: CfgNode) -> list[str] | None:
     """The classes of the first registered data set of a config that says them, or None."""
+    classes = _first_in_metadata(cfg, "thing_classes")
+    return None if classes is None else list(classes)
+
+
+def category_ids(cfg: CfgNode) -> list[int] | None:
+    """The category id of each class in the files of the data sets; None where there are no ids.
+
+    COCO files number their categories as they like; VOC and YOLO have names and class numbers.
+    """
+    numbers = _first_in_metadata(cfg, "thing_dataset_id_to_contiguous_id")
+    return None if numbers is None else sorted(numbers, key=numbers.get)
+
+
+def _first_in_metadata(cfg: CfgNode, key: str):
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         if name in DatasetCatalog:
-            classes = MetadataCatalog.get(name).get("thing_classes", None)
-            if classes is not None:
-                return list(classes)
+            value = MetadataCatalog.get(name).get(key, None)
+            if value is not None:
+                return value
     return None
 
 

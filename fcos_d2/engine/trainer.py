@@ -28,6 +28,7 @@ from ..config import load_cfg
 from ..data import (
     DatasetMapper,
     TrainingLoader,
+    category_ids,
     check_num_classes,
     check_same_classes,
     check_test_sets,
@@ -182,9 +183,8 @@ class Trainer(DefaultTrainer):
         # The same in a run that is resumed.
         described = with_class_names(self.cfg).dump()
         self.checkpointer.description = {"config": described, "seed": self.seed}
-        names = class_names(self.cfg)
-        if names is not None:
-            self.checkpointer.description["class_names"] = names
+        classes = {"class_names": class_names(self.cfg), "category_ids": category_ids(self.cfg)}
+        self.checkpointer.description |= {k: x for k, x in classes.items() if x is not None}
         if comm.is_main_process():
             PathManager.mkdirs(self.cfg.OUTPUT_DIR)
             with replacing(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
