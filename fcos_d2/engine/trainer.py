@@ -40,6 +40,7 @@ from ..data.layouts import use_data
 from ..data.proposals import check_proposal_files
 from ..data.training_loader import leave_signals_to_the_trainer, seed_all
 from ..modeling import FCOSWithTTA
+from ..modeling.backbone import check_random_start
 from .amp import AutocastTrainer, amp_dtype
 from .evaluators import build_evaluator, inference_folder
 from .hooks import AgreeOnBuffers, BestCheckpointer, OwedEvaluation, WaitingLog
@@ -51,6 +52,7 @@ from .resuming import (
     metrics_rows,
     refuse_earlier_run,
 )
+from .schedule import check_steps, follow_max_iter
 from .stopping import Stopped, StopWhenTold, left_when_told, signals_awaited
 
 _AUGMENTED = {"FCOS": FCOSWithTTA, "GeneralizedRCNN": GeneralizedRCNNWithTTA}
@@ -64,26 +66,33 @@ def setup(args) -> CfgNode:
 
     Raises:
         ValueError: for no config file, for test-time augmentation of a model that it is not
-            offered for, and for a new run in the folder of an earlier one.
+            offered for, for SOLVER.STEPS beyond the end, and for a new run in the folder of an
+            earlier one.
     """
     if not args.config_file:
         raise ValueError("Name a config: --config-file configs/COCO-Detection/...yaml")
-    cfg = load_cfg(args.config_file, args.opts, getattr(args, "allow_unsafe_config", False))
+    allow_unsafe = getattr(args, "allow_unsafe_config", False)
+    cfg = load_cfg(args.config_file, args.opts, allow_unsafe)
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE not in _AUGMENTED:
         raise ValueError(
             f"TEST.AUG is offered for MODEL.META_ARCHITECTURE {list(_AUGMENTED)}, not "
             f"{cfg.MODEL.META_ARCHITECTURE!r}: set TEST.AUG.ENABLED False"
         )
     data = getattr(args, "data", None)
-    of_data = use_data(cfg, data, args.opts[::2]) if data else None
+    eval_only, given = getattr(args, "eval_only", False), args.opts[::2]
+    notes = [use_data(cfg, data, given)] if data else []
+    if not eval_only:
+        own = load_cfg(args.config_file, allow_unsafe=allow_unsafe)
+        notes.append(follow_max_iter(cfg, own.SOLVER, given))
+        check_steps(cfg.SOLVER)
     cfg.freeze()
-    if not getattr(args, "eval_only", False) and not getattr(args, "resume", False):
+    if not eval_only and not getattr(args, "resume", False):
         overwrite = getattr(args, "overwrite", False)
         refuse_earlier_run(cfg.OUTPUT_DIR, overwrite, cfg.MODEL.WEIGHTS)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fcos_d2")
-    if of_data:
-        logging.getLogger(__name__).info(of_data)
+    for note in filter(None, notes):
+        logging.getLogger(__name__).info(note)
     register_custom_datasets(cfg)
     return cfg
 
@@ -141,10 +150,13 @@ class Trainer(DefaultTrainer):
 
         Raises:
             ValueError: for a checkpoint that this run cannot go on from, before anything is
-                loaded; see :func:`check_resumable` and :func:`checkpoint_to_resume`.
+                loaded; see :func:`check_resumable` and :func:`checkpoint_to_resume`. For a start
+                at random of a backbone that does not learn.
         """
         found = checkpoint_to_resume(self.checkpointer, self.cfg) if resume else None
         if found is None:
+            if not self.cfg.MODEL.WEIGHTS:
+                check_random_start(self.checkpointer.model)
             self.checkpointer.classes_of_data = class_names(self.cfg)
             self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
             return

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from detectron2.layers import ShapeSpec
+from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
@@ -214,6 +214,26 @@ def padded_size(backbone: Backbone, height: int, width: int) -> tuple[int, int]:
         padding_constraints=backbone.padding_constraints,
     )
     return tuple(images.tensor.shape[-2:])
+
+
+def check_random_start(model: nn.Module) -> None:
+    """Raise a ValueError if a model without weights has parts that keep their random values."""
+    blocks = [m for m in model.modules() if isinstance(m, CNNBlockBase)]
+    frozen = sum(p.numel() for b in blocks for p in b.parameters() if not p.requires_grad)
+    # Fixed norms are no BatchNorm; as long as nothing was loaded into them their means are 0.
+    unestimated = sum(
+        getattr(m, "running_mean", None) is not None
+        and not isinstance(m, nn.modules.batchnorm._BatchNorm)
+        and not m.running_mean.any()
+        for m in model.modules()
+    )
+    if frozen or unestimated:
+        raise ValueError(
+            f"MODEL.WEIGHTS is '', so the model starts at random, but it has {frozen:,} frozen "
+            f"values and {unestimated} fixed batch norms in its backbone, which never learn. Set "
+            "MODEL.WEIGHTS (docs/results.md says where ImageNet weights are), or train the whole "
+            "backbone: MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.NORM BN (of timm: MODEL.TIMM.NORM)"
+        )
 
 
 def _freeze_unused_outputs(fpn: FPN, used: Sequence[str]) -> None:

@@ -173,6 +173,28 @@ def test_wrong_number_of_classes_is_an_error_before_training(cfg):
         Trainer.build_test_loader(cfg, "shapes_val")
 
 
+@pytest.mark.parametrize(
+    ("opts", "frozen", "norms"),
+    [
+        # The stem and res2 of R-50: 64*3*7*7, then 64*64 + 64*64*9 + 64*256 + 64*256 for the
+        # shortcut, and twice 256*64 + 64*64*9 + 64*256; all norms are FrozenBN.
+        (["BACKBONE.FREEZE_AT", 2, "RESNETS.NORM", "FrozenBN"], 222_400, 53),
+        (["BACKBONE.FREEZE_AT", 2, "RESNETS.NORM", "BN"], 222_400, 11),
+        (["BACKBONE.FREEZE_AT", 1, "RESNETS.NORM", "GN"], 9_408 + 2 * 64, 0),
+        (["RESNETS.NORM", "FrozenBN"], 0, 53),
+    ],
+)
+def test_a_random_start_must_learn_all_of_the_backbone(cfg, opts, frozen, norms):
+    wide = ["STEM_OUT_CHANNELS", 64, "WIDTH_PER_GROUP", 64, "RES2_OUT_CHANNELS", 256]
+    opts = [f"MODEL.{x}" if i % 2 == 0 else x for i, x in enumerate(opts)]
+    opts += [f"MODEL.RESNETS.{x}" if i % 2 == 0 else x for i, x in enumerate(wide)]
+    cfg.merge_from_list(opts)
+    message = rf"{frozen:,} frozen values and {norms} fixed batch norms .*FREEZE_AT 0"
+    with pytest.raises(ValueError, match=message):
+        Trainer(cfg).resume_or_load(resume=False)
+    Trainer(cfg)  # building alone is no start
+
+
 def test_diverged_training_stops_with_a_clear_error(cfg):
     trainer = Trainer(cfg)
     torch.nn.init.constant_(trainer.model.head.cls_logits.bias, float("nan"))

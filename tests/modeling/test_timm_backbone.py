@@ -9,6 +9,7 @@ from helpers import tiny_cfg
 
 from fcos_d2 import model_zoo
 from fcos_d2.modeling import TimmBackbone
+from fcos_d2.modeling.backbone import check_random_start
 
 YAMLS = [
     "COCO-Detection/fcos_timm_mobilenetv3_FPN_1x.yaml",
@@ -98,6 +99,10 @@ def test_norms(norm):
     if norm == "FrozenBN":
         before = backbone.train()(x)["res5"]
         assert torch.equal(before, backbone.eval()(x)["res5"])
+        with pytest.raises(ValueError, match=r" 0 frozen values and 34 fixed batch norms"):
+            check_random_start(backbone)
+    else:
+        check_random_start(backbone)
 
 
 @pytest.mark.parametrize("weights, loads", [("", True), ("detector.pth", False)])
