@@ -5,7 +5,7 @@ is timed, and the run ends where they differ: a speed-up that changes detections
 torchvision's FCOS and Detectron2's RetinaNet have random weights with as many candidates.
 
     python benchmarks/end_to_end.py [--modes inference training] [--precisions float32 bfloat16]
-        [--batch 1 8] [--compile] [--optimize] [--device cuda]
+        [--batch 1 8] [--compile] [--device cuda]
 """
 
 import argparse
@@ -218,9 +218,6 @@ def main() -> None:
         "--train-size", type=int, nargs=2, default=(800, 1216) if on_gpu else (400, 608)
     )
     parser.add_argument("--compile", action="store_true", help="ours also compiled")
-    parser.add_argument(
-        "--optimize", action="store_true", help="ours also compiled with frozen weights (inference)"
-    )
     parser.add_argument("--repeats", type=int, default=20 if on_gpu else 5)
     parser.add_argument("--device", default=default_device())
     args = parser.parse_args()
@@ -241,9 +238,6 @@ def main() -> None:
     for precision in args.precisions if "inference" in args.modes else []:
         opts = ["MODEL.FCOS.PRECISION_TEST", precision]
         ours = {n: build_ours(theirs, device, opts + o).eval() for n, o in variants.items()}
-        if args.optimize:
-            ours["fcos_d2 optimized"] = build_ours(theirs, device, opts).eval()
-            ours["fcos_d2 optimized"].execution.freeze()
         limits = {} if precision == "float32" else {"iou": 0.9, "score": 0.05}
         for name, model in ours.items():
             share = check_agreement(name, detect(model, images[:1]), expected, **limits)

@@ -66,10 +66,8 @@ def main() -> None:
     batch = make_images(args.batch, size)
     detectrons = build_detectrons(batch[0], "cpu")
     model = build_ours(detectrons, "cpu", []).eval()
-    optimized = build_ours(detectrons, "cpu", []).eval()
-    optimized.execution.freeze()
     images = torch.stack([x["image"] for x in batch]).float().numpy()
-    functions = {"PyTorch": lambda: model(batch), "PyTorch, optimized": lambda: optimized(batch)}
+    functions = {"PyTorch": lambda: model(batch), "Detectron2's FCOS": lambda: detectrons(batch)}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         begin = time.perf_counter()

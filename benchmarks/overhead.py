@@ -71,7 +71,7 @@ class FixedMaps(Backbone):
 
 
 def build_ours(images: int, device: str, radius: float) -> nn.Module:
-    # Our backbone's maps are channels-last on CPU: the model's execution makes its input so.
+    # Our backbone's maps are channels-last on CPU: the model's runtime makes its input so.
     layout = torch.channels_last if device == "cpu" else torch.contiguous_format
     backbone = FixedMaps(images, device, layout)
     shapes = list(backbone.output_shape().values())

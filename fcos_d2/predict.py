@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = _source(args.input)
         # A camera's frames shall not wait for others.
         batch_size = 1 if isinstance(source, int) else args.batch_size
-        predictor = Predictor(cfg, batch_size=batch_size, optimize=args.optimize)
+        predictor = Predictor(cfg, batch_size=batch_size)
         threshold = _threshold(args.threshold, predictor.metadata.get("thing_classes", None))
         output = Path(args.output)
         output.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=["float32", "bfloat16", "float16"], help="MODEL.FCOS.PRECISION_TEST"
     )
-    parser.add_argument("--optimize", action="store_true", help="compile: slow start, then faster")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
     return parser
 

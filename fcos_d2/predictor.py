@@ -15,7 +15,6 @@ from detectron2.modeling import build_model
 from .checkpoint import AtomicCheckpointer
 from .data import category_ids, class_names
 from .data.image_files import IMAGE_SUFFIXES, read_image
-from .modeling import FCOS
 from .modeling.backbone import padded_size
 from .modeling.images import check_finite
 from .ordered_batches import run_in_batches
@@ -34,25 +33,17 @@ class Predictor:
     data sets say them, under Detectron2's names.
     """
 
-    def __init__(
-        self, cfg: CfgNode, batch_size: int = 8, channels: str = "BGR", optimize: bool = False
-    ):
+    def __init__(self, cfg: CfgNode, batch_size: int = 8, channels: str = "BGR"):
         """
         Args:
             cfg: of any detector of Detectron2; ``MODEL.WEIGHTS`` are loaded. Left as it is.
             batch_size: the most images that run together.
             channels: of arrays that are given: "BGR", as OpenCV reads them, or "RGB". Files and
-                videos know their own. What the model wants, ``INPUT.FORMAT``, is seen to.
-            optimize: compile the detector with its weights frozen into the code; only FCOS. The
-                first image, and the first one of each new kind of size (a few), take up to a
-                minute. Images of any size give the same results up to rounding; those of the first
-                one's size are the fastest. The weights must not change later. Where no compiler is
-                found there is a warning, and the detector runs as without.
+                videos know their own. All are converted to ``INPUT.FORMAT``.
 
         Raises:
-            ValueError: for a batch size below 1, another order of channels, weights that do not
-                fit or could run code, or to optimize another detector or one whose weights are
-                not finite.
+            ValueError: for a batch size below 1, another order of channels, and weights that do not
+                fit or could run code.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -66,8 +57,6 @@ class Predictor:
         self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self.model_channels = cfg.INPUT.FORMAT
         self.batch_size, self.channels = batch_size, channels
-        if optimize:
-            self._optimize()
 
     def __call__(self, images: np.ndarray | str | os.PathLike | Iterable) -> dict | list[dict]:
         """Detections of an image, or of each image of a list.
@@ -122,17 +111,6 @@ class Predictor:
         if not capture.isOpened():
             raise OSError(f"OpenCV cannot open the video {source}")
         return self._run(_frames(capture), lambda frame: (frame, "BGR"))
-
-    def _optimize(self) -> None:
-        if not isinstance(self.model, FCOS):
-            raise ValueError(
-                f"optimize=True is offered for FCOS, not for {type(self.model).__name__}"
-            )
-        # Compiled kernels may turn NaN into 0, so that a diverged model would look healthy.
-        bad = [n for n, x in self.model.state_dict().items() if not x.isfinite().all()]
-        if bad:
-            raise ValueError(f"The weights have NaN or infinite values, e.g. in {bad[0]}")
-        self.model.execution.freeze()
 
     def _load(self, image: np.ndarray | str | os.PathLike) -> tuple[np.ndarray, str]:
         """Pixels, and the order of their channels."""

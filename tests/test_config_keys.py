@@ -55,8 +55,8 @@ KEYS = {
     "SCORE_THRESH_TEST": (0.2, {}, lambda m: m.post_processor.score_thresh == 0.2),
     "TOPK_CANDIDATES_TEST": (50, {}, lambda m: m.post_processor.topk_candidates == 50),
     "NMS_THRESH_TEST": (0.5, {}, lambda m: m.post_processor.nms_thresh == 0.5),
-    "PRECISION_TEST": ("bfloat16", {}, lambda m: m.execution.dtype_test == torch.bfloat16),
-    "COMPILE": (True, {}, lambda m: m.execution.compile),
+    "PRECISION_TEST": ("bfloat16", {}, lambda m: m.runtime.dtype_test == torch.bfloat16),
+    "COMPILE": (True, {}, lambda m: m.runtime.compile),
     "CLIP_BOXES": ("after_nms", {}, lambda m: m.post_processor.clip_boxes == "after_nms"),
     "SCORE_FUSION": ("product", {}, lambda m: m.post_processor.score_fusion == "product"),
 }  # fmt: skip

@@ -13,8 +13,8 @@ from detectron2.utils.events import EventStorage
 from helpers import make_input
 
 from fcos_d2 import model_zoo
-from fcos_d2.acceleration.norm_folding import FoldedConv2d
 from fcos_d2.data import DatasetMapper
+from fcos_d2.runtime import FoldedConv2d
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

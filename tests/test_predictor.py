@@ -10,7 +10,6 @@ from detectron2.engine import DefaultPredictor
 from helpers import tiny_cfg
 
 import fcos_d2
-from fcos_d2 import model_zoo
 from fcos_d2.modeling.images import check_finite
 
 # The shorter side becomes 128: (96, 144) and (64, 97) are (128, 192) and (128, 194) to the network,
@@ -157,30 +156,6 @@ def test_detections_before_a_bad_image_are_not_lost(cfg, tmp_path):
     with pytest.raises(OSError, match=r"broken\.png"):
         predictor(tmp_path / "broken.png")
     assert predictor([]) == []
-
-
-def test_optimized_finds_the_same_at_all_sizes(cfg):
-    optimized, plain = (fcos_d2.Predictor(cfg, optimize=x) for x in (True, False))
-    images = make_images()
-    for a, b in zip(optimized(images), plain(images), strict=True):
-        assert_same(a, b)
-    assert optimized.model.backbone._compiled_call_impl is not None
-
-
-def test_only_fcos_with_finite_weights_is_optimized(cfg, tmp_path):
-    with pytest.raises(ValueError, match="for FCOS, not for RetinaNet"):
-        retinanet = model_zoo.get_config("Ablations/retinanet_R_50_FPN_1x.yaml")
-        retinanet.MODEL.WEIGHTS = ""
-        fcos_d2.Predictor(retinanet, optimize=True)
-    weights = torch.load(cfg.MODEL.WEIGHTS)
-    weights["head.cls_logits.bias"][0] = float("nan")
-    cfg = cfg.clone()
-    cfg.MODEL.WEIGHTS = str(tmp_path / "nan.pth")
-    torch.save(weights, cfg.MODEL.WEIGHTS)
-    with pytest.raises(
-        ValueError, match=r"NaN or infinite values, e\.g\. in head\.cls_logits\.bias"
-    ):
-        fcos_d2.Predictor(cfg, optimize=True)
 
 
 def test_wrong_arguments(cfg):

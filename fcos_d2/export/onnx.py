@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import __version__
-from ..acceleration import Execution
 from ..checkpoint import replacing
 from ..modeling import FCOS
 from ..modeling.deform_conv import PortableDeformConv
+from ..runtime import Runtime
 from .check import largest_difference
 from .graph import DetectionGraph, RawGraph
 
@@ -155,7 +155,7 @@ def _check_packages() -> None:
 def _plain_copy(model: FCOS) -> FCOS:
     """On CPU, in evaluation mode and float32, not compiled."""
     model = copy.deepcopy(model).cpu().float().eval()
-    model.execution = Execution()
+    model.runtime = Runtime()
     return model
 
 

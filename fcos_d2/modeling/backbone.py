@@ -6,18 +6,30 @@ from collections.abc import Sequence
 import torch
 from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.backbone import FPN, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.structures import ImageList
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
+from ..runtime import fold_norms
 from .deform_conv import use_portable_deform_convs
 
 _CHOOSE_TIMM = (
     "Choose a model that makes maps of the strides 8, 16 and 32 from images of any size, as "
     "mobilenetv3_large_100, resnet50, efficientnet_b0 or convnext_tiny"
 )
+
+
+class FoldedResNet(ResNet):
+    """Detectron2's ResNet, with fixed batch norms in the weights of their convolutions on CPU.
+
+    For LazyConfigs; :func:`build_fcos_resnet_fpn_backbone` does the same.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        fold_norms(self)
 
 
 class LastLevelP6(nn.Module):
@@ -45,6 +57,7 @@ def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """
     bottom_up = build_resnet_backbone(cfg, input_shape)
     use_portable_deform_convs(bottom_up)
+    fold_norms(bottom_up)
     return _build_fpn(cfg, bottom_up)
 
 

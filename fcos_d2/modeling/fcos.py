@@ -12,11 +12,10 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
-from ..acceleration import Execution, fold_norms
-from ..acceleration.transfer import to_device
 from ..config import check_same
+from ..runtime import Runtime
 from .head import FCOSHead, HeadOutputs, check_fine_to_coarse, select_levels
-from .images import check_finite
+from .images import checked_images
 from .losses import FCOSLoss
 from .points import Levels
 from .post_processing import FCOSPostProcessor
@@ -46,19 +45,18 @@ class FCOS(DenseDetector):
         location_offset: float = 0.5,
         input_format: str = "BGR",
         vis_period: int = 0,
-        execution: Execution | None = None,
+        runtime: Runtime | None = None,
     ):
         """
         Args:
-            backbone: it is changed: fixed batch norms in its residual blocks and stem are folded
-                into their convolutions.
-            head, assigner, loss, post_processor: the other stages.
+            backbone, head, assigner, loss, post_processor: the stages.
             head_in_features: the maps of the backbone that the head takes, finest first.
             num_classes: what ``gt_classes`` must be below.
             pixel_mean, pixel_std: per channel, in the channel order of ``input_format``.
             location_offset: where in its cell a location is, in strides.
             input_format, vis_period: Detectron2's INPUT.FORMAT and VIS_PERIOD.
-            execution: precision and compilation; None for float32, not compiled.
+            runtime: precision and compilation, of this detector alone; None for float32, not
+                compiled.
 
         Raises:
             ValueError: if the parts were built with different strides, classes or kinds of
@@ -67,14 +65,13 @@ class FCOS(DenseDetector):
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
         )
-        fold_norms(self.backbone)
         self.assigner = assigner
         self.loss = loss
         self.post_processor = post_processor
         self.num_classes = num_classes
         self.input_format = input_format
         self.vis_period = vis_period
-        self.execution = Execution() if execution is None else execution
+        self.runtime = Runtime() if runtime is None else runtime
         strides = [s.stride for s in select_levels(backbone.output_shape(), head_in_features)]
         self.levels = Levels(tuple(strides), location_offset)
         self._check_parts()
@@ -97,7 +94,7 @@ class FCOS(DenseDetector):
             "location_offset": fcos.LOCATION_OFFSET,
             "input_format": cfg.INPUT.FORMAT,
             "vis_period": cfg.VIS_PERIOD,
-            "execution": Execution(cfg),
+            "runtime": Runtime(cfg),
         }
 
     def _check_parts(self) -> None:
@@ -129,18 +126,19 @@ class FCOS(DenseDetector):
             self._log_training(batched_inputs, images, outputs, targets)
             return self.loss(outputs, targets.to(self.device))
         images = self.preprocess_image(batched_inputs)
-        detections = []
-        for batch in self.execution.batches(images):
-            outputs = self.head_outputs(batch)
-            with torch.no_grad():
-                detections += self.post_processor(outputs, self.levels, batch.image_sizes)
+        outputs = self.head_outputs(images)
+        with torch.no_grad():
+            detections = self.post_processor(outputs, self.levels, images.image_sizes)
         return _at_output_size(detections, batched_inputs)
 
     def head_outputs(self, images: ImageList) -> HeadOutputs:
-        """What the head says of preprocessed images: the dense part, backbone and head."""
-        with self.execution.of(self, images.tensor) as pixels:
-            features = self.backbone(pixels)
-            return self.head([features[f] for f in self.head_in_features])
+        """What the head says of preprocessed images."""
+        return self.runtime.run(self, images.tensor)
+
+    def dense(self, pixels: Tensor) -> HeadOutputs:
+        """Backbone and head on (N, 3, H, W) normalised pixels; see :meth:`head_outputs`."""
+        features = self.backbone(pixels)
+        return self.head([features[f] for f in self.head_in_features])
 
     def ground_truth(self, batched_inputs: list[dict]) -> list[Instances]:
         """The annotations of each image, checked, on CPU.
@@ -177,16 +175,8 @@ class FCOS(DenseDetector):
         )
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, pad and batch the images."""
-        for i, x in enumerate(batched_inputs):
-            if not x["image"].is_cuda and not torch.jit.is_tracing():  # a trace cannot raise
-                check_finite(x["image"], x.get("file_name", f"number {i} of the batch"))
-        return super().preprocess_image(batched_inputs)
-
-    def _move_to_current_device(self, x: Tensor) -> Tensor:
-        if torch.jit.is_tracing():
-            return super()._move_to_current_device(x)
-        return to_device(x, self.device)
+        """Check, normalise, pad and batch the images."""
+        return super().preprocess_image(checked_images(batched_inputs, self.device))
 
 
 def _at_output_size(detections: list[Instances], batched_inputs: list[dict]) -> list[dict]:

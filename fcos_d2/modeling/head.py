@@ -41,6 +41,17 @@ class HeadOutputs(NamedTuple):
         """(Hi, Wi) of each level."""
         return [tuple(x.shape[-2:]) for x in self.class_logits]
 
+    @classmethod
+    def cat(cls, parts: Sequence["HeadOutputs"]) -> "HeadOutputs":
+        """The outputs of several batches of images of one size as those of one batch."""
+        kinds = zip(*parts, strict=True)
+        return cls(
+            *(
+                None if kind[0] is None else [torch.cat(x) for x in zip(*kind, strict=True)]
+                for kind in kinds
+            )
+        )
+
 
 class PerLevelNorm(nn.ModuleList):
     """A normalisation layer for each level, for those that keep statistics (BN, SyncBN)."""

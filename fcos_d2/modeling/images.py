@@ -3,6 +3,22 @@
 import torch
 from torch import Tensor
 
+from ..runtime import to_device
+
+
+def checked_images(batched_inputs: list[dict], device: torch.device) -> list[dict]:
+    """The images of a batch on the device, without waiting for it.
+
+    Raises:
+        ValueError: for an image on CPU with NaN or infinite pixels.
+    """
+    if torch.jit.is_tracing():  # a trace cannot raise, and must not remember the device
+        return batched_inputs
+    for i, x in enumerate(batched_inputs):
+        if x["image"].device.type == "cpu":
+            check_finite(x["image"], x.get("file_name", f"number {i} of the batch"))
+    return [{"image": to_device(x["image"], device)} for x in batched_inputs]
+
 
 def check_finite(image: Tensor, name: str) -> None:
     """Raise a ValueError that names the image if it has NaN or infinite pixels.

@@ -22,7 +22,7 @@ from detectron2.config import configurable
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..acceleration.transfer import to_device
+from ..runtime import to_device
 from .points import Levels, boxes_to_ltrb
 
 # Widens each window by a hundredth of a cell, so that float rounding cannot lose a cell that the

@@ -85,9 +85,7 @@ class DensePart(torch.nn.Module):
         self.model = model
 
     def forward(self, pixels):
-        with self.model.execution.of(self.model, pixels) as pixels:
-            features = self.model.backbone(pixels)
-            return self.model.head([features[f] for f in self.model.head_in_features])
+        return self.model.runtime.run(self.model, pixels)
 
 
 @torch.no_grad()

@@ -2,16 +2,19 @@
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import FPN, BasicStem, ResNet
+from detectron2.modeling.backbone import FPN, BasicStem
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 
 from fcos_d2.modeling import FCOS, FCOSHead, FCOSLoss, FCOSPostProcessor, LocationAssigner
+from fcos_d2.modeling.backbone import FoldedResNet
 
 model = L(FCOS)(
     backbone=L(FPN)(
-        bottom_up=L(ResNet)(
+        bottom_up=L(FoldedResNet)(
             stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
-            stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=True, norm="FrozenBN"),
+            stages=L(FoldedResNet.make_default_stages)(
+                depth=50, stride_in_1x1=True, norm="FrozenBN"
+            ),
             out_features=["res3", "res4", "res5"],
             freeze_at=2,
         ),

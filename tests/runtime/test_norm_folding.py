@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.layers.batch_norm import FrozenBatchNorm2d
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import build_model
 from detectron2.modeling.backbone import build_resnet_backbone
 from helpers import make_input, tiny_cfg
 from torch import nn
@@ -14,8 +14,8 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from fcos_d2 import get_cfg, model_zoo
-from fcos_d2.acceleration.norm_folding import FoldedConv2d, fold_norms
 from fcos_d2.modeling.deform_conv import use_portable_deform_convs
+from fcos_d2.runtime import FoldedConv2d, fold_norms
 
 
 def conv_and_folded(norm, bias, activation=None, groups=1):
@@ -230,38 +230,34 @@ def folded_modules(model):
     return [m for m in model.modules() if isinstance(m, FoldedConv2d)]
 
 
-def test_only_fcos_is_folded():
-    cfg = tiny_cfg()
-    assert len(folded_modules(build_model(cfg))) == 20
-    assert not folded_modules(build_backbone(cfg))
-    for name in (
-        "quick_schedules/faster_rcnn_fcos_R_18_FPN_shapes.yaml",
-        "Ablations/retinanet_R_50_FPN_1x.yaml",
+def test_our_backbones_are_folded_and_detectron2s_are_not():
+    for name, number in (
+        ("quick_schedules/fcos_R_18_FPN_shapes.yaml", 20),
+        ("quick_schedules/faster_rcnn_fcos_R_18_FPN_shapes.yaml", 20),
+        ("Ablations/retinanet_R_50_FPN_1x.yaml", 0),
     ):
         cfg = model_zoo.get_config(name)
         cfg.MODEL.DEVICE = "cpu"
-        assert not folded_modules(build_model(cfg))
+        assert len(folded_modules(build_model(cfg))) == number
 
 
-def test_names_and_random_weights_are_those_of_the_parts():
+def test_other_devices_run_detectron2s_steps():
+    _, folded = conv_and_folded("FrozenBN", False)
+    calls_of_norm = []
+    folded.norm.register_forward_hook(lambda *args: calls_of_norm.append(1))
+    folded = folded.to("meta").eval()
+    folded(torch.empty(1, 4, 64, 64, dtype=torch.float64, device="meta"))
+    assert calls_of_norm == [1]
+
+
+def test_names_and_random_weights_are_detectron2s():
     cfg = tiny_cfg()
     torch.manual_seed(3)
-    backbone = build_backbone(cfg)
+    theirs = build_resnet_backbone(cfg, ShapeSpec(channels=3)).state_dict()
     torch.manual_seed(3)
     model = build_model(cfg)
-    weights = model.backbone.state_dict()
-    assert list(weights) == list(backbone.state_dict())
-    assert all(torch.equal(weights[name], x) for name, x in backbone.state_dict().items())
+    ours = model.backbone.bottom_up.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], x) for name, x in theirs.items())
     sum(model.train()([make_input()]).values()).backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-def test_convolutions_with_hooks_or_pruned_are_left():
-    theirs, _ = resnet(18)
-    calls = []
-    theirs.res2[0].conv1.register_forward_hook(lambda *args: calls.append(1))
-    prune.l1_unstructured(theirs.res3[0].conv1, "weight", 0.5)
-    fold_norms(theirs)
-    assert sum(isinstance(m, FoldedConv2d) for m in theirs.modules()) == 18
-    theirs(torch.randn(1, 3, 64, 64))
-    assert calls == [1]

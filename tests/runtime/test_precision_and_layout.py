@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import pairwise_iou
 from helpers import make_input, tiny_cfg
 
-from fcos_d2.acceleration import execution
+from fcos_d2 import runtime
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_channels_last_on_cpu_gives_the_same(monkeypatch, logits_of):
     for helps in (True, False):
         model = copy.deepcopy(start)
         layouts = logits_of(model)
-        monkeypatch.setattr(execution, "channels_last_helps", lambda device, helps=helps: helps)
+        monkeypatch.setattr(runtime, "channels_last_helps", lambda device, helps=helps: helps)
         detections = detect(model, make_input(), make_input(seed=1))
         model.train().zero_grad()
         losses = model([make_input(), make_input((), ())])
@@ -74,11 +74,11 @@ def test_channels_last_on_cpu_gives_the_same(monkeypatch, logits_of):
 
 
 def test_channels_last_where(monkeypatch):
-    assert execution.channels_last_helps("cpu")
-    assert not execution.channels_last_helps("cuda")
+    assert runtime.channels_last_helps("cpu")
+    assert not runtime.channels_last_helps("cuda")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    assert execution.channels_last_helps("cuda")
-    assert not execution.channels_last_helps("mps")
+    assert runtime.channels_last_helps("cuda")
+    assert not runtime.channels_last_helps("mps")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])

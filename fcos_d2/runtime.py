@@ -1,0 +1,174 @@
+"""How a detector runs, as opposed to what it is: nothing here changes a result beyond rounding.
+
+Precision, memory layout and compilation of the backbone and the head, batch norms folded into their
+convolutions, and copies to a GPU that nothing waits for.
+"""
+
+import contextlib
+import functools
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
+from torch import Tensor, nn
+
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Runtime:
+    """Runs the backbone and the head of one detector."""
+
+    @configurable
+    def __init__(self, *, precision_test: str = "float32", compile: bool = False):
+        """
+        Args:
+            precision_test: ``MODEL.FCOS.PRECISION_TEST``.
+            compile: ``MODEL.FCOS.COMPILE``. The first run compiles; a copy of a compiled detector
+                is not compiled.
+
+        Raises:
+            ValueError: for an unknown precision.
+        """
+        if precision_test not in _PRECISIONS:
+            raise ValueError(
+                f"MODEL.FCOS.PRECISION_TEST must be one of {list(_PRECISIONS)}, got "
+                f"{precision_test!r}"
+            )
+        self.dtype_test = _PRECISIONS[precision_test]
+        self.compile = compile
+        self._is_compiled = False
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        fcos = cfg.MODEL.FCOS
+        return {"precision_test": fcos.PRECISION_TEST, "compile": fcos.COMPILE}
+
+    def run(self, model: nn.Module, images: Tensor):
+        """``model.dense(images)``, the maps that backbone and head make of (N, 3, H, W) images."""
+        device = images.device.type
+        if self.compile and not self._is_compiled:
+            _compile(model, device)
+            self._is_compiled = True
+        at_test = self.dtype_test is not None and not model.training
+        with torch.autocast(device, self.dtype_test) if at_test else contextlib.nullcontext():
+            if channels_last_helps(device):
+                # Convolutions, and on CPU all that follows them, take the layout of their input.
+                images = images.contiguous(memory_format=torch.channels_last)
+            if device != "cpu" or model.training or len(images) < 2:
+                return model.dense(images)
+            # On CPU a batch gains nothing, and the maps of one image stay nearer to the caches.
+            parts = [model.dense(image) for image in images.split(1)]
+        return type(parts[0]).cat(parts)
+
+
+def channels_last_helps(device_type: str) -> bool:
+    """Whether convolutions run faster on (N, H, W, C) memory.
+
+    On CPU always (benchmarks/NOTES.md); on GPU in half precision, whose tensor cores want it.
+    There the group norms of the head return the plain layout, so it ends with the backbone.
+    """
+    return device_type == "cpu" or (device_type == "cuda" and torch.is_autocast_enabled("cuda"))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a copy to a GPU is queued there, and the host goes on at once."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def _compile(model: nn.Module, device_type: str) -> None:
+    """Compile in place: the modules keep their class and the names of their state."""
+    if not compiler_works(device_type):
+        return
+    model.backbone.compile(dynamic=True)
+    # On CPU, PyTorch's own group normalisation is faster than the compiled one
+    # (benchmarks/NOTES.md), and little else in the head could be fused.
+    if device_type != "cpu":
+        model.head.compile(dynamic=True)
+
+
+@functools.cache
+def compiler_works(device_type: str) -> bool:
+    """Whether torch.compile works for a kind of device; if not, one warning says why."""
+    try:
+        torch.compile(_probe, dynamic=True)(torch.ones(2, device=device_type))
+        return True
+    except Exception as error:  # torch, Triton and the C++ compiler each raise their own
+        needed = "a C++ compiler" if device_type == "cpu" else "Triton and a C compiler"
+        reason = " ".join(str(error).split("\n", 2)[:2]) or type(error).__name__
+        logging.getLogger(__name__).warning(
+            f"The model is not compiled: torch.compile does not work here for the device "
+            f"{device_type!r}, where it needs {needed}: {reason}"
+        )
+        return False
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return x.sin() + 1
+
+
+def fold_norms(backbone: nn.Module) -> None:
+    """Exchange the convolutions in the residual blocks and stem of a new ResNet, in place.
+
+    Parameters, buffers and their names stay, and so do gradients; results differ by rounding.
+    """
+    for block in backbone.modules():
+        if isinstance(block, CNNBlockBase):
+            for name, child in block.named_children():
+                if type(child) is Conv2d and child.norm is not None:
+                    setattr(block, name, FoldedConv2d.from_conv(child))
+
+
+class FoldedConv2d(Conv2d):
+    """Detectron2's convolution, which on CPU has a fixed batch norm in its weights.
+
+    A frozen norm, or any batch norm in evaluation mode, is an affine map of each channel. Scaling
+    the weights by it in every call replaces passes over the activations. The norm is then not
+    called, so that hooks on it do not fire. It is called as usual where the weights are more than
+    the activations, and on other devices, where scaling costs more launches than it saves.
+    """
+
+    @classmethod
+    def from_conv(cls, conv: Conv2d) -> "FoldedConv2d":
+        """A convolution that shares its parameters and its norm with ``conv``."""
+        folded = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+            conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode,
+            norm=conv.norm, activation=conv.activation, device="meta",
+        )  # fmt: skip
+        folded.weight, folded.bias = conv.weight, conv.bias
+        return folded.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not _is_fixed(self.norm) or not self._has_few_weights(x):
+            return super().forward(x)
+        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
+        bias = self.norm.bias - self.norm.running_mean * scale
+        if self.bias is not None:
+            bias = bias + self.bias * scale
+        # The norms of a model in half precision may have stayed in float32.
+        weight = (self.weight * scale.reshape(-1, 1, 1, 1)).to(self.weight.dtype)
+        bias = bias.to(weight.dtype)
+        x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return x if self.activation is None else self.activation(x)
+
+    def _has_few_weights(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return True  # one graph for images of all sizes
+        weights_per_channel = self.in_channels // self.groups * math.prod(self.kernel_size)
+        return weights_per_channel <= x.numel() // x.shape[1] // math.prod(self.stride)
+
+
+def _is_fixed(norm: nn.Module | None) -> bool:
+    if isinstance(norm, FrozenBatchNorm2d):
+        return True
+    return (
+        isinstance(norm, nn.modules.batchnorm._BatchNorm)  # SyncBN is one, too
+        and not norm.training
+        and norm.affine
+        and norm.track_running_stats
+    )
