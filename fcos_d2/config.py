@@ -1,13 +1,11 @@
 """Every config key of fcos_d2, with its reason and the source of its default."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as _get_detectron2_cfg
-from detectron2.utils.file_io import PathManager
 
 _CUSTOM = "DATASETS.CUSTOM."
 
@@ -83,8 +81,7 @@ def load_cfg(config_file: str, opts: Sequence = (), allow_unsafe: bool = False) 
     cfg = get_cfg()
     try:
         cfg.merge_from_file(config_file, allow_unsafe=allow_unsafe)
-        drop_keys_of_other_formats(cfg, config_file)
-        cfg.merge_from_list(merge_yaml_values(cfg, opts))
+        cfg.merge_from_list(_merge_yaml_values(cfg, opts))
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
             f"{config_file}, or a config that it is based on, contains Python code: {error}. "
@@ -100,7 +97,7 @@ def load_cfg(config_file: str, opts: Sequence = (), allow_unsafe: bool = False) 
     return cfg
 
 
-def merge_yaml_values(cfg: CN, opts: Sequence) -> list:
+def _merge_yaml_values(cfg: CN, opts: Sequence) -> list:
     """Merge those of ``[key, value, ...]`` that ``cfg.merge_from_list`` cannot; return the others.
 
     They are the entries of ``DATASETS.CUSTOM``; see :func:`load_cfg`, also for the errors. Bounds
@@ -137,72 +134,6 @@ def _set_custom(cfg: CN, key: str, value: object) -> None:
             f"{key} {value!r}: write {_CUSTOM}NAME.KEY value, or the whole entry, "
             f'{_CUSTOM}NAME "{{FORMAT: ..., ...}}"'
         )
-
-
-def drop_keys_of_other_formats(cfg: CN, config_file: str) -> None:
-    """Drop keys of custom data sets that stem from a base where the entry has another FORMAT.
-
-    Args:
-        cfg: changed in place; ``config_file`` has been merged into it.
-    """
-    entries = _custom_entries(config_file)
-    for name, entry in cfg.DATASETS.CUSTOM.items():
-        of_file = entries.get(str(name), {})
-        if "FORMAT" in of_file:
-            for key in entry.keys() - of_file.keys():
-                del entry[key]
-
-
-def _custom_entries(config_file: str) -> dict[str, dict[str, str]]:
-    """The entries of DATASETS.CUSTOM in a YAML and its bases; another FORMAT starts one anew."""
-    with PathManager.open(config_file, "r") as file:
-        content = yaml.load(file, Loader=yaml.BaseLoader) or {}  # without types, which run code
-    bases = content.get("_BASE_", [])
-    entries: dict[str, dict[str, str]] = {}
-    layers = [
-        _custom_entries(os.path.join(os.path.dirname(config_file), os.path.expanduser(base)))
-        for base in ([bases] if isinstance(bases, str) else bases)
-    ]
-    layers.append(content.get("DATASETS", {}).get("CUSTOM", {}))
-    for layer in layers:
-        for name, entry in layer.items():
-            known = entries.setdefault(name, {})
-            if entry.get("FORMAT", known.get("FORMAT")) != known.get("FORMAT"):
-                known.clear()
-            known.update(entry)
-    return entries
-
-
-def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    """Raise a ValueError unless the value of ``MODEL.FCOS``'s key is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"MODEL.FCOS.{key} must be one of {list(choices)}, got {value!r}")
-
-
-def check_between(key: str, value: float, low: float, high: float) -> None:
-    """Raise a ValueError unless the value of ``MODEL.FCOS``'s key is a number in [low, high]."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        raise ValueError(f"MODEL.FCOS.{key} must be a number from {low} to {high}, got {value!r}")
-
-
-def check_count(key: str, value: int, low: int) -> None:
-    """Raise a ValueError unless the value of ``MODEL.FCOS``'s key is a whole number >= low."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"MODEL.FCOS.{key} must be a whole number >= {low}, got {value!r}")
-
-
-def check_same(name: str, values: Mapping[str, object]) -> None:
-    """Raise a ValueError unless all parts of a detector were built with the same value.
-
-    Args:
-        name: of the parameter.
-        values: part and its value.
-    """
-    first = next(iter(values.values()))
-    if any(value != first for value in values.values()):
-        built = ", ".join(f"{part} {value!r}" for part, value in values.items())
-        raise ValueError(f"The parts must be built with the same {name}, got {built}")
 
 
 def _fcos_defaults() -> CN:

@@ -42,7 +42,9 @@ def run(folder):
     def run(tool, *args, **variables):
         if not NAMED and not (REPOSITORY / tool).is_file():
             pytest.skip(f"needs {tool}: name a clone of Detectron2 in DETECTRON2_REPOSITORY")
-        variables = {"DETECTRON2_DATASETS": str(folder / "datasets")} | variables
+        variables = {
+            "DETECTRON2_DATASETS": str(folder / "datasets"), "FCOS_D2_CONFIG": SHAPES
+        } | variables  # fmt: skip
         result = run_with_d2_env(REPOSITORY / tool, *args, folder=folder, **variables)
         return result.stdout + result.stderr
 
@@ -103,6 +105,7 @@ def test_visualize_json_results(run, folder, trained):
     run(
         "tools/visualize_json_results.py", "--dataset", "shapes_val", "--conf-threshold", 0.1,
         "--input", "trained/inference/coco_instances_results.json", "--output", "results",
+        FCOS_D2_CONFIG=str(trained / "config.yaml"),
     )  # fmt: skip
     assert len(list((folder / "results").iterdir())) == NUM_IMAGES
 
@@ -116,10 +119,11 @@ def test_demo(run, folder, trained):
     path = os.pathsep.join(filter(None, paths))
     output = run(
         "demo/demo.py", "--config-file", SHAPES, "--input", "datasets/shapes/val/0001.png",
-        "--output", "drawn.png", "--confidence-threshold", 0.05,
-        "--opts", "MODEL.WEIGHTS", trained / "model_final.pth", PYTHONPATH=path,
+        "--output", "drawn.png", "--opts", "MODEL.WEIGHTS", trained / "model_final.pth",
+        "MODEL.FCOS.SCORE_THRESH_TEST", 0.05, "MODEL.FCOS.SCORE_THRESH_ON", "score",
+        PYTHONPATH=path,
     )  # fmt: skip
-    # Hardly trained: all class probabilities are below SCORE_THRESH_TEST, but not all scores.
+    # Hardly trained: all class probabilities are below 0.05, but not all scores.
     assert "detected 100 instances" in output
     assert (folder / "drawn.png").is_file()
 

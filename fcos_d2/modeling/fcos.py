@@ -12,7 +12,6 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
-from ..config import check_same
 from ..runtime import Runtime
 from .head import FCOSHead, HeadOutputs, check_fine_to_coarse, select_levels
 from .images import checked_images
@@ -20,6 +19,7 @@ from .losses import FCOSLoss
 from .points import Levels
 from .post_processing import FCOSPostProcessor
 from .target_assignment import LocationAssigner, Targets, check_classes, make_targets
+from .validation import check_same
 
 
 @META_ARCH_REGISTRY.register()

@@ -13,8 +13,8 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, get_norm
 from torch import Tensor, nn
 
-from ..config import check_between, check_choice, check_count
 from .deform_conv import SelfModulatedDeformConv
+from .validation import check_between, check_choice, check_count
 
 # exp(20) is 5e8 pixels: no image is so large, and the square of it is far from float32's end.
 _MAX_EXPONENT = 20.0

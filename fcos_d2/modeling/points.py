@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import check_between
+from .validation import check_between
 
 
 @dataclass(frozen=True)

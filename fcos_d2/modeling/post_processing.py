@@ -19,9 +19,9 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from ..config import check_between, check_choice, check_count
 from .head import QUALITIES, HeadOutputs
 from .points import Levels, centerness, ltrb_to_boxes
+from .validation import check_between, check_choice, check_count
 
 
 class _Cells(NamedTuple):

@@ -11,11 +11,11 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from ..config import check_same
 from .head import FCOSHead, HeadOutputs, check_fine_to_coarse, select_levels
 from .losses import FCOSLoss
 from .points import Levels, ltrb_to_boxes
 from .target_assignment import LocationAssigner, check_classes, make_targets
+from .validation import check_same
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
