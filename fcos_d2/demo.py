@@ -92,12 +92,11 @@ def main() -> None:
     default_setup(cfg, argparse.Namespace(eval_only=False))
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
-    trainer.train()
+    results = trainer.train()["bbox"]
 
     cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
     picture = output / "predictions.png"
     cv2.imwrite(str(picture), draw_predictions(cfg, cfg.DATASETS.TEST[0]))
-    results = trainer._last_eval_results["bbox"]
     print("\nHeld-out images of the shapes data set:")
     print(tabulate([results.values()], headers=results.keys(), floatfmt=".1f"))
     print(f"\nPredictions beside the ground truth: {picture}")

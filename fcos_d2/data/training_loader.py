@@ -21,19 +21,21 @@ from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
     MetadataCatalog,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .check import summary
 from .proposals import check_proposal_files
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ON_BAD_IMAGE = ("raise", "skip")
+# Of DATALOADER.SAMPLER_TRAIN.
+_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 _MAX_SKIPPED_IN_A_ROW = 20
 # The key of an element of a batch that lists what was skipped before it.
 _SKIPPED = "skipped_images"
@@ -50,8 +52,8 @@ class TrainingLoader:
 
         Raises:
             ValueError: for a batch that the processes cannot share equally, for an unknown value
-                of DATALOADER.ON_BAD_IMAGE, for data sets that are not lists of records, and for
-                files of proposals that could run code.
+                of DATALOADER.SAMPLER_TRAIN or ON_BAD_IMAGE, for data sets that are not lists of
+                records, and for files of proposals that could run code.
         """
         self.cfg = cfg
         self.seed, self.first_batch = max(cfg.SEED, 0), 0
@@ -70,6 +72,13 @@ class TrainingLoader:
                 f"{cfg.DATASETS.TRAIN} is registered as a {type(records).__name__}, not as a list "
                 "of records. Override Trainer.build_train_loader, for example with Detectron2's "
                 "build_detection_train_loader; such a run does not resume exactly"
+            )
+        self.sampler = cfg.DATALOADER.SAMPLER_TRAIN
+        if self.sampler not in _SAMPLERS:
+            raise ValueError(
+                f"DATALOADER.SAMPLER_TRAIN must be one of {list(_SAMPLERS)}, got {self.sampler!r}. "
+                "For another one override Trainer.build_train_loader; such a run does not resume "
+                "exactly"
             )
         on_bad_image = cfg.DATALOADER.ON_BAD_IMAGE
         if on_bad_image not in ON_BAD_IMAGE:
@@ -116,17 +125,37 @@ class TrainingLoader:
             yield batch
 
     def indices(self) -> Iterator[int]:
-        """The records in the endless order of Detectron2's sampler, over all processes."""
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.SEED = self.seed
-        with _seeded(self.seed):  # some samplers draw a seed of their own
-            parts = build_detection_train_loader.from_config(
-                cfg, mapper=self.dataset.mapper, dataset=self.dataset.records
-            )
-        # Its __iter__ gives the share of one process, but batches are formed before they are
-        # shared out.
-        return parts["sampler"]._infinite_indices()
+        """The records in an endless order, over all processes: shuffled epochs in turn.
+
+        DATALOADER.SAMPLER_TRAIN decides what an epoch is. With the same seed this is the order of
+        Detectron2's sampler of that name, which gives the share of one process alone; but batches
+        are formed before they are shared out.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        records = torch.arange(len(self.dataset))
+        if self.sampler == "RandomSubsetTrainingSampler":
+            with _seeded(self.seed):
+                shuffle_seed, subset_seed = np.random.randint(2**31, size=2).tolist()
+            shuffled = torch.randperm(len(records), generator=generator.manual_seed(subset_seed))
+            records = shuffled[: int(len(records) * self.cfg.DATALOADER.RANDOM_SUBSET_RATIO)]
+            generator.manual_seed(shuffle_seed)
+        factors = self._repeat_factors()
+        while True:
+            epoch = records
+            if factors is not None:  # the fraction is the probability of one more time
+                more = torch.rand(len(factors), generator=generator) < factors.frac()
+                epoch = records.repeat_interleave(factors.long() + more)
+            yield from epoch[torch.randperm(len(epoch), generator=generator)].tolist()
+
+    def _repeat_factors(self) -> Tensor | None:
+        """How often each record is in an epoch, from the frequencies of its classes."""
+        if self.sampler != "RepeatFactorTrainingSampler":
+            return None
+        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            self.dataset.records,
+            self.cfg.DATALOADER.REPEAT_THRESHOLD,
+            sqrt=self.cfg.DATALOADER.REPEAT_SQRT,
+        )
 
     def _count_skipped(self, batch: list[dict]) -> None:
         # In the process that trains: what workers log reaches no file.

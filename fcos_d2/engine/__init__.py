@@ -1,10 +1,11 @@
-from .evaluation import evaluate
+from .arguments import argument_parser, setup
+from .eval_only import evaluate
 from .evaluators import coco_evaluator
 from .hooks import BestCheckpointer
-from .processes import argument_parser, launch
+from .processes import launch
 from .resuming import delete_earlier_run
 from .stopping import Stopped
-from .trainer import Trainer, distribute, setup
+from .trainer import Trainer, distribute
 
 __all__ = [
     "BestCheckpointer",

@@ -19,35 +19,6 @@ from torch.multiprocessing import ProcessExitedException
 from .stopping import STOP_SIGNALS, exit_code
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    """Detectron2's options of a training, and ours."""
-    parser = detectron2_engine.default_argument_parser(epilog=description)
-    parser.add_argument(
-        "--data",
-        metavar="PATH",
-        help="train and test on this data set in place of the config's: a folder in COCO, VOC or "
-        "YOLO layout, a COCO annotation file, or a data.yaml. The number of classes follows it",
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="start anew in an OUTPUT_DIR that has checkpoints of an earlier run, and delete them",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=30,
-        metavar="MINUTES",
-        help="how long processes wait for another one before they end with an error (30)",
-    )
-    parser.add_argument(
-        "--allow-unsafe-config",
-        action="store_true",
-        help="run the Python code that a YAML file contains, as some of Detectron2's own do",
-    )
-    return parser
-
-
 def launch(main: Callable, args: argparse.Namespace) -> object:
     """Call ``main(args)`` in as many processes as asked for.
 

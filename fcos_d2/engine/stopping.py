@@ -1,4 +1,4 @@
-"""Runs that are told to stop by a signal save a checkpoint first.
+"""A signal stops a run, which saves a checkpoint first.
 
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end a run after the step that it is in, or in the middle of an
 evaluation. All processes stop after the same step. Clusters send these signals before they take a
@@ -15,19 +15,18 @@ from contextlib import contextmanager
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..data.training_loader import STOP_SIGNALS
-
-# Signals belong to the process, and so does what is known of them.
-_told = 0  # the last signal, 0 for none
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_INTERRUPT = 1.0  # seconds
-_may_leave = False  # whether an evaluation runs, which may be left at any point
+# Signals belong to the process, and so does what is known of them.
+_stop_requested = 0  # the last signal, 0 for none
+_is_evaluating = False  # an evaluation can end at any point
 
 
 class Stopped(SystemExit):
     """Ends the process, after a signal, with its :func:`exit_code`."""
 
     def __init__(self):
-        super().__init__(exit_code(_told))
+        super().__init__(exit_code(_stop_requested))
 
 
 def exit_code(number: int) -> int:
@@ -36,77 +35,77 @@ def exit_code(number: int) -> int:
 
 
 @contextmanager
-def signals_awaited() -> Iterator[None]:
-    """Remember the signals that tell to stop, in place of what they do otherwise.
+def stop_signals_recorded() -> Iterator[None]:
+    """Record the stop signals, in place of what they do otherwise.
 
     Outside the main thread, where Python handles no signals, it does nothing.
     """
-    global _told
-    _told = 0
+    global _stop_requested
+    _stop_requested = 0
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     first_interrupt: list[float] = []
 
-    def remember(number: int, frame: object) -> None:
-        global _told
-        _told = number
+    def record(number: int, frame: object) -> None:
+        global _stop_requested
+        _stop_requested = number
         if number == signal.SIGINT:
             first_interrupt.append(time.monotonic())
             # A terminal and the launching process may both send the first one.
             if first_interrupt[-1] - first_interrupt[0] > _SAME_INTERRUPT:
                 signal.signal(number, before[number])
                 raise KeyboardInterrupt
-        if _may_leave:
+        if _is_evaluating:
             raise Stopped
         if comm.is_main_process():
             os.write(2, b"Stopping after this step. Ctrl-C once more ends it at once\n")
 
     for number in STOP_SIGNALS:
-        signal.signal(number, remember)
+        signal.signal(number, record)
     try:
         yield
     finally:
-        _told = 0
+        _stop_requested = 0
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def left_when_told() -> Iterator[None]:
-    """An evaluation, which is left at once when a signal has told to stop.
+def stoppable_evaluation() -> Iterator[None]:
+    """An evaluation, which ends at once when a stop is requested.
 
     Raises:
         Stopped: there and then. Also in place of an error, which may come of another process that
-            has left already.
+            has stopped already.
     """
-    global _may_leave
-    _may_leave = True
+    global _is_evaluating
+    _is_evaluating = True
     try:
-        if _told:
+        if _stop_requested:
             raise Stopped
         yield
     except Exception as error:
-        if _told:
+        if _stop_requested:
             raise Stopped from error
         raise
     finally:
-        _may_leave = False
+        _is_evaluating = False
 
 
-class StopWhenTold(HookBase):
-    """Ends the training after the step in which one of the processes was told to stop.
+class StopOnSignal(HookBase):
+    """Ends the training after the step in which one of the processes got a stop signal.
 
     Not after the last step: what comes then is the evaluation.
     """
 
     def after_step(self) -> None:
-        global _told
-        told = max(comm.all_gather(_told))
-        if told == 0:  # by then a signal may have come, which the next step sees
+        global _stop_requested
+        requested = max(comm.all_gather(_stop_requested))
+        if requested == 0:  # by then a signal may have come, which the next step sees
             return
-        _told = told
+        _stop_requested = requested
         if self.trainer.iter + 1 < self.trainer.max_iter:
             self.trainer.save_where_stopped()
             comm.synchronize()  # a process that ends may take the others with it

@@ -3,15 +3,16 @@
 import logging
 import os
 import weakref
+from functools import partial
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
     DefaultTrainer,
+    HookBase,
     SimpleTrainer,
     create_ddp_model,
-    default_setup,
     hooks,
 )
 from detectron2.engine.train_loop import TrainerBase
@@ -22,9 +23,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
 
 from ..checkpoint import AtomicCheckpointer, is_whole, replacing
-from ..config import load_cfg
 from ..data import (
     DatasetMapper,
     TrainingLoader,
@@ -33,68 +34,26 @@ from ..data import (
     check_same_classes,
     check_test_sets,
     class_names,
-    register_custom_datasets,
     with_class_names,
 )
-from ..data.layouts import use_data
 from ..data.proposals import check_proposal_files
 from ..data.training_loader import leave_signals_to_the_trainer, seed_all
 from ..modeling import FCOSWithTTA
 from ..modeling.backbone import check_random_start
 from .amp import AutocastTrainer, amp_dtype
 from .evaluators import build_evaluator, inference_folder
-from .hooks import AgreeOnBuffers, BestCheckpointer, OwedEvaluation, WaitingLog
+from .hooks import AverageBatchNormStatistics, BestCheckpointer, EvaluateOnResume, WaitingLog
 from .resuming import (
     MetricsWriter,
     TensorboardWriter,
     check_resumable,
     checkpoint_to_resume,
     metrics_rows,
-    refuse_earlier_run,
 )
-from .schedule import check_steps, follow_max_iter
-from .stopping import Stopped, StopWhenTold, left_when_told, signals_awaited
+from .stopping import StopOnSignal, Stopped, stop_signals_recorded, stoppable_evaluation
 
-_AUGMENTED = {"FCOS": FCOSWithTTA, "GeneralizedRCNN": GeneralizedRCNNWithTTA}
-
-
-def setup(args) -> CfgNode:
-    """Build the config of a run, register its data sets, and set up logging.
-
-    Args:
-        args: from :func:`argument_parser`, or Detectron2's.
-
-    Raises:
-        ValueError: for no config file, for test-time augmentation of a model that it is not
-            offered for, for SOLVER.STEPS beyond the end, and for a new run in the folder of an
-            earlier one.
-    """
-    if not args.config_file:
-        raise ValueError("Name a config: --config-file configs/COCO-Detection/...yaml")
-    allow_unsafe = getattr(args, "allow_unsafe_config", False)
-    cfg = load_cfg(args.config_file, args.opts, allow_unsafe)
-    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE not in _AUGMENTED:
-        raise ValueError(
-            f"TEST.AUG is offered for MODEL.META_ARCHITECTURE {list(_AUGMENTED)}, not "
-            f"{cfg.MODEL.META_ARCHITECTURE!r}: set TEST.AUG.ENABLED False"
-        )
-    data = getattr(args, "data", None)
-    eval_only, given = getattr(args, "eval_only", False), args.opts[::2]
-    notes = [use_data(cfg, data, given)] if data else []
-    if not eval_only:
-        own = load_cfg(args.config_file, allow_unsafe=allow_unsafe)
-        notes.append(follow_max_iter(cfg, own.SOLVER, given))
-        check_steps(cfg.SOLVER)
-    cfg.freeze()
-    if not eval_only and not getattr(args, "resume", False):
-        overwrite = getattr(args, "overwrite", False)
-        refuse_earlier_run(cfg.OUTPUT_DIR, overwrite, cfg.MODEL.WEIGHTS)
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fcos_d2")
-    for note in filter(None, notes):
-        logging.getLogger(__name__).info(note)
-    register_custom_datasets(cfg)
-    return cfg
+# The meta architectures that test-time augmentation (TEST.AUG) is offered for.
+AUGMENTED = {"FCOS": FCOSWithTTA, "GeneralizedRCNN": GeneralizedRCNNWithTTA}
 
 
 class Trainer(DefaultTrainer):
@@ -186,7 +145,7 @@ class Trainer(DefaultTrainer):
         return self.optimizer.param_groups
 
     def train(self) -> dict | None:
-        """Train; see DefaultTrainer.
+        """Train; returns the results of the last evaluation.
 
         Raises:
             Stopped: after SIGTERM, SIGINT or SIGUSR1, once a checkpoint has been written.
@@ -206,12 +165,13 @@ class Trainer(DefaultTrainer):
             logger.info(f"The order of the images and their augmentation have seed {self.seed}")
         else:
             logger.warning("The data loader is not a TrainingLoader: its images start anew")
-        for writer in self._writers:
+        for writer in self.writers:
             if hasattr(writer, "resume_at"):  # others may have been built
                 writer.resume_at(self.start_iter, end=self.max_iter)
-        with signals_awaited():
+        with stop_signals_recorded():
             try:
-                return super().train()
+                super().train()
+                return getattr(self, "_last_eval_results", None)
             except Stopped:
                 self.save_where_stopped()
                 logger.info(f"Stopped by a signal after iteration {self.iter}. --resume goes on")
@@ -234,25 +194,47 @@ class Trainer(DefaultTrainer):
         seed_all(self.seed, self.iter, comm.get_rank())
         super().run_step()
 
-    def build_hooks(self) -> list:
-        all_hooks = super().build_hooks()
-        if comm.is_main_process() and len(self.cfg.DATASETS.TEST):
-            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, self._metric())
-            evaluation = [isinstance(h, hooks.EvalHook) for h in all_hooks].index(True)
-            all_hooks.insert(evaluation + 1, best)
-        if self.cfg.TEST.AUG.ENABLED:
-            # At the end of training only, before the writers.
-            evaluate_augmented = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
-            writers = [i for i, h in enumerate(all_hooks) if isinstance(h, hooks.PeriodicWriter)]
-            all_hooks.insert(writers[0] if writers else len(all_hooks), evaluate_augmented)
-        evaluating = [h for h in all_hooks if isinstance(h, hooks.EvalHook | BestCheckpointer)]
-        owed = OwedEvaluation(self._was_evaluated, evaluating)
-        users = (hooks.PeriodicCheckpointer, hooks.EvalHook)
-        first_user = [isinstance(h, users) for h in all_hooks].index(True)
-        all_hooks.insert(first_user, AgreeOnBuffers())
-        written_by = [h for h in all_hooks if isinstance(h, hooks.PeriodicWriter)]
-        self._writers = [writer for hook in written_by for writer in hook._writers]
-        return [WaitingLog(), *all_hooks, owed, StopWhenTold()]
+    def build_hooks(self) -> list[HookBase]:
+        """All hooks, in the order in which they run after a step."""
+        cfg, period = self.cfg, self.cfg.TEST.EVAL_PERIOD
+        is_main = comm.is_main_process()
+        self.writers = self.build_writers() if is_main else []
+        saving = best = augmented = None
+        if is_main:
+            saving = hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        if is_main and len(cfg.DATASETS.TEST):
+            best = BestCheckpointer(period, self.checkpointer, self._metric())
+        if cfg.TEST.AUG.ENABLED:  # at the end of training only
+            augmented = hooks.EvalHook(0, partial(self.test_with_TTA, cfg, self.model))
+        in_order = [
+            WaitingLog(),
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            self._precise_bn(),
+            AverageBatchNormStatistics(),
+            saving,
+            hooks.EvalHook(period, self._evaluate),
+            best,
+            augmented,
+            hooks.PeriodicWriter(self.writers, period=20),
+            EvaluateOnResume(period, self._was_evaluated, self._evaluate, best),
+            StopOnSignal(),
+        ]
+        return [hook for hook in in_order if hook is not None]
+
+    def _precise_bn(self) -> HookBase | None:
+        """Detectron2's TEST.PRECISE_BN, with training batches of its own."""
+        cfg = self.cfg.clone()
+        if not cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
+            return None
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        loader, number = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
+        return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, number)
+
+    def _evaluate(self) -> dict:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     def _metric(self) -> str:
         """Name of the value that the best checkpoint is chosen by."""
@@ -277,15 +259,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict:
-        """As DefaultTrainer; a training that is told to stop leaves it at once."""
-        with left_when_told():
+        """As DefaultTrainer; a stop signal to a training ends it at once."""
+        with stoppable_evaluation():
             return super().test(cfg, model, evaluators)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> dict:
         """Evaluate with test-time augmentation; the results have "_TTA" behind their names."""
         logging.getLogger(__name__).info("Evaluating with test-time augmentation ...")
-        wrapper = _AUGMENTED[cfg.MODEL.META_ARCHITECTURE]
+        wrapper = AUGMENTED[cfg.MODEL.META_ARCHITECTURE]
         evaluators = [
             cls.build_evaluator(cfg, name, inference_folder(cfg, name, "inference_TTA"))
             for name in cfg.DATASETS.TEST

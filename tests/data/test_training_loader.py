@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler
 from detectron2.utils.events import EventStorage
 from helpers import tiny_cfg
 
@@ -100,6 +100,24 @@ def test_repeats_rare_images_as_detectron2_does(cfg):
     theirs = iter(RepeatFactorTrainingSampler(factors, seed=cfg.SEED))
     expected = [file_of(records[i]) for i in itertools.islice(theirs, 400)]
     assert list(itertools.chain(*names(cfg, 100))) == expected
+
+
+def test_a_random_subset_is_detectron2s(cfg):
+    cfg.DATALOADER.SAMPLER_TRAIN = "RandomSubsetTrainingSampler"
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.1
+    # The seeds that Detectron2 draws, each for itself, from NumPy's generator seeded with SEED.
+    numpy = np.random.RandomState(np.random.SeedSequence((cfg.SEED,)).generate_state(1)[0])
+    shuffle, subset = numpy.randint(2**31), numpy.randint(2**31)
+    theirs = RandomSubsetTrainingSampler(NUM_IMAGES, 0.1, seed_shuffle=shuffle, seed_subset=subset)
+    found = list(itertools.islice(TrainingLoader(cfg, dict).indices(), 200))
+    assert found == list(itertools.islice(iter(theirs), 200))
+    assert len(set(found)) == 60
+
+
+def test_other_samplers_are_refused(cfg):
+    cfg.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
+    with pytest.raises(ValueError, match=r"must be one of \['TrainingSampler', .*override Trainer"):
+        TrainingLoader(cfg, dict)
 
 
 def test_pixels_depend_on_seed_and_position_alone(cfg):

@@ -20,7 +20,7 @@ def test_statistics_of_batch_norm_are_averaged_over_the_processes(monkeypatch):
             expected += [(a.running_mean + b.running_mean) / 2, (a.running_var + b.running_var) / 2]
     other = torch.cat([x for m in (theirs[0], theirs[2]) for x in (m.running_mean, m.running_var)])
     monkeypatch.setattr(hooks.dist, "all_reduce", lambda values: values.add_(other))
-    hook = hooks.AgreeOnBuffers()
+    hook = hooks.AverageBatchNormStatistics()
     hook.trainer = SimpleNamespace(model=ours)
     before = ours[0].running_mean.clone()
     hook.before_train()

@@ -10,7 +10,7 @@ from detectron2.utils.events import CommonMetricPrinter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fcos_d2 import model_zoo
-from fcos_d2.engine import Trainer, delete_earlier_run, resuming, setup, trainer
+from fcos_d2.engine import Trainer, arguments, delete_earlier_run, resuming, setup
 
 EVALUATION = {"bbox": {"AP": 1.0}}
 
@@ -269,7 +269,7 @@ def test_processes_must_see_the_same(cfg, monkeypatch):
 
 @pytest.mark.usefixtures("no_evaluation")
 def test_a_new_run_does_not_mix_with_an_earlier_one(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "default_setup", lambda *args: None)  # takes seconds
+    monkeypatch.setattr(arguments, "default_setup", lambda *args: None)  # takes seconds
     run(cfg)
     config = model_zoo.get_config_file("quick_schedules/fcos_R_18_FPN_shapes.yaml")
     args = {"config_file": config, "opts": ["OUTPUT_DIR", str(tmp_path)], "eval_only": False}

@@ -144,5 +144,5 @@ def test_a_second_interrupt_ends_the_run_at_once(cfg, monkeypatch):
     trainer.register_hooks([InterruptTwice()])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    with stopping.left_when_told():  # what was told is over
+    with stopping.stoppable_evaluation():  # the request is over
         pass

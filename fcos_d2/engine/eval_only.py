@@ -1,4 +1,4 @@
-"""Evaluation of weights, without a training."""
+"""The evaluation of weights without a training: --eval-only."""
 
 from collections.abc import Sequence
 

@@ -1,0 +1,84 @@
+"""The command line of a run, and the config that it makes."""
+
+import argparse
+import logging
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..config import load_cfg
+from ..data import register_custom_datasets
+from ..data.layouts import use_data
+from .resuming import refuse_earlier_run
+from .schedule import check_steps, follow_max_iter
+from .trainer import AUGMENTED
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """Detectron2's options of a training, and ours."""
+    parser = default_argument_parser(epilog=description)
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="train and test on this data set in place of the config's: a folder in COCO, VOC or "
+        "YOLO layout, a COCO annotation file, or a data.yaml. The number of classes follows it",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew in an OUTPUT_DIR that has checkpoints of an earlier run, and delete them",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=30,
+        metavar="MINUTES",
+        help="how long processes wait for another one before they end with an error (30)",
+    )
+    parser.add_argument(
+        "--allow-unsafe-config",
+        action="store_true",
+        help="run the Python code that a YAML file contains, as some of Detectron2's own do",
+    )
+    return parser
+
+
+def setup(args) -> CfgNode:
+    """Build the config of a run, register its data sets, and set up logging.
+
+    Args:
+        args: from :func:`argument_parser`, or Detectron2's.
+
+    Raises:
+        ValueError: for no config file, for test-time augmentation of a model that it is not
+            offered for, for SOLVER.STEPS beyond the end, and for a new run in the folder of an
+            earlier one.
+    """
+    if not args.config_file:
+        raise ValueError("Name a config: --config-file configs/COCO-Detection/...yaml")
+    allow_unsafe = getattr(args, "allow_unsafe_config", False)
+    cfg = load_cfg(args.config_file, args.opts, allow_unsafe)
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE not in AUGMENTED:
+        raise ValueError(
+            f"TEST.AUG is offered for MODEL.META_ARCHITECTURE {list(AUGMENTED)}, not "
+            f"{cfg.MODEL.META_ARCHITECTURE!r}: set TEST.AUG.ENABLED False"
+        )
+    data = getattr(args, "data", None)
+    eval_only, given = getattr(args, "eval_only", False), args.opts[::2]
+    notes = [use_data(cfg, data, given)] if data else []
+    if not eval_only:
+        own = load_cfg(args.config_file, allow_unsafe=allow_unsafe)
+        notes.append(follow_max_iter(cfg, own.SOLVER, given))
+        check_steps(cfg.SOLVER)
+    cfg.freeze()
+    if not eval_only and not getattr(args, "resume", False):
+        overwrite = getattr(args, "overwrite", False)
+        refuse_earlier_run(cfg.OUTPUT_DIR, overwrite, cfg.MODEL.WEIGHTS)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fcos_d2")
+    for note in filter(None, notes):
+        logging.getLogger(__name__).info(note)
+    register_custom_datasets(cfg)
+    return cfg
