@@ -1,4 +1,4 @@
-from .atomic import AtomicCheckpointer, is_whole
+from .atomic import AtomicCheckpointer, is_intact
 from .convert import convert
 from .reading import read_checkpoint
 from .sources import SOURCES
@@ -10,7 +10,7 @@ __all__ = [
     "AtomicCheckpointer",
     "convert",
     "convert_torchvision_resnet",
-    "is_whole",
+    "is_intact",
     "read_checkpoint",
     "replacing",
 ]
