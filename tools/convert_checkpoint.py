@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 
-from fcos_d2.checkpoint import SOURCES, convert, read_checkpoint, replacing
+from fcos_d2.checkpoint import read_checkpoint, replacing
 from fcos_d2.config import load_cfg
+from fcos_d2.conversion import SOURCES, convert
 
 
 def main(argv: Sequence[str] | None = None) -> None:

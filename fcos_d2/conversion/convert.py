@@ -11,7 +11,20 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from ..modeling.losses import FCOSLoss
-from .sources import SOURCES, Source
+from .adelaidet import ADELAIDET
+from .detectron2 import DETECTRON2
+from .mmdet import MMDET
+from .original_fcos import ORIGINAL_FCOS
+from .source import Source
+from .torchvision import TORCHVISION
+
+SOURCES: dict[str, Source] = {
+    "adelaidet": ADELAIDET,
+    "fcos": ORIGINAL_FCOS,
+    "detectron2": DETECTRON2,
+    "torchvision": TORCHVISION,
+    "mmdet": MMDET,
+}
 
 
 def convert(
