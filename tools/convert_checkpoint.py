@@ -12,6 +12,7 @@ docs/coming_from.md.
 
 import argparse
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -81,10 +82,7 @@ def _print_not_in_file(source: str, cfg: CfgNode) -> None:
     if keys:
         print("Checkpoints of this source do not show these; check that they are right for yours:")
     for key in keys:
-        value = cfg
-        for part in key.split("."):
-            value = value[part]
-        print(f"  {key}: {value}")
+        print(f"  {key}: {attrgetter(key)(cfg)}")
 
 
 if __name__ == "__main__":

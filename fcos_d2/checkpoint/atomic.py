@@ -139,16 +139,15 @@ class AtomicCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
         self.missing = [*incompatible.missing_keys, *wrong_shape]
-        tensors = {
-            name: x
+        sizes = {
+            name: x.numel()
             for name, x in self.model.state_dict().items()
             if not name.endswith(_BATCH_COUNTER)  # PyTorch does not say that one is missing
         }
-        loaded = {name: x.numel() for name, x in tensors.items() if name not in self.missing}
-        total = sum(x.numel() for x in tensors.values())
+        loaded = {name: size for name, size in sizes.items() if name not in self.missing}
         self.logger.info(
-            f"Loaded {sum(loaded.values()):,} of the model's {total:,} values from {source}, in "
-            f"{len(loaded)} of {len(tensors)} tensors. "
+            f"Loaded {sum(loaded.values()):,} of the model's {sum(sizes.values()):,} values from "
+            f"{source}, in {len(loaded)} of {len(sizes)} tensors. "
             + (f"Initial values keep {_shortened(self.missing)}" if self.missing else "")
         )
         if all(".stem." in f".{name}" for name in loaded):

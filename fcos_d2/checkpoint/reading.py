@@ -3,7 +3,7 @@
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,8 @@ class _Array:
         self.value = _from_buffer(data, dtype, shape, "F" if is_fortran else "C")
 
 
-class _Callable:
+class _Callable(partial):
     """A function or class that a file may call, but not give a state."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError("a state for a function or a class")
