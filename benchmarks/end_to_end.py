@@ -33,7 +33,7 @@ from torch import nn
 from torchvision.models.detection import fcos_resnet50_fpn
 
 from fcos_d2 import model_zoo
-from fcos_d2.checkpoint import convert
+from fcos_d2.conversion import convert
 
 CONFIG = "COCO-Detection/fcos_R_50_FPN_1x.yaml"
 SCORE_THRESH = 0.2  # on sqrt(class * centerness): Detectron2's and torchvision's rule and value

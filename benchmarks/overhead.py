@@ -39,7 +39,7 @@ from torchvision.models.detection import FCOS as TorchvisionFCOS
 from torchvision.models.detection.fcos import FCOSHead as TorchvisionHead
 from torchvision.models.detection.image_list import ImageList as TorchvisionImageList
 
-from fcos_d2.checkpoint.sources import SOURCES
+from fcos_d2.conversion import SOURCES
 from fcos_d2.modeling import FCOS, FCOSHead, FCOSLoss, FCOSPostProcessor, LocationAssigner
 
 SIZE, STRIDES, CHANNELS, CLASSES = (800, 1216), (8, 16, 32, 64, 128), 8, 80

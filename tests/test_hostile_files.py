@@ -72,9 +72,20 @@ class Call:
         return self.call
 
 
+# NumPy's own functions for pickles, whose modules depend on its version.
+_RECONSTRUCT, _FROMBUFFER = np.ones(1).__reduce__()[0], np.ones(1).__reduce_ex__(5)[0]
+
 FORGED = {
     "an array of pointers": Call(np.ndarray, (1,), "O", b"A" * 8),
     "an array that is called": Call(np.ndarray, (2, 2)),
+    "an array of other memory": Call(np.ndarray, (1,), "f8", b"A" * 16, -(2**20)),
+    "an array of an array, which may be freed": Call(
+        _FROMBUFFER, np.ones(4), np.dtype("f8"), (4,), "C"
+    ),
+    "more objects than there are": Call(
+        _RECONSTRUCT, np.ndarray, (0,), b"b",
+        state=(1, (200,), np.dtype("O"), False, [{}, []]),
+    ),
     "a type that hides its pointers": Call(
         np.dtype, "V16", False, True,
         state=(3, "|", None, ("a", "b"), {"a": (np.dtype("O"), 0), "b": (np.dtype("i8"), 8)},
@@ -87,10 +98,20 @@ FORGED = {
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 @pytest.mark.parametrize("forged", FORGED)
 def test_descriptions_of_memory_that_are_not_true(tmp_path, forged, suffix):
-    """NumPy would take bytes of the file for pointers."""
+    """NumPy would take bytes of the file for pointers, or show other memory of the process."""
     file = weights_file(tmp_path, suffix, {"model": {"a": FORGED[forged]}})
     with pytest.raises(ValueError, match=r"Nothing was run|damaged or not a checkpoint"):
         read_checkpoint(file)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_of_a_types_state_only_the_byte_order_counts(tmp_path, suffix):
+    """NumPy would copy 16 MB out of an array of 16 bytes, and crash."""
+    state = (3, ">", (np.dtype("f8"), (2**20,)), None, None, -1, -1, 0)
+    forged = Call(np.dtype, "f8", False, True, state=state)
+    array = Call(_FROMBUFFER, np.ones(2, ">f8").tobytes(), forged, (2,), "C")
+    read = read_checkpoint(weights_file(tmp_path, suffix, {"model": {"a": array}}))
+    assert read["model"]["a"].tolist() == [1, 1]
 
 
 def test_no_other_encodings(tmp_path):

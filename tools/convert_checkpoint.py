@@ -12,13 +12,15 @@ docs/coming_from.md.
 
 import argparse
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 
-from fcos_d2.checkpoint import SOURCES, convert, read_checkpoint, replacing
+from fcos_d2.checkpoint import read_checkpoint, replacing
 from fcos_d2.config import load_cfg
+from fcos_d2.conversion import SOURCES, convert
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,10 +82,7 @@ def _print_not_in_file(source: str, cfg: CfgNode) -> None:
     if keys:
         print("Checkpoints of this source do not show these; check that they are right for yours:")
     for key in keys:
-        value = cfg
-        for part in key.split("."):
-            value = value[part]
-        print(f"  {key}: {value}")
+        print(f"  {key}: {attrgetter(key)(cfg)}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
-from .atomic import AtomicCheckpointer, is_whole
-from .convert import convert
+from .atomic import AtomicCheckpointer, is_intact
 from .reading import read_checkpoint
-from .sources import SOURCES
 from .torchvision_backbone import convert_torchvision_resnet
-from .writing import replacing
+from .writing import check_local, replacing
 
 __all__ = [
-    "SOURCES",
     "AtomicCheckpointer",
-    "convert",
+    "check_local",
     "convert_torchvision_resnet",
-    "is_whole",
+    "is_intact",
     "read_checkpoint",
     "replacing",
 ]

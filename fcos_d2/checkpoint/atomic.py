@@ -4,17 +4,17 @@ import os
 import pickle
 import re
 import zipfile
-from contextlib import AbstractContextManager
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
 
 from .reading import read_checkpoint
-from .writing import replacing
+from .writing import check_local, replacing
 
 _BATCH_COUNTER = ".num_batches_tracked"
-_CLASS_LAYER = "head.cls_logits."
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -27,33 +27,40 @@ class AtomicCheckpointer(DetectionCheckpointer):
     backbone.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.path_manager = _AtomicWrites(self.path_manager)
+    def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any):
+        """As Detectron2's. For errors see :func:`check_local`."""
+        check_local(save_dir)
+        super().__init__(model, save_dir, **kwargs)
         self.description: dict[str, Any] = {}  # plain data that every checkpoint carries
-        self._tag = True
         self.missing: list[str] = []  # names that the last file had not, or in another shape
-        self.class_names: list[str] | None = None  # that the last file says
-        self.category_ids: list[int] | None = None  # of these classes in the data set
-        # Of the data that is trained on. A class layer of other ones is not loaded.
+        # What the last file says, None if it does not.
+        self.class_names: list[str] | None = None
+        self.category_ids: list[int] | None = None
+        # Of the data that is trained on. The model's ``class_layers`` are not loaded from a file of
+        # other classes.
         self.classes_of_data: list[str] | None = None
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
         """Save as Detectron2 does; a run does not resume from a file without ``tag``."""
-        self._tag = tag
-        try:
-            super().save(name, **self.description, **kwargs)
-        finally:
-            self._tag = True
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: x.state_dict() for key, x in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **states, **self.description, **kwargs}
+        file = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {file}")
+        with replacing(file) as f:
+            torch.save(data, f)
+        if tag:
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with replacing(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
+            file.write(last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         rest = super().load(path, *args, **kwargs)
         self.class_names, self.category_ids = rest.get("class_names"), rest.get("category_ids")
         return rest
-
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        if self._tag:
-            super().tag_last_checkpoint(last_filename_basename)
 
     def has_checkpoint(self) -> bool:
         return super().has_checkpoint() or bool(self.checkpoints_of_run())
@@ -72,10 +79,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 "file of its own folder. Write the name of the checkpoint into it, or remove it"
             )
         last = os.path.join(self.save_dir, name)
-        if is_whole(last):
+        if is_intact(last):
             return last
         newest_first = sorted(self.checkpoints_of_run(), key=os.path.getmtime, reverse=True)
-        newest = next(filter(is_whole, newest_first), None)
+        newest = next(filter(is_intact, newest_first), None)
         if newest is None:
             raise FileNotFoundError(
                 f"{last} is missing or damaged, and {self.save_dir} has no whole checkpoint to "
@@ -87,10 +94,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def _last_name(self) -> str:
         """What ``last_checkpoint`` says, or "" if it is missing or damaged."""
         try:
-            with self.path_manager.open(
-                os.path.join(self.save_dir, "last_checkpoint"), "r"
-            ) as file:
-                name = file.read().strip()
+            name = Path(self.save_dir, "last_checkpoint").read_text().strip()
         except (OSError, UnicodeDecodeError):
             return ""
         return name if name.isprintable() else ""
@@ -120,21 +124,21 @@ class AtomicCheckpointer(DetectionCheckpointer):
         source = checkpoint.get("__author__", "the file")
         names = checkpoint.get("class_names")
         if None not in (names, self.classes_of_data) and names != self.classes_of_data:
-            for name in [n for n in checkpoint["model"] if n.startswith(_CLASS_LAYER)]:
+            of_classes = tuple(f"{layer}." for layer in getattr(self.model, "class_layers", ()))
+            for name in [n for n in checkpoint["model"] if n.startswith(of_classes)]:
                 del checkpoint["model"][name]
         incompatible = super()._load_model(checkpoint)
         wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
         self.missing = [*incompatible.missing_keys, *wrong_shape]
-        tensors = {
-            name: x
+        sizes = {
+            name: x.numel()
             for name, x in self.model.state_dict().items()
             if not name.endswith(_BATCH_COUNTER)  # PyTorch does not say that one is missing
         }
-        loaded = {name: x.numel() for name, x in tensors.items() if name not in self.missing}
-        total = sum(x.numel() for x in tensors.values())
+        loaded = {name: size for name, size in sizes.items() if name not in self.missing}
         self.logger.info(
-            f"Loaded {sum(loaded.values()):,} of the model's {total:,} values from {source}, in "
-            f"{len(loaded)} of {len(tensors)} tensors. "
+            f"Loaded {sum(loaded.values()):,} of the model's {sum(sizes.values()):,} values from "
+            f"{source}, in {len(loaded)} of {len(sizes)} tensors. "
             + (f"Initial values keep {_shortened(self.missing)}" if self.missing else "")
         )
         if all(".stem." in f".{name}" for name in loaded):
@@ -166,7 +170,7 @@ def _shortened(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def is_whole(path: str) -> bool:
+def is_intact(path: str) -> bool:
     """Whether a checkpoint is complete and has the content that was written."""
     try:
         # torch.save writes a zip archive: its directory comes last, and holds a CRC of each entry.
@@ -179,16 +183,3 @@ def is_whole(path: str) -> bool:
     except Exception:  # damage raises many kinds
         return False
     return True
-
-
-class _AtomicWrites:
-    """A path manager that writes files with :func:`replacing`."""
-
-    def __init__(self, path_manager: Any):
-        self._path_manager = path_manager
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._path_manager, name)
-
-    def open(self, path: str, mode: str = "r") -> AbstractContextManager[IO]:
-        return replacing(path, mode) if "w" in mode else self._path_manager.open(path, mode)

@@ -3,7 +3,7 @@
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,59 +12,42 @@ import torch
 from detectron2.structures import BoxMode
 
 
-class _Callable:
-    """What stands in a file's stead of a function or class. Nothing can be set on it."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a state for a function or a class")
-
-
+# NumPy's own functions do more with a forged file than raise an error, and these doors are shut:
+# - The state of a dtype describes memory: structures that hide pointers, items past the end of an
+#   array, negative sizes. NumPy crashes on them, or reads other memory of the process.
+# - A second state of an array frees memory that other arrays or tensors still show.
+# - numpy.ndarray, called, takes bytes for pointers, and an offset into other memory.
+# - A state of a class or of a function replaces its methods or defaults in the whole process.
 class _Dtype:
-    """A type of numbers. NumPy itself would take descriptions of memory that are not true."""
+    """A type of numbers. Of its state only the byte order counts."""
 
     def __init__(self, name: str, align: bool = False, copy: bool = False):
-        self.dtype = np.dtype(str(name))
-        if self.dtype.kind not in "biufc":
-            raise pickle.UnpicklingError(f"an array of {self.dtype}")
+        self.value = np.dtype(str(name))
+        if self.value.kind not in "biufc":
+            raise pickle.UnpicklingError(f"an array of {self.value}")
 
     def __setstate__(self, state: tuple) -> None:
-        _, byte_order, *structure = state
-        if any(x is not None for x in structure[:3]):
-            raise pickle.UnpicklingError("an array of structures")
-        self.dtype = self.dtype.newbyteorder(byte_order)
+        self.value = self.value.newbyteorder(state[1])
 
 
 class _Array:
     """An array of numbers, made of bytes."""
 
-    array: np.ndarray
-
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, is_fortran, data = state
-        self.array = _from_buffer(data, dtype, shape, "F" if is_fortran else "C")
+        self.value = _from_buffer(data, dtype, shape, "F" if is_fortran else "C")
+
+
+class _Callable(partial):
+    """A function or class that a file may call, but not give a state."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state for a function or a class")
 
 
 def _from_buffer(data: bytes | str, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
     data = _encode(data, "latin1") if isinstance(data, str) else bytes(data)  # str: of Python 2
-    return np.frombuffer(data, _checked(dtype)).reshape(shape, order=order).copy()
-
-
-def _checked(dtype: Any) -> np.dtype:
-    if not isinstance(dtype, _Dtype):
-        raise pickle.UnpicklingError(f"an array of {type(dtype).__name__}")
-    return dtype.dtype
-
-
-def _scalar(dtype: _Dtype, data: bytes | str) -> np.generic:
-    return _from_buffer(data, dtype, (1,), "C")[0]
+    return np.frombuffer(data, dtype.value).reshape(shape, order=order).copy()
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -73,13 +56,9 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _refuse(*args: Any) -> None:
-    raise pickle.UnpicklingError("a call of numpy.ndarray")
-
-
 # Everything that a pickle of plain arrays refers to, under the names of NumPy 1 and 2.
 _PARTS = {
-    "numpy.ndarray": _Callable(_refuse),  # named as an argument only
+    "numpy.ndarray": None,  # named as an argument only
     "numpy.dtype": _Callable(_Dtype),
     "collections.OrderedDict": OrderedDict,
     # Python 2 and protocol 2 use it for the bytes of an array.
@@ -91,7 +70,9 @@ for _bytes in ("bytes", "builtins.bytes", "__builtin__.bytes"):
     _PARTS[_bytes] = _Callable(lambda: b"")  # of an empty array
 for _core in ("numpy.core", "numpy._core"):
     _PARTS[f"{_core}.multiarray._reconstruct"] = _Callable(lambda *args: _Array())
-    _PARTS[f"{_core}.multiarray.scalar"] = _Callable(_scalar)
+    _PARTS[f"{_core}.multiarray.scalar"] = _Callable(
+        lambda dtype, data: _from_buffer(data, dtype, (1,), "C")[0]
+    )
     _PARTS[f"{_core}.numeric._frombuffer"] = _Callable(_from_buffer)
 
 
@@ -143,14 +124,14 @@ def _read_pth(path: str, trust_pickle: bool) -> Any:
     # Objects that are given a state must be of a type that is listed.
     types = [(x, f"{__name__}.{x.__name__}") for x in (_Array, _Dtype)]
     with torch.serialization.safe_globals([*((x, name) for name, x in _PARTS.items()), *types]):
-        return _as_arrays(torch.load(path, map_location="cpu", weights_only=True))
+        return _resolved(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _read_pkl(path: str, trust_pickle: bool) -> Any:
     with open(path, "rb") as f:
         if trust_pickle:
             return pickle.Unpickler(f, encoding="latin1").load()
-        return _as_arrays(_PlainUnpickler(f, encoding="latin1").load())
+        return _resolved(_PlainUnpickler(f, encoding="latin1").load())
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -161,17 +142,15 @@ class _PlainUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}") from None
 
 
-def _as_arrays(x: Any) -> Any:
-    """The content with NumPy's arrays in the place of :class:`_Array`."""
-    if isinstance(x, _Array):
-        return x.array
-    if isinstance(x, _Dtype):
-        return x.dtype
+def _resolved(x: Any) -> Any:
+    """The content with NumPy's objects in the place of :class:`_Array` and :class:`_Dtype`."""
+    if isinstance(x, (_Array, _Dtype)):
+        return x.value
     if isinstance(x, dict):
         for key, value in x.items():
-            x[key] = _as_arrays(value)
+            x[key] = _resolved(value)
     elif type(x) is list:
-        x[:] = map(_as_arrays, x)
+        x[:] = map(_resolved, x)
     elif type(x) is tuple:
-        return tuple(map(_as_arrays, x))
+        return tuple(map(_resolved, x))
     return x

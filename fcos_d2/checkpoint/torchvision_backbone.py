@@ -10,6 +10,7 @@ import hashlib
 import os
 import pickle
 import re
+from pathlib import Path
 
 import torchvision
 from detectron2.utils.file_io import PathHandler, PathManager
@@ -80,12 +81,9 @@ class TorchvisionHandler(PathHandler):
 
 
 def _name_by_content(file: str) -> str:
-    """A name that no other file has, nor the same file with other content."""
-    digest = hashlib.sha256(os.path.realpath(file).encode())
-    with open(file, "rb") as f:
-        while chunk := f.read(2**20):
-            digest.update(chunk)
-    return f"file-{os.path.basename(file)}-{digest.hexdigest()[:16]}"
+    """A name that no file with other content has."""
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return f"file-{os.path.basename(file)}-{digest[:16]}"
 
 
 PathManager.register_handler(TorchvisionHandler(), allow_override=True)

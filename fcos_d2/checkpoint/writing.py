@@ -6,6 +6,15 @@ from contextlib import contextmanager
 from typing import IO
 
 
+def check_local(folder: str) -> None:
+    """Raise a ValueError for a folder that is not of this machine, such as "s3://..."."""
+    if "://" in folder:
+        raise ValueError(
+            f"OUTPUT_DIR {folder!r} is no local folder. A file there cannot be replaced as a whole: "
+            "choose a folder of this machine, and copy it when the run is done"
+        )
+
+
 @contextmanager
 def replacing(path: str, mode: str = "wb", own: bool = False) -> Iterator[IO]:
     """Write a file under a temporary name, and rename it once it is complete on disk.

@@ -8,6 +8,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ..checkpoint import check_local
 from ..config import load_cfg
 from ..data import register_custom_datasets
 from ..data.layouts import use_data
@@ -73,6 +74,7 @@ def setup(args) -> CfgNode:
         notes.append(follow_max_iter(cfg, own.SOLVER, given))
         check_steps(cfg.SOLVER)
     cfg.freeze()
+    check_local(cfg.OUTPUT_DIR)
     if not eval_only and not getattr(args, "resume", False):
         overwrite = getattr(args, "overwrite", False)
         refuse_earlier_run(cfg.OUTPUT_DIR, overwrite, cfg.MODEL.WEIGHTS)

@@ -25,7 +25,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 
-from ..checkpoint import AtomicCheckpointer, is_whole, replacing
+from ..checkpoint import AtomicCheckpointer, is_intact, replacing
 from ..data import (
     DatasetMapper,
     TrainingLoader,
@@ -186,7 +186,7 @@ class Trainer(DefaultTrainer):
         """Write a checkpoint between two iterations, unless there is one."""
         name = f"model_{self.iter:07d}"
         file = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
-        if self.iter + 1 < self.max_iter and not is_whole(file):
+        if self.iter + 1 < self.max_iter and not is_intact(file):
             self.checkpointer.save(name, iteration=self.iter)
 
     def run_step(self) -> None:

@@ -29,6 +29,9 @@ class FCOS(DenseDetector):
     Input and output are those of every Detectron2 detector.
     """
 
+    # Those that start anew where a checkpoint has other classes.
+    class_layers = ("head.cls_logits",)
+
     @configurable
     def __init__(
         self,

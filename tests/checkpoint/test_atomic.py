@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fcos_d2.checkpoint import AtomicCheckpointer, is_whole
+from fcos_d2.checkpoint import AtomicCheckpointer, is_intact
 
 
 def save_three_checkpoints(folder):
@@ -84,6 +84,43 @@ def test_untagged_checkpoint_is_not_resumed_from(tmp_path):
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 3
 
 
+def test_says_the_classes_of_the_last_file(tmp_path):
+    checkpointer = save_three_checkpoints(tmp_path)
+    checkpointer.load(str(tmp_path / "model_2.pth"))
+    assert checkpointer.class_names is checkpointer.category_ids is None
+    checkpointer.description = {"class_names": ["a", "b"], "category_ids": [7, 3]}
+    checkpointer.save("model_3")
+    checkpointer.load(str(tmp_path / "model_3.pth"))
+    assert checkpointer.class_names == ["a", "b"]
+    assert checkpointer.category_ids == [7, 3]
+
+
+def test_what_starts_anew_for_other_classes_is_what_the_model_says(tmp_path):
+    def detector(weight):
+        model = nn.ModuleDict({name: nn.Linear(1, 1) for name in ("classes", "classes2", "boxes")})
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, weight)
+        return model
+
+    trained = AtomicCheckpointer(detector(1.0), str(tmp_path))
+    trained.description["class_names"] = ["a"]
+    trained.save("model")
+    for class_layers, expected in ((("classes",), 0.0), (None, 1.0)):
+        model = detector(0.0)
+        if class_layers:
+            model.class_layers = class_layers
+        checkpointer = AtomicCheckpointer(model)
+        checkpointer.classes_of_data = ["b"]
+        checkpointer.load(str(tmp_path / "model.pth"))
+        assert model["classes"].weight.item() == model["classes"].bias.item() == expected
+        assert model["classes2"].weight.item() == model["boxes"].weight.item() == 1.0
+
+
+def test_a_folder_that_is_not_local_is_refused():
+    with pytest.raises(ValueError, match="'s3://bucket/run' is no local folder"):
+        AtomicCheckpointer(nn.Linear(1, 1), "s3://bucket/run")
+
+
 def test_empty_folder_has_no_checkpoint(tmp_path):
     assert not AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path)).has_checkpoint()
     assert not AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path / "none")).has_checkpoint()
@@ -127,7 +164,7 @@ def test_damage_anywhere_is_noticed(tmp_path):
         damaged = bytearray(content)
         damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
-        if is_whole(str(file)):
+        if is_intact(str(file)):
             unnoticed += 1
             assert torch.load(file)["iteration"] == expected["iteration"]
             assert torch.equal(torch.load(file)["model"]["weight"], expected["model"]["weight"])

@@ -11,7 +11,20 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from ..modeling.losses import FCOSLoss
-from .sources import SOURCES, Source
+from .adelaidet import ADELAIDET
+from .detectron2 import DETECTRON2
+from .mmdet import MMDET
+from .original_fcos import ORIGINAL_FCOS
+from .source import Source
+from .torchvision import TORCHVISION
+
+SOURCES: dict[str, Source] = {
+    "adelaidet": ADELAIDET,
+    "fcos": ORIGINAL_FCOS,
+    "detectron2": DETECTRON2,
+    "torchvision": TORCHVISION,
+    "mmdet": MMDET,
+}
 
 
 def convert(
@@ -44,13 +57,13 @@ def convert(
     theirs = _tensors(state_dict)
     _check_source(theirs, source)
 
-    our_names = layout.our_names(theirs)
-    ours, their_names, unexpected = {}, {}, []
-    for their_name, our_name in our_names.items():
-        if our_name is None or our_name in ours:
+    their_names, unexpected = {}, []
+    for their_name, our_name in layout.our_names(theirs).items():
+        if our_name is None or our_name in their_names:
             unexpected.append(their_name)
         else:
-            ours[our_name], their_names[our_name] = theirs[their_name], their_name
+            their_names[our_name] = their_name
+    ours = {ours: theirs[name] for ours, name in their_names.items()}
     cfg = _config(cfg, layout, ours, opts)
     layout.adapt(ours, cfg)
 
@@ -146,7 +159,12 @@ def _expected_tensors(cfg: CfgNode) -> dict[str, Tensor]:
 
 def _fill_in(ours: dict[str, Tensor], expected: Mapping[str, Tensor], cfg: CfgNode) -> None:
     """Add, in place, the tensors that are copied from others or start from scratch."""
-    _spread_over_levels(ours, expected)
+    # Each level has its own copy of a norm's tensors that all levels share in the source.
+    shared_by = {n: re.sub(r"^(head\.\w+_tower\.\d+)\.\d+\.", r"\1.", n) for n in expected}
+    shared_by = {n: shared for n, shared in shared_by.items() if n not in ours and shared in ours}
+    ours.update({name: ours[shared] for name, shared in shared_by.items()})
+    for shared in set(shared_by.values()):
+        del ours[shared]
     running_averages = FCOSLoss(cfg).state_dict()
     for name, x in expected.items():
         if name.startswith("head.scales.") and name in ours and ours[name].dim() == 0:
@@ -155,18 +173,6 @@ def _fill_in(ours: dict[str, Tensor], expected: Mapping[str, Tensor], cfg: CfgNo
             ours[name] = torch.zeros(x.shape, dtype=x.dtype)
         elif name.startswith("loss."):
             ours[name] = running_averages[name.removeprefix("loss.")]
-
-
-def _spread_over_levels(ours: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Give each level its own copy of a norm's tensors that all levels share in the source."""
-    shared_names = {}
-    for name in expected:
-        match = re.fullmatch(r"(head\.\w+_tower\.\d+)\.\d+(\.\w+)", name)
-        if match and name not in ours and match[1] + match[2] in ours:
-            shared_names[name] = match[1] + match[2]
-    ours.update({name: ours[shared] for name, shared in shared_names.items()})
-    for shared in set(shared_names.values()):
-        del ours[shared]
 
 
 def _check_fit(

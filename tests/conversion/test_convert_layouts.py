@@ -11,7 +11,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 
 from fcos_d2 import model_zoo
-from fcos_d2.checkpoint import SOURCES, convert
+from fcos_d2.conversion import SOURCES, convert
 
 R50 = "COCO-Detection/fcos_R_50_FPN_1x.yaml"
 DCN = "COCO-Detection/fcos_dcnv2_R_50_FPN_1x.yaml"

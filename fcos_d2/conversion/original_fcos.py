@@ -4,20 +4,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from .source import BATCH_COUNTER, Rules, Source
-
-_RULES: Rules = [
-    # Its FPN numbers the stages from res2, which has no lateral: 2 is res3.
-    (r"backbone\.fpn\.fpn_inner2\.(weight|bias)", r"backbone.fpn_lateral3.\1"),
-    (r"backbone\.fpn\.fpn_inner3\.(weight|bias)", r"backbone.fpn_lateral4.\1"),
-    (r"backbone\.fpn\.fpn_inner4\.(weight|bias)", r"backbone.fpn_lateral5.\1"),
-    (r"backbone\.fpn\.fpn_layer2\.(weight|bias)", r"backbone.fpn_output3.\1"),
-    (r"backbone\.fpn\.fpn_layer3\.(weight|bias)", r"backbone.fpn_output4.\1"),
-    (r"backbone\.fpn\.fpn_layer4\.(weight|bias)", r"backbone.fpn_output5.\1"),
-    (r"backbone\.fpn\.top_blocks\.(p[67]\..+)", r"backbone.top_block.\1"),
-    (r"rpn\.head\.((?:cls_tower|bbox_tower|cls_logits|bbox_pred|scales)\..+)", r"head.\1"),
-    (r"rpn\.head\.centerness\.(.+)", r"head.ctrness.\1"),
-]
+from .source import ORIGINAL_SETTINGS, Source, fpn_rules
 
 # Detectron2's frozen and trained BatchNorm add this to the variance.
 _EPS = 1e-5
@@ -33,20 +20,20 @@ def _adapt(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
 
 ORIGINAL_FCOS = Source(
     signature=r"rpn\.head\.(cls_tower|bbox_tower|centerness)\..+",
-    rules=lambda names: _RULES,
+    rules=[
+        # Its FPN numbers the stages from res2, which has no lateral: 2 is res3.
+        *fpn_rules(r"backbone\.fpn\.fpn_inner{}", r"backbone\.fpn\.fpn_layer{}", first=2),
+        (r"backbone\.fpn\.top_blocks\.(p[67]\..+)", r"backbone.top_block.\1"),
+        (r"rpn\.head\.((?:cls_tower|bbox_tower|cls_logits|bbox_pred|scales)\..+)", r"head.\1"),
+        (r"rpn\.head\.centerness\.(.+)", r"head.ctrness.\1"),
+    ],
     cfg={
+        **ORIGINAL_SETTINGS,
         "INPUT.FORMAT": "BGR",
         "MODEL.PIXEL_MEAN": [102.9801, 115.9465, 122.7717],
         "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
-        "MODEL.FCOS.LOCATION_OFFSET": 0.5,
         "MODEL.FCOS.QUALITY": "centerness",
-        "MODEL.FCOS.SCORE_FUSION": "sqrt",
-        "MODEL.FCOS.CLIP_BOXES": "before_nms",
-        "MODEL.FCOS.SCORE_THRESH_ON": "class",
-        "MODEL.FCOS.SCORE_THRESH_TEST": 0.05,
-        "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,
         "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
-        "TEST.DETECTIONS_PER_IMAGE": 100,
     },
     # Its own config sets these: NORM_REG_TARGETS, CENTERNESS_ON_REG and STRIDE_IN_1X1.
     not_in_file=(
@@ -54,7 +41,6 @@ ORIGINAL_FCOS = Source(
         "MODEL.FCOS.QUALITY_ON",
         "MODEL.RESNETS.STRIDE_IN_1X1",
     ),
-    ignored=(BATCH_COUNTER,),
     resnet=r"backbone\.body\.(stem\.)?",
     adapt=_adapt,
 )

@@ -4,24 +4,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import Tensor
 
-from .source import BATCH_COUNTER, Rules, Source
-
-# "inner_blocks.0.0.weight"; before version 0.13, "inner_blocks.0.weight".
-_CONV = r"(?:\.0)?\.(weight|bias)"
-_RULES: Rules = [
-    (r"backbone\.fpn\.inner_blocks\.0" + _CONV, r"backbone.fpn_lateral3.\1"),
-    (r"backbone\.fpn\.inner_blocks\.1" + _CONV, r"backbone.fpn_lateral4.\1"),
-    (r"backbone\.fpn\.inner_blocks\.2" + _CONV, r"backbone.fpn_lateral5.\1"),
-    (r"backbone\.fpn\.layer_blocks\.0" + _CONV, r"backbone.fpn_output3.\1"),
-    (r"backbone\.fpn\.layer_blocks\.1" + _CONV, r"backbone.fpn_output4.\1"),
-    (r"backbone\.fpn\.layer_blocks\.2" + _CONV, r"backbone.fpn_output5.\1"),
-    (r"backbone\.fpn\.extra_blocks\.(p[67]\..+)", r"backbone.top_block.\1"),
-    (r"head\.classification_head\.conv\.(.+)", r"head.cls_tower.\1"),
-    (r"head\.classification_head\.cls_logits\.(.+)", r"head.cls_logits.\1"),
-    (r"head\.regression_head\.conv\.(.+)", r"head.bbox_tower.\1"),
-    (r"head\.regression_head\.bbox_reg\.(.+)", r"head.bbox_pred.\1"),
-    (r"head\.regression_head\.bbox_ctrness\.(.+)", r"head.ctrness.\1"),
-]
+from .source import ORIGINAL_SETTINGS, Source, fpn_rules
 
 # Its classes are the category numbers of COCO's files, 0 to 90, of which 80 are used.
 _COCO_NUMBERS = 91
@@ -43,8 +26,20 @@ def _adapt(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
 
 TORCHVISION = Source(
     signature=r"head\.(classification|regression)_head\..+",
-    rules=lambda names: _RULES,
+    rules=[
+        # "inner_blocks.0.0.weight"; before version 0.13, "inner_blocks.0.weight".
+        *fpn_rules(
+            r"backbone\.fpn\.inner_blocks\.{}(?:\.0)?", r"backbone\.fpn\.layer_blocks\.{}(?:\.0)?"
+        ),
+        (r"backbone\.fpn\.extra_blocks\.(p[67]\..+)", r"backbone.top_block.\1"),
+        (r"head\.classification_head\.conv\.(.+)", r"head.cls_tower.\1"),
+        (r"head\.classification_head\.cls_logits\.(.+)", r"head.cls_logits.\1"),
+        (r"head\.regression_head\.conv\.(.+)", r"head.bbox_tower.\1"),
+        (r"head\.regression_head\.bbox_reg\.(.+)", r"head.bbox_pred.\1"),
+        (r"head\.regression_head\.bbox_ctrness\.(.+)", r"head.ctrness.\1"),
+    ],
     cfg={
+        **ORIGINAL_SETTINGS,
         "INPUT.FORMAT": "RGB",
         # 255 times its 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 for images in [0, 1].
         "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
@@ -54,15 +49,10 @@ TORCHVISION = Source(
         "MODEL.FCOS.BOX_ACTIVATION": "relu",
         "MODEL.FCOS.QUALITY": "centerness",
         "MODEL.FCOS.QUALITY_ON": "box",
-        "MODEL.FCOS.SCORE_FUSION": "sqrt",
-        "MODEL.FCOS.CLIP_BOXES": "before_nms",
         "MODEL.FCOS.SCORE_THRESH_ON": "score",
         "MODEL.FCOS.SCORE_THRESH_TEST": 0.2,
-        "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,
         "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
-        "TEST.DETECTIONS_PER_IMAGE": 100,
     },
-    ignored=(BATCH_COUNTER,),
     resnet=r"backbone\.body\.",
     adapt=_adapt,
 )

@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7 as TorchvisionP6P7
 
 from fcos_d2 import model_zoo
-from fcos_d2.checkpoint import convert
+from fcos_d2.conversion import convert
 
 SIZE = 256  # a multiple of 128: torchvision's stride is image // grid
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_convert_layouts import PLAIN, adelaidet, make_cfg, mmdet, numbered, original
 
-from fcos_d2.checkpoint import SOURCES, convert
+from fcos_d2.conversion import SOURCES, convert
 
 CAFFE_BGR = {"INPUT.FORMAT": "BGR", "MODEL.PIXEL_STD": [1.0, 1.0, 1.0]}
 # Each implementation's own defaults, or None where the given config decides.

@@ -1,18 +1,18 @@
-"""Describes the checkpoints of another implementation.
+"""What describes the checkpoints of another implementation, which has a file beside this one.
 
 A source has patterns that map the names of its parameters to ours, the config keys that reproduce
-its arithmetic, and a function for what patterns and keys cannot express.
+its arithmetic, and functions for what patterns and keys cannot express.
 """
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from ..torchvision_backbone import convert_torchvision_resnet
+from ..checkpoint import convert_torchvision_resnet
 
 # Pairs of a pattern for a source's whole name, and our name with the groups as \1, \2, ...
 Rules = Sequence[tuple[str, str]]
@@ -27,30 +27,29 @@ class Source:
 
     Attributes:
         signature: a pattern that matches some names of this source, and none of the others.
-        rules: returns the rules for all names of a checkpoint; the first that matches counts.
+        rules: the first that matches a name counts.
         cfg: config keys and values that reproduce the source's arithmetic.
         not_in_file: config keys that change the detections, but follow neither from the source nor
             from its checkpoints: the user must choose a config with the right values.
-        ignored: patterns of names that our model does not need.
+        ignored: a pattern of names that our model does not need.
         resnet: a pattern of the prefix of its ResNet, if that has torchvision's names.
+        tower_rules: returns rules that depend on all names of a checkpoint.
         adapt: changes the renamed tensors in place so that our model computes the same.
     """
 
     signature: str
-    rules: Callable[[Collection[str]], Rules]
+    rules: Rules
     cfg: Mapping[str, Any]
     not_in_file: Sequence[str] = ()
-    ignored: Sequence[str] = ()
+    ignored: str = BATCH_COUNTER
     resnet: str | None = None
-    adapt: Callable[[dict[str, Tensor], CfgNode], None] = field(default=lambda tensors, cfg: None)
-
-    def is_ignored(self, name: str) -> bool:
-        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+    tower_rules: Callable[[Collection[str]], Rules] = lambda names: []
+    adapt: Callable[[dict[str, Tensor], CfgNode], None] = lambda tensors, cfg: None
 
     def our_names(self, names: Collection[str]) -> dict[str, str | None]:
         """Map each name that is not ignored to our name, or to None if it has none."""
-        rules = self.rules(names)
-        return {n: self._our_name(n, rules) for n in names if not self.is_ignored(n)}
+        rules = [*self.rules, *self.tower_rules(names)]
+        return {n: self._our_name(n, rules) for n in names if not re.fullmatch(self.ignored, n)}
 
     def _our_name(self, name: str, rules: Rules) -> str | None:
         for pattern, ours in rules:
@@ -81,3 +80,27 @@ DETECTRON2_BACKBONE: Rules = [
     # Checkpoints of older versions have these buffers, which become PIXEL_MEAN and PIXEL_STD.
     (r"(pixel_mean|pixel_std)", r"\1"),
 ]
+
+
+def fpn_rules(lateral: str, output: str, first: int = 0) -> Rules:
+    """The convolutions of the FPN on C3, C4 and C5.
+
+    In the patterns, {} stands for their numbers, which start at ``first``.
+    """
+    return [
+        (pattern.format(first + i) + r"\.(weight|bias)", rf"backbone.fpn_{kind}{i + 3}.\1")
+        for kind, pattern in (("lateral", lateral), ("output", output))
+        for i in range(3)
+    ]
+
+
+# The settings of the original code. The other sources list those that they have otherwise.
+ORIGINAL_SETTINGS = {
+    "MODEL.FCOS.LOCATION_OFFSET": 0.5,
+    "MODEL.FCOS.SCORE_FUSION": "sqrt",
+    "MODEL.FCOS.CLIP_BOXES": "before_nms",
+    "MODEL.FCOS.SCORE_THRESH_ON": "class",
+    "MODEL.FCOS.SCORE_THRESH_TEST": 0.05,
+    "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,
+    "TEST.DETECTIONS_PER_IMAGE": 100,
+}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_convert_layouts import PLAIN, make_cfg, mmdet, numbered
 
-from fcos_d2.checkpoint import convert
+from fcos_d2.conversion import convert
 
 
 @pytest.mark.parametrize("source", PLAIN)

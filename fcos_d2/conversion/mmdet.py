@@ -7,33 +7,16 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from .source import BATCH_COUNTER, Rules, Source
-
-_RULES: Rules = [
-    (r"neck\.lateral_convs\.0\.conv\.(weight|bias)", r"backbone.fpn_lateral3.\1"),
-    (r"neck\.lateral_convs\.1\.conv\.(weight|bias)", r"backbone.fpn_lateral4.\1"),
-    (r"neck\.lateral_convs\.2\.conv\.(weight|bias)", r"backbone.fpn_lateral5.\1"),
-    (r"neck\.fpn_convs\.0\.conv\.(weight|bias)", r"backbone.fpn_output3.\1"),
-    (r"neck\.fpn_convs\.1\.conv\.(weight|bias)", r"backbone.fpn_output4.\1"),
-    (r"neck\.fpn_convs\.2\.conv\.(weight|bias)", r"backbone.fpn_output5.\1"),
-    (r"neck\.fpn_convs\.3\.conv\.(weight|bias)", r"backbone.top_block.p6.\1"),
-    (r"neck\.fpn_convs\.4\.conv\.(weight|bias)", r"backbone.top_block.p7.\1"),
-    # Before version 2.1, the names were fcos_cls, fcos_reg and fcos_centerness.
-    (r"bbox_head\.(?:conv|fcos)_cls\.(.+)", r"head.cls_logits.\1"),
-    (r"bbox_head\.(?:conv|fcos)_reg\.(.+)", r"head.bbox_pred.\1"),
-    (r"bbox_head\.(?:conv|fcos)_centerness\.(.+)", r"head.ctrness.\1"),
-    (r"bbox_head\.(scales\.\d+\.scale)", r"head.\1"),
-    (r"data_preprocessor\.(mean|std)", r"pixel_\1"),
-]
+from .source import ORIGINAL_SETTINGS, Rules, Source, fpn_rules
 
 
-def _rules(names: Collection[str]) -> Rules:
-    """The rules, with those of the towers, whose numbers count convolutions only."""
+def _tower_rules(names: Collection[str]) -> Rules:
+    """Their numbers count convolutions only."""
     convs = [re.match(r"bbox_head\.(?:cls|reg)_convs\.(\d+)\.", name) for name in names]
     depth = 1 + max((int(match[1]) for match in convs if match), default=-1)
     has_norm = any(re.match(r"bbox_head\.(cls|reg)_convs\.\d+\.(gn|bn)\.", name) for name in names)
     step = 3 if has_norm else 2
-    rules = list(_RULES)
+    rules = []
     for i in range(depth):
         for theirs, ours in (("cls_convs", "cls_tower"), ("reg_convs", "bbox_tower")):
             layer, conv = rf"bbox_head\.{theirs}\.{i}\.", f"head.{ours}.{i * step}"
@@ -57,16 +40,22 @@ def _adapt(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
 
 MMDET = Source(
     signature=r"bbox_head\.((conv|fcos)_(cls|centerness)|cls_convs)\..+",
-    rules=_rules,
+    rules=[
+        *fpn_rules(r"neck\.lateral_convs\.{}\.conv", r"neck\.fpn_convs\.{}\.conv"),
+        (r"neck\.fpn_convs\.3\.conv\.(weight|bias)", r"backbone.top_block.p6.\1"),
+        (r"neck\.fpn_convs\.4\.conv\.(weight|bias)", r"backbone.top_block.p7.\1"),
+        # Before version 2.1, the names were fcos_cls, fcos_reg and fcos_centerness.
+        (r"bbox_head\.(?:conv|fcos)_cls\.(.+)", r"head.cls_logits.\1"),
+        (r"bbox_head\.(?:conv|fcos)_reg\.(.+)", r"head.bbox_pred.\1"),
+        (r"bbox_head\.(?:conv|fcos)_centerness\.(.+)", r"head.ctrness.\1"),
+        (r"bbox_head\.(scales\.\d+\.scale)", r"head.\1"),
+        (r"data_preprocessor\.(mean|std)", r"pixel_\1"),
+    ],
+    tower_rules=_tower_rules,
     cfg={
-        "MODEL.FCOS.LOCATION_OFFSET": 0.5,
+        **ORIGINAL_SETTINGS,
         "MODEL.FCOS.QUALITY": "centerness",
         "MODEL.FCOS.SCORE_FUSION": "product",
-        "MODEL.FCOS.CLIP_BOXES": "before_nms",
-        "MODEL.FCOS.SCORE_THRESH_ON": "class",
-        "MODEL.FCOS.SCORE_THRESH_TEST": 0.05,
-        "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,
-        "TEST.DETECTIONS_PER_IMAGE": 100,
     },
     # Its own config sets these: norm_on_bbox, centerness_on_reg, nms, the data preprocessor and
     # the backbone's style.
@@ -79,7 +68,6 @@ MMDET = Source(
         "MODEL.PIXEL_STD",
         "MODEL.RESNETS.STRIDE_IN_1X1",
     ),
-    ignored=(BATCH_COUNTER,),
     resnet=r"backbone\.",
     adapt=_adapt,
 )
