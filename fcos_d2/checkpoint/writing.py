@@ -10,8 +10,8 @@ def check_local(folder: str) -> None:
     """Raise a ValueError for a folder that is not of this machine, such as "s3://..."."""
     if "://" in folder:
         raise ValueError(
-            f"OUTPUT_DIR {folder!r} is no local folder. A file there cannot be replaced as a whole: "
-            "choose a folder of this machine, and copy it when the run is done"
+            f"OUTPUT_DIR {folder!r} is no local folder. A file there cannot be replaced as a "
+            "whole: choose a folder of this machine, and copy it when the run is done"
         )
 
 

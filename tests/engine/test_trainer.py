@@ -240,6 +240,14 @@ def test_missing_config_file_is_said():
         setup(SimpleNamespace(config_file="", opts=[]))
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_output_folder_elsewhere_is_refused_at_once(resume):
+    config = model_zoo.get_config_file("quick_schedules/fcos_R_18_FPN_shapes.yaml")
+    args = {"config_file": config, "opts": ["OUTPUT_DIR", "s3://bucket/run"], "resume": resume}
+    with pytest.raises(ValueError, match="'s3://bucket/run' is no local folder"):
+        setup(SimpleNamespace(**args))
+
+
 def test_augmentation_of_other_models_is_refused_at_once():
     args = SimpleNamespace(
         config_file=model_zoo.get_config_file("Ablations/retinanet_R_50_FPN_1x.yaml"),
