@@ -27,4 +27,4 @@ else:
         modeling,
     )
     from .config import add_fcos_config, get_cfg, load_cfg  # noqa: F401
-    from .predictor import Predictor  # noqa: F401
+    from .inference import Predictor  # noqa: F401

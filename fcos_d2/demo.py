@@ -16,8 +16,8 @@ from tabulate import tabulate
 
 from . import model_zoo
 from .data import make_shapes_dataset, register_custom_datasets
-from .drawing import annotations_as_instances, draw_instances
 from .engine import Trainer
+from .inference.drawing import annotations_as_instances, draw_instances
 from .report import write_report
 
 CONFIG = "quick_schedules/fcos_R_18_FPN_shapes.yaml"

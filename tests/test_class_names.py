@@ -12,9 +12,10 @@ from detectron2.engine import DefaultPredictor
 from detectron2.utils.visualizer import Visualizer
 from helpers import tiny_cfg
 
-from fcos_d2 import Predictor, load_cfg, predict
+from fcos_d2 import Predictor, load_cfg
 from fcos_d2.data import register_custom_datasets
 from fcos_d2.engine import Trainer, evaluate
+from fcos_d2.inference import predict
 
 CLASSES = ["disc", "square", "triangle"]
 

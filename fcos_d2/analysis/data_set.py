@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
 from ..data.check import Finding, RawData, to_records
-from ..drawing import plain_text
+from ..inference.drawing import plain_text
 from .assignment import analyze_boxes
 from .plots import COLORS, grouped_bars, new_figure
 from .statistics import BoxStatistics

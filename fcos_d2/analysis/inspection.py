@@ -16,9 +16,9 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from ..inference import Predictor
 from ..modeling import FCOS, FCOSPostProcessor, HeadOutputs, Levels
 from ..modeling.points import centerness, ltrb_to_boxes
-from ..predictor import Predictor
 
 
 @dataclass(frozen=True)

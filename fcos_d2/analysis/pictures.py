@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ..drawing import class_colors
+from ..inference.drawing import class_colors
 from .inspection import Inspection
 from .plots import new_figure
 from .positives import LocatedPositives

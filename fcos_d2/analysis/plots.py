@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..drawing import plain_text
+from ..inference.drawing import plain_text
 from .score_quality import ScoresAndIoUs, rank_correlation
 from .statistics import AssignmentStatistics
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.image_files import read_image
-from ..predictor import Predictor
+from ..inference import Predictor
 from .assignment import boxes_at_test_resize
 from .inspection import inspect_image
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..analysis.plots import COLORS, grouped_bars, new_figure
-from ..drawing import plain_text
+from ..inference.drawing import plain_text
 from .evaluation import CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
 
 _MOST_CLASSES = 30  # in a matrix

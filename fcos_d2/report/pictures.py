@@ -10,7 +10,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 
-from ..drawing import class_colors, draw_instances
+from ..inference.drawing import class_colors, draw_instances
 from .errors import Error
 
 _AROUND = 1  # sides of the box that are shown on each side of it

@@ -15,10 +15,11 @@ from detectron2.structures import Boxes, Instances
 from helpers import tiny_cfg
 from pycocotools.coco import COCO
 
-from fcos_d2 import Predictor, load_cfg, predict
-from fcos_d2.drawing import draw_instances
+from fcos_d2 import Predictor, load_cfg
+from fcos_d2.inference import predict
+from fcos_d2.inference.drawing import draw_instances
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLASSES = ["disc", "square", "triangle"]
 
 
@@ -199,7 +200,7 @@ def test_drawing_without_names_and_without_detections():
     from detectron2.data.catalog import Metadata
     from detectron2.structures import Boxes, Instances
 
-    from fcos_d2.drawing import draw_instances
+    from fcos_d2.inference.drawing import draw_instances
 
     image = np.zeros((50, 60, 3), np.uint8)
     none = Instances((50, 60), pred_boxes=Boxes(torch.zeros(0, 4)),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fcos_d2.ordered_batches import run_in_batches
+from fcos_d2.inference import run_in_batches
 
 # An item is a pair of its number and its kind.
 KINDS = st.lists(st.integers(0, 3), max_size=40)

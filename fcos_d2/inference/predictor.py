@@ -12,12 +12,12 @@ from detectron2.data.catalog import Metadata
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 
-from .checkpoint import AtomicCheckpointer
-from .data import category_ids, class_names
-from .data.image_files import IMAGE_SUFFIXES, read_image
-from .modeling.backbone import padded_size
-from .modeling.images import check_finite
-from .ordered_batches import run_in_batches
+from ..checkpoint import AtomicCheckpointer
+from ..data import category_ids, class_names
+from ..data.image_files import IMAGE_SUFFIXES, read_image
+from ..modeling.backbone import padded_size
+from ..modeling.images import check_finite
+from .batches import run_in_batches
 
 # An image may wait for others of its size until this many full batches of images are held.
 _BATCHES_HELD = 4

@@ -1,0 +1,7 @@
+"""Detections of a trained model: in Python, and as the command ``python -m fcos_d2.predict``."""
+
+from .batches import run_in_batches
+from .drawing import draw_instances
+from .predictor import Predictor
+
+__all__ = ["Predictor", "draw_instances", "run_in_batches"]

@@ -1,0 +1,288 @@
+"""Detect objects in images and videos with a trained model, and draw them.
+
+    python -m fcos_d2.predict --weights output/model_final.pth --input photos --output detections
+    python -m fcos_d2.predict --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml \\
+        --weights fcos_R_50.pth --input 'photos/*.jpg' --output detections --json
+    python -m fcos_d2.predict --weights model.pth --input film.mp4 --output detections
+    python -m fcos_d2.predict --weights model.pth --input 0 --output camera    (Ctrl-C ends it)
+"""
+
+import argparse
+import contextlib
+import glob
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.catalog import Metadata
+from detectron2.structures import BoxMode, Instances
+from tqdm import tqdm
+
+from ..checkpoint import read_checkpoint, replacing
+from ..config import load_cfg
+from ..data.image_files import IMAGE_SUFFIXES, read_image
+from .drawing import draw_instances
+from .predictor import Predictor
+
+_VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_intermixed_args(argv)
+    try:
+        cfg = _config(args)
+        source = _source(args.input)
+        # A camera's frames shall not wait for others.
+        batch_size = 1 if isinstance(source, int) else args.batch_size
+        predictor = Predictor(cfg, batch_size=batch_size)
+        threshold = _threshold(args.threshold, predictor.metadata.get("thing_classes", None))
+        output = Path(args.output)
+        output.mkdir(parents=True, exist_ok=True)
+        failed: list[str] = []
+        if isinstance(source, list):
+            write = _ImageWriter(output, source)
+            frames = _detect_images(predictor, source, failed)
+        else:
+            write = _VideoWriter(output, source)
+            frames = enumerate(predictor.video(source))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"Nothing was detected. {error}") from error
+
+    results, begin = [], time.perf_counter()
+    count = 0
+    try:
+        for name, (image, detections) in tqdm(frames, total=write.total, unit=" images"):
+            count += 1
+            instances = detections["instances"]
+            drawn = draw_instances(image, instances, predictor.metadata, threshold)
+            write(name, drawn)
+            if args.json:
+                results += _as_coco_results(name, instances, predictor.metadata)
+    except KeyboardInterrupt:
+        print("Stopped; what was detected so far is kept.")
+    finally:
+        write.close()
+        if args.json:
+            with replacing(str(output / "results.json"), "w") as file:
+                json.dump(results, file)
+    seconds = time.perf_counter() - begin
+    print(f"{count} images in {seconds:.1f} s, {count / seconds:.1f} a second, drawn in {output}.")
+    if failed:
+        print(f"{len(failed)} file(s) could not be read:", *failed, sep="\n  ")
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fcos_d2.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config-file", help="a YAML; not needed for a checkpoint that carries its own"
+    )
+    parser.add_argument("--weights", help="a checkpoint, in place of the config's MODEL.WEIGHTS")
+    parser.add_argument(
+        "--input",
+        required=True,
+        help="an image, folder, pattern, video, or a camera's number",
+    )
+    parser.add_argument("--output", required=True, help="the folder for what is drawn")
+    parser.add_argument(
+        "--json", action="store_true", help="also write results.json in COCO's result format"
+    )
+    parser.add_argument(
+        "--threshold",
+        default="0.4",
+        metavar="SCORE_OR_FILE",
+        help="the least score that is drawn (0.4), or a report's thresholds.json",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="images that run together (8)")
+    parser.add_argument("--device", help='for example "cuda:1" or "cpu"; a GPU if there is one')
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16", "float16"], help="MODEL.FCOS.PRECISION_TEST"
+    )
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
+    return parser
+
+
+def _config(args: argparse.Namespace) -> CfgNode:
+    if not args.config_file and not args.weights:
+        raise ValueError("Name a model: --weights, --config-file, or both")
+    cfg = load_cfg(args.config_file, args.opts) if args.config_file else _own_config(args)
+    if args.weights:
+        cfg.MODEL.WEIGHTS = args.weights
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("The config names no MODEL.WEIGHTS: add --weights")
+    if args.precision:
+        cfg.MODEL.FCOS.PRECISION_TEST = args.precision
+    # The machine that trained may have had a GPU.
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg.MODEL.DEVICE = str(torch.device(args.device or available))
+    return cfg
+
+
+def _own_config(args: argparse.Namespace) -> CfgNode:
+    """The config that a checkpoint carries.
+
+    Raises:
+        ValueError: if it carries none.
+    """
+    text = read_checkpoint(args.weights).get("config")
+    if not isinstance(text, str):
+        raise ValueError(f"{args.weights} does not carry its config: add --config-file")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(text)
+        file.flush()
+        return load_cfg(file.name, args.opts)
+
+
+def _threshold(text: str, class_names: Sequence[str] | None) -> float | list[float]:
+    """A score, or one for each class from a report's file.
+
+    Raises:
+        ValueError: for what is neither a number nor a file, and for a file that has none for a
+            class of the detector.
+    """
+    with contextlib.suppress(ValueError):
+        return float(text)
+    if not os.path.isfile(text):
+        raise ValueError(f"--threshold {text!r} is neither a number nor a file")
+    try:
+        of_classes = json.loads(Path(text).read_text())["classes"]
+        return [float(of_classes[name]) for name in class_names]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--threshold {text} has no scores of the classes {class_names}, which are those of "
+            f"the weights: {error!r}. A report writes such a file, thresholds.json"
+        ) from error
+
+
+def _source(name: str) -> list[str] | str | int:
+    """Image files, a video, or the number of a camera.
+
+    Raises:
+        ValueError: if there is nothing of this name.
+    """
+    if os.path.isdir(name):
+        files = sorted(os.listdir(name))
+        files = [os.path.join(name, f) for f in files if f.lower().endswith(IMAGE_SUFFIXES)]
+    elif os.path.isfile(name):
+        return name if name.lower().endswith(_VIDEO_SUFFIXES) else [name]
+    elif name.isdecimal():
+        return int(name)
+    elif "://" in name:  # a stream
+        return name
+    else:
+        files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+    if not files:
+        raise ValueError(
+            f"There is no image at --input {name!r}. It takes a file, a folder with files that end "
+            f"with {', '.join(IMAGE_SUFFIXES)}, a pattern in quotes, a video or a camera's number"
+        )
+    return files
+
+
+def _detect_images(
+    predictor: Predictor, files: Iterable[str], failed: list[str]
+) -> Iterator[tuple[str, tuple[np.ndarray, dict]]]:
+    """Each file with its image and detections; those that cannot be read go into ``failed``."""
+    held: deque[tuple[str, np.ndarray]] = deque()
+
+    def images() -> Iterator[np.ndarray]:
+        for file in files:
+            try:
+                image = read_image(file, "BGR")
+            except Exception as error:  # PIL raises many kinds
+                failed.append(f"{file}: {error}")
+                continue
+            held.append((file, image))
+            yield image
+
+    for detections in predictor.stream(images()):
+        file, image = held.popleft()
+        yield file, (image, detections)
+
+
+class _ImageWriter:
+    """Writes pictures under the names of their files, relative to the folder that all share."""
+
+    def __init__(self, output: Path, files: Sequence[str]):
+        self.output, self.total = output, len(files)
+        self.root = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files])
+
+    def __call__(self, file: str, picture: np.ndarray) -> None:
+        target = self.output / os.path.relpath(os.path.abspath(file), self.root)
+        if target.resolve() == Path(file).resolve():
+            raise SystemExit(f"The picture would be written over {file}: choose another --output")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not cv2.imwrite(str(target), picture):
+            raise SystemExit(f"OpenCV cannot write {target}")
+
+    def close(self) -> None:
+        pass
+
+
+class _VideoWriter:
+    """Writes frames to an MP4 file."""
+
+    def __init__(self, output: Path, source: str | int):
+        name = f"camera_{source}" if isinstance(source, int) else Path(source).stem
+        self.file = output / f"{name}.mp4"
+        capture = cv2.VideoCapture(source)
+        self.frames_a_second = capture.get(cv2.CAP_PROP_FPS) or 25
+        frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        self.total = frames if frames > 0 else None
+        capture.release()
+        if not isinstance(source, int) and self.file.resolve() == Path(source).resolve():
+            raise SystemExit(f"The video would be written over {source}: choose another --output")
+        self.writer: cv2.VideoWriter | None = None
+
+    def __call__(self, number: int, picture: np.ndarray) -> None:
+        if self.writer is None:
+            height, width = picture.shape[:2]
+            code = cv2.VideoWriter_fourcc(*"mp4v")
+            self.writer = cv2.VideoWriter(
+                str(self.file), code, self.frames_a_second, (width, height)
+            )
+            if not self.writer.isOpened():
+                raise SystemExit(f"OpenCV cannot write the video {self.file}")
+        self.writer.write(picture)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.release()
+
+
+def _as_coco_results(name: str | int, instances: Instances, metadata: Metadata) -> list[dict]:
+    """Detections in COCO's result format.
+
+    ``image_id`` is a number for frames, and where the file is named by one, as COCO's are, or else
+    the file; ``category_id`` is the data set's where it is known, or else counts from 0.
+    """
+    numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
+    ids = {number: category_id for category_id, number in numbers.items()}
+    stem = Path(name).stem if isinstance(name, str) else str(name)
+    image_id = int(stem) if stem.isdecimal() else name
+    names = metadata.get("thing_classes", None)
+    boxes = instances.pred_boxes.tensor.cpu()
+    boxes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
+    classes = instances.pred_classes.tolist()
+    return [
+        {"image_id": image_id, "category_id": ids.get(c, c), "bbox": box, "score": score}
+        | ({"category_name": names[c]} if names else {})
+        for box, score, c in zip(boxes, instances.scores.tolist(), classes, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    main()
