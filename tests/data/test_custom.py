@@ -81,7 +81,7 @@ def test_boxes_without_area_are_dropped_with_one_warning(register, datasets_fold
     register(pets=voc())
     dicts = DatasetCatalog.get("pets")
     assert [len(d["annotations"]) for d in dicts] == [1, 1]
-    (record,) = [r for r in caplog.records if r.name == "fcos_d2.data.voc"]
+    (record,) = [r for r in caplog.records if r.name == "fcos_d2.data.raw_data"]
     assert "dropped 2 box(es)" in record.message
     assert "a (7, 8, 7, 8); b (7, 8, 7, 8)" in record.message
 
@@ -291,6 +291,6 @@ def test_bccd(register, bccd_root, split, images, dropped, evaluator, caplog):
     classes = ["RBC", "WBC", "Platelets"]
     register(bccd=voc(ROOT=bccd_root, SPLIT=split, CLASSES=classes, EVALUATOR=evaluator))
     assert len(DatasetCatalog.get("bccd")) == images
-    warnings = [r.message for r in caplog.records if r.name == "fcos_d2.data.voc"]
+    warnings = [r.message for r in caplog.records if r.name == "fcos_d2.data.raw_data"]
     assert len(warnings) == (dropped is not None)
     assert all(dropped in w for w in warnings)

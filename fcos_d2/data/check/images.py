@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..image_files import check_depth, image_size, orientation
-from .findings import Finding, RawData
+from ..raw_data import Finding, RawData
 
 
 def check_images(data: RawData, progress: bool = False) -> tuple[list[Finding], dict[str, bytes]]:
