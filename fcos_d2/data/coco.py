@@ -26,6 +26,7 @@ def read_coco(
     """
     content = parse_coco_json(json_file, () if boxes_only else ("categories",))
     data = RawData(name, image_root, source=str(json_file))
+    data.label = lambda finding: _label(data, finding)
     if boxes_only:
         images = _sound_entries(data, "images", content, ("id", "height", "width"))
         data.images = [image | {"file_name": ""} for image in images]
@@ -48,6 +49,8 @@ def read_coco(
             data.refuse(error, data.source, annotation=number)
             continue
         number = number if isinstance(number, int | str) else place
+        if boxes_only:
+            annotation.pop("segmentation", None)
         index = data.add(annotation, data.source, number)
         if number in ids:
             text = f"{place} has the id of another one"
@@ -90,7 +93,7 @@ def load_coco_json(file: str | PathLike) -> list[dict]:
         OSError, ValueError: for what cannot be read, and what training would refuse.
     """
     data = read_coco("", file, "", boxes_only=True)
-    return data.records(unsound(_left_out(data)))[0]
+    return data.records(unsound(data.dropped()))[0]
 
 
 def training_file(data: RawData, is_part: bool = False) -> str:
@@ -105,7 +108,7 @@ def training_file(data: RawData, is_part: bool = False) -> str:
     Raises:
         ValueError: about the first entry that training refuses.
     """
-    findings = _left_out(data)
+    findings = data.dropped()
     is_complete = all("area" in a and "iscrowd" in a for a in data.annotations)
     if is_complete and _has_good_ids(data.annotations) and not findings and not is_part:
         return data.source
@@ -200,12 +203,9 @@ def _named(annotation: dict, place: str) -> str:
     return f"annotation {annotation['id']}" if "id" in annotation else place
 
 
-def _left_out(data: RawData) -> list[Finding]:
-    def label(finding: Finding) -> str:
-        named = _named(data.annotations[finding.index], str(finding.annotation))
-        return f"{named} of image {finding.image}"
-
-    return data.left_out(label)
+def _label(data: RawData, finding: Finding) -> str:
+    named = _named(data.annotations[finding.index], str(finding.annotation))
+    return f"{named} of image {finding.image}"
 
 
 def _has_good_ids(annotations: Sequence[dict]) -> bool:

@@ -29,8 +29,8 @@ from detectron2.data.datasets import load_coco_json
 from .coco import read_coco, training_file
 from .mapper import with_float_coordinates
 from .raw_data import RawData
-from .voc import check_readable_by_pascal_voc_evaluator, read_voc, voc_records
-from .yolo import read_yolo, yolo_records
+from .voc import check_readable_by_pascal_voc_evaluator, read_voc
+from .yolo import read_yolo
 
 # The required and the optional keys of each format.
 _KEYS = {
@@ -174,15 +174,29 @@ def _keep_part(data: RawData, part: str) -> None:
 
 def _register(name: str, entry: dict) -> None:
     entry = _with_resolved_paths(entry)
-    DatasetCatalog.register(name, _LOADERS[entry["FORMAT"]](name, entry))
+    is_coco = entry["FORMAT"] == "coco"
+    DatasetCatalog.register(name, (_coco_loader if is_coco else _loader)(name, entry))
     metadata = MetadataCatalog.get(name).set(evaluator_type=entry.get("EVALUATOR", "coco"))
     if entry.get("CLASSES") is not None:
         metadata.set(thing_classes=list(entry["CLASSES"]))
-    if entry["FORMAT"] == "coco":
+    if is_coco:
         metadata.set(image_root=entry["IMAGES"])
     if entry["FORMAT"] == "voc":
         # Average precision as in VOC 2010 and later: the area under the curve.
         metadata.set(dirname=entry["ROOT"], split=str(entry["SPLIT"]), year=2012)
+
+
+def _loader(name: str, entry: dict) -> Callable[[], list[dict]]:
+    def load() -> list[dict]:
+        data = _read(name, entry)
+        records = data.training_records()
+        _check_classes(name, entry, data)
+        MetadataCatalog.get(name).set(thing_classes=data.classes)
+        if entry.get("EVALUATOR") == "pascal_voc":
+            check_readable_by_pascal_voc_evaluator(entry["ROOT"], records)
+        return records
+
+    return load
 
 
 def _coco_loader(name: str, entry: dict) -> Callable[[], list[dict]]:
@@ -201,30 +215,6 @@ def _coco_loader(name: str, entry: dict) -> Callable[[], list[dict]]:
         return [with_float_coordinates(record) for record in records]
 
     return load
-
-
-def _voc_loader(name: str, entry: dict) -> Callable[[], list[dict]]:
-    def load() -> list[dict]:
-        records = voc_records(_read(name, entry))
-        if entry.get("EVALUATOR") == "pascal_voc":
-            check_readable_by_pascal_voc_evaluator(entry["ROOT"], records)
-        return records
-
-    return load
-
-
-def _yolo_loader(name: str, entry: dict) -> Callable[[], list[dict]]:
-    def load() -> list[dict]:
-        data = _read(name, entry)
-        records = yolo_records(data)
-        _check_classes(name, entry, data)
-        MetadataCatalog.get(name).set(thing_classes=data.classes)
-        return records
-
-    return load
-
-
-_LOADERS = {"coco": _coco_loader, "voc": _voc_loader, "yolo": _yolo_loader}
 
 
 def _check_classes(name: str, entry: dict, data: RawData) -> None:

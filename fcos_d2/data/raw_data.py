@@ -11,6 +11,7 @@ from detectron2.structures import BoxMode
 from tabulate import tabulate
 
 _NAMED = 10  # boxes of a kind that a warning names
+_DROPPED = {"annotation without image": "of images that the file does not list"}
 
 SEVERITIES = ("error", "warning", "note")
 
@@ -101,7 +102,7 @@ class Finding:
 class RawData:
     """A data set as it is on disk, faults and all.
 
-    The checks report what is wrong with it. Training is strict, see :meth:`left_out`.
+    The checks report what is wrong with it. Training is strict, see :meth:`dropped`.
 
     Attributes:
         name: of the data set or the split.
@@ -112,6 +113,7 @@ class RawData:
         places: of each annotation, its file and what findings call it.
         findings: what was found while reading, above all about entries that are in no list.
         source: the file or split that it was read from.
+        label: what training calls the box of a finding that it drops.
         error: what training raises, about the first entry that it refuses.
     """
 
@@ -123,6 +125,7 @@ class RawData:
     places: list[tuple[str, int | str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     source: str = ""
+    label: Callable[[Finding], str] = lambda finding: f"{finding.file}, {finding.annotation}"
     error: Exception | None = None
 
     @property
@@ -171,11 +174,8 @@ class RawData:
                 findings.append(self.finding(fault, i, box_text(bbox, image)))
         return findings
 
-    def left_out(self, label: Callable[[Finding], str]) -> list[Finding]:
-        """The strict use: what training leaves out, after one warning that names it.
-
-        Args:
-            label: what the warning calls the box of a finding.
+    def dropped(self) -> list[Finding]:
+        """The strict use: what training drops, after one warning that names it.
 
         Raises:
             OSError, ValueError: about the first entry that training refuses, with its file.
@@ -185,16 +185,13 @@ class RawData:
         findings = self.unlearnable()
         labels = defaultdict(list)
         for finding in findings:
-            problem = f"with {finding.kind}"
-            if finding.kind == "annotation without image":
-                problem = "of images that the file does not list"
-            labels[problem].append(label(finding))
+            labels[finding.kind].append(self.label(finding))
         parts = [
-            f"{len(names)} {problem} "
+            f"{len(names)} {_DROPPED.get(kind, f'with {kind}')} "
             f"({'; '.join(names[:_NAMED])}{'; ...' if len(names) > _NAMED else ''})"
-            for problem, names in labels.items()
+            for kind, names in labels.items()
         ]
-        if findings:
+        if parts:
             logging.getLogger(__name__).warning(
                 f"{self.source}: dropped {len(findings)} box(es) without area or with another "
                 f"fault: {', '.join(parts)}"
@@ -202,47 +199,46 @@ class RawData:
         return findings
 
     def records(self, left_out: Container[int]) -> tuple[list[dict], list[list[int]]]:
-        """In Detectron2's format, without some annotations.
+        """In Detectron2's format, without the annotations of some numbers.
 
-        Categories that are not listed keep their id as the number of the class.
+        Categories that are not listed keep their ids.
 
         Returns:
             the records, with boxes as [x, y, width, height]; and of each one, the numbers that its
             annotations have here.
         """
-        numbers = {c["id"]: i for i, c in enumerate(self._ordered_categories())}
-        records = {
-            image["id"]: {
+        classes = {c["id"]: i for i, c in enumerate(self._ordered_categories())}
+
+        def box(annotation: dict) -> dict:
+            category = annotation["category_id"]
+            return {
+                "bbox": annotation["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": classes.get(category, category),
+            } | {k: annotation[k] for k in ("iscrowd", "segmentation") if k in annotation}
+
+        indices: dict = {image["id"]: [] for image in self.images}
+        for i, annotation in enumerate(self.annotations):
+            if i not in left_out:
+                indices[annotation["image_id"]].append(i)
+        records = [
+            {
                 "file_name": os.path.join(self.image_root, image["file_name"]),
                 "image_id": image["id"],
                 "height": image["height"],
                 "width": image["width"],
-                "annotations": [],
+                "annotations": [box(self.annotations[i]) for i in indices[image["id"]]],
             }
             for image in self.images
-        }
-        indices: dict = {image: [] for image in records}
-        for i, annotation in enumerate(self.annotations):
-            if i in left_out:
-                continue
-            category = annotation["category_id"]
-            box = {"bbox": annotation["bbox"], "bbox_mode": BoxMode.XYWH_ABS}
-            box["category_id"] = numbers.get(category, category)
-            if "iscrowd" in annotation:
-                box["iscrowd"] = annotation["iscrowd"]
-            records[annotation["image_id"]]["annotations"].append(box)
-            indices[annotation["image_id"]].append(i)
-        return list(records.values()), list(indices.values())
+        ]
+        return records, list(indices.values())
 
-    def training_records(self, label: Callable[[Finding], str]) -> list[dict]:
-        """The records to train on, with boxes by their corners. See :meth:`left_out`."""
-        records, indices = self.records(unsound(self.left_out(label)))
-        for record, numbers in zip(records, indices, strict=True):
-            for box, i in zip(record["annotations"], numbers, strict=True):
-                x, y, width, height = box["bbox"]
-                box |= {"bbox": [x, y, x + width, y + height], "bbox_mode": BoxMode.XYXY_ABS}
-                if "segmentation" in self.annotations[i]:
-                    box["segmentation"] = self.annotations[i]["segmentation"]
+    def training_records(self) -> list[dict]:
+        """The records to train on, with boxes by their corners. See :meth:`dropped`."""
+        records, _ = self.records(unsound(self.dropped()))
+        for box in (box for record in records for box in record["annotations"]):
+            x, y, width, height = box["bbox"]
+            box |= {"bbox": [x, y, x + width, y + height], "bbox_mode": BoxMode.XYXY_ABS}
         return records
 
     def _ordered_categories(self) -> list[dict]:

@@ -28,6 +28,7 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = N
     """
     classes = names_of_objects(root, split) if classes is None else list(classes)
     data = RawData(name, os.path.join(root, "JPEGImages"), source=f"{root}, split {split}")
+    data.label = lambda finding: _label(data, finding)
     data.categories = [{"id": i + 1, "name": str(c)} for i, c in enumerate(classes)]
     numbers = {c: i + 1 for i, c in enumerate(classes)}
     image_files = _find_image_files(data.image_root)
@@ -59,16 +60,6 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = N
                 )
                 data.refuse(error, xml_file, image, place, "unknown category", index)
     return data
-
-
-def voc_records(data: RawData) -> list[dict]:
-    """The records to train on. For errors see :meth:`RawData.left_out`."""
-
-    def label(finding: Finding) -> str:
-        corners = _voc_corners(*data.annotations[finding.index]["bbox"])
-        return f"{finding.image} ({', '.join(f'{x:g}' for x in corners)})"
-
-    return data.training_records(label)
 
 
 def check_readable_by_pascal_voc_evaluator(root: str, records: Sequence[dict]) -> None:
@@ -169,6 +160,11 @@ def _coco_box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
     Both pixels belong to the box, but where they are the same it has no area.
     """
     return [x0 - 1, y0 - 1, x1 - x0 + (x1 > x0), y1 - y0 + (y1 > y0)]
+
+
+def _label(data: RawData, finding: Finding) -> str:
+    corners = _voc_corners(*data.annotations[finding.index]["bbox"])
+    return f"{finding.image} ({', '.join(f'{x:g}' for x in corners)})"
 
 
 def _voc_corners(x: float, y: float, width: float, height: float) -> list[float]:

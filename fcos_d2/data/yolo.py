@@ -50,11 +50,6 @@ def read_yolo(name: str, data_yaml: str, split: str) -> RawData:
     return data
 
 
-def yolo_records(data: RawData) -> list[dict]:
-    """The records to train on. For errors see :meth:`RawData.left_out`."""
-    return data.training_records(lambda finding: f"{finding.file}, {finding.annotation}")
-
-
 def _read_labels(data: RawData, file: str, classes: Sequence[str]) -> None:
     """Add what the label file of the last image has."""
     image, height, width = (data.images[-1][key] for key in ("id", "height", "width"))

@@ -11,7 +11,7 @@ from PIL import Image
 from fcos_d2.config import get_cfg, load_cfg
 from fcos_d2.data import custom, with_class_names
 from fcos_d2.data.image_files import image_size
-from fcos_d2.data.yolo import read_yolo, yolo_records
+from fcos_d2.data.yolo import read_yolo
 
 HEIGHT, WIDTH = 30, 40
 
@@ -39,7 +39,7 @@ def write_yaml(root, text):
 def load_yolo(root, split):
     """What training takes."""
     data = read_yolo("pets", root, split)
-    return yolo_records(data), data.classes
+    return data.training_records(), data.classes
 
 
 def boxes(records):
