@@ -3,14 +3,13 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from os import PathLike, path
 
 from detectron2.utils.file_io import PathManager
 
-from .raw_data import KINDS, Finding, RawData, unsound
-
-# Copies of annotation files that had to be cleaned. Removed when the process ends.
-_copies: tempfile.TemporaryDirectory | None = None
+from .findings import KINDS, Finding, unsound
+from .raw_data import RawData
 
 
 def read_coco(
@@ -112,14 +111,18 @@ def training_file(data: RawData, is_part: bool = False) -> str:
     is_complete = all("area" in a and "iscrowd" in a for a in data.annotations)
     if is_complete and _has_good_ids(data.annotations) and not findings and not is_part:
         return data.source
-    global _copies
-    if _copies is None:
-        _copies = tempfile.TemporaryDirectory(prefix="fcos_d2_annotations_")
     # mkstemp: two data sets of one name in turn must not share a file that is still read.
-    handle, file = tempfile.mkstemp(".json", f"{path.basename(data.name)}_", _copies.name)
+    prefix = f"{path.basename(data.name)}_"
+    handle, file = tempfile.mkstemp(".json", prefix, _folder_of_copies().name)
     with open(handle, "w", encoding="utf-8") as f:
         json.dump(cleaned(data, findings), f)
     return file
+
+
+@cache
+def _folder_of_copies() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="fcos_d2_annotations_")
 
 
 def cleaned(data: RawData, findings: Sequence[Finding]) -> dict:

@@ -65,8 +65,7 @@ def register_custom_datasets(cfg: CfgNode) -> None:
                     "Choose another name"
                 )
             DatasetCatalog.remove(name)
-        if name in MetadataCatalog.list():
-            MetadataCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
         _register(name, registration[0])
         _registered[name] = registration
 

@@ -3,99 +3,16 @@
 import logging
 import math
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
 
 from detectron2.structures import BoxMode
-from tabulate import tabulate
+
+from .findings import Finding, unsound
 
 _NAMED = 10  # boxes of a kind that a warning names
 _DROPPED = {"annotation without image": "of images that the file does not list"}
-
-SEVERITIES = ("error", "warning", "note")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of finding.
-
-    Attributes:
-        severity: "error": training refuses or drops it, or learns what is wrong. "warning": it may
-            be meant. "note": nothing is wrong.
-        repair: what a cleaned copy does about it: leaves out the "annotation" or the "image", or
-            "clip"s the box; "" for nothing.
-    """
-
-    severity: str
-    repair: str = ""
-
-
-KINDS = {
-    # Found while reading. Such entries are in no cleaned copy.
-    "broken entry": Kind("error"),
-    "id twice": Kind("error"),
-    "annotation id twice": Kind("warning"),  # numbered anew
-    # Boxes
-    "unknown category": Kind("error", "annotation"),
-    "annotation without image": Kind("error", "annotation"),
-    "NaN or infinity in the box": Kind("error", "annotation"),
-    "a negative width or height": Kind("error", "annotation"),
-    "a box without area": Kind("error", "annotation"),
-    "box outside of the image": Kind("error", "annotation"),
-    "box larger than the image": Kind("error", "annotation"),
-    "box beyond the edge": Kind("warning", "clip"),
-    "box twice": Kind("warning", "annotation"),
-    "box twice, of two classes": Kind("warning"),
-    "box nearly twice": Kind("warning"),
-    "box owns no location": Kind("warning"),
-    "crowd": Kind("note"),
-    # Classes
-    "class without boxes": Kind("warning"),
-    "other classes than the first set": Kind("error"),
-    # Images
-    "no image": Kind("error", "image"),
-    "unreadable image": Kind("error", "image"),
-    "truncated image": Kind("error", "image"),
-    "more than 8 bits": Kind("error", "image"),
-    "other size than annotated": Kind("error", "image"),
-    "TIFF turned by EXIF": Kind("error", "image"),
-    "turned by EXIF": Kind("warning"),
-    "image twice": Kind("warning"),
-    "image in two sets": Kind("error"),
-    "image without boxes": Kind("note"),
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about one place of a data set.
-
-    Attributes:
-        kind: a key of :data:`KINDS`.
-        file: where it is: of the annotations, or of the image.
-        text: the details.
-        image: the image's id.
-        annotation: the annotation's id in a COCO file; in other formats "object 2" or "line 2".
-        index: of the annotation in :class:`RawData`.
-    """
-
-    kind: str
-    file: str
-    text: str
-    image: int | str | None = None
-    annotation: int | str | None = None
-    index: int | None = None
-
-    @property
-    def severity(self) -> str:
-        return KINDS[self.kind].severity
-
-    def to_dict(self) -> dict:
-        """Ready for JSON."""
-        fields = asdict(self)
-        del fields["index"]
-        return {"severity": self.severity} | fields
 
 
 @dataclass
@@ -245,11 +162,6 @@ class RawData:
         return sorted(self.categories, key=lambda c: (isinstance(c["id"], str), c["id"]))
 
 
-def unsound(findings: Iterable[Finding]) -> set[int]:
-    """The numbers of the annotations that a cleaned copy leaves out."""
-    return {f.index for f in findings if KINDS[f.kind].repair == "annotation"}
-
-
 def box_text(bbox: Sequence[float], image: dict) -> str:
     """A box in a finding."""
     box = f"[{', '.join(f'{x:g}' for x in bbox)}]"
@@ -264,27 +176,3 @@ def _fault_of_box(bbox: Sequence[float]) -> str | None:
     if width < 0 or height < 0:
         return "a negative width or height"
     return "a box without area" if width == 0 or height == 0 else None
-
-
-def count(findings: Iterable[Finding]) -> dict[str, int]:
-    """The number of errors, warnings and notes."""
-    counts = Counter(f.severity for f in findings)
-    return {severity: counts[severity] for severity in SEVERITIES}
-
-
-def table(findings: Sequence[Finding], examples: int = 3) -> str:
-    """The kinds of findings with their number, and the first of them, as text for a terminal."""
-    rows = []
-    for kind in sorted(KINDS, key=lambda k: SEVERITIES.index(KINDS[k].severity)):
-        of_kind = [f for f in findings if f.kind == kind]
-        for i, finding in enumerate(of_kind[:examples]):
-            head = (finding.severity, kind, len(of_kind)) if i == 0 else ("", "", "")
-            named = "" if finding.annotation is None else f", {finding.annotation}"
-            rows.append((*head, f"{finding.file}{named}: {finding.text}"))
-        if len(of_kind) > examples:
-            rows.append(("", "", "", f"... and {len(of_kind) - examples} more"))
-    alignment = ("left", "left", "right", "left")
-    header = ("", "finding", "count", "where")
-    return (
-        tabulate(rows, header, colalign=alignment, disable_numparse=True) if rows else "no finding"
-    )

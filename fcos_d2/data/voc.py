@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 
+from .findings import Finding
 from .image_files import IMAGE_SUFFIXES, image_size
-from .raw_data import Finding, RawData
+from .raw_data import RawData
 
 
 def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = None) -> RawData:

@@ -237,6 +237,12 @@ def test_classes_of_train_and_test_are_compared(register, datasets_folder):
         ({"FORMAT": "csv"}, r"pets\.FORMAT must be one of \['coco', 'voc', 'yolo'\], got 'csv'"),
         ({"FORMAT": "voc", "ROOT": "x"}, r"must have the keys \['CLASSES', 'FORMAT'"),
         (voc(JSON="x"), r"may have \['EVALUATOR', 'PART'\], got .*'JSON'"),
+        (
+            voc(FORMAT="coco", JSON="x", IMAGES="x"),  # a base config declares it as voc
+            r"pets has keys of several formats \(FORMAT 'coco', but also ROOT, SPLIT\): a base "
+            "config declares pets with another FORMAT. Give the data set another name, and put",
+        ),
+        (voc(FORMAT="yolo", DATA="x"), r"several formats \(FORMAT 'yolo', but also ROOT\)"),
         (voc(EVALUATOR="lvis"), "EVALUATOR must be 'coco' or 'pascal_voc'"),
     ],
 )

@@ -6,7 +6,8 @@ pixels, ``check_images`` and ``check_same_images`` do.
 
 from ..coco import cleaned, read_coco
 from ..custom import read_entry
-from ..raw_data import KINDS, Finding, RawData, count, table
+from ..findings import KINDS, Finding, count, table
+from ..raw_data import RawData
 from ..voc import read_voc
 from ..yolo import read_yolo
 from .annotations import check_annotations, check_sets, summary, to_records

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..classes import how_they_differ
-from ..raw_data import Finding, RawData, box_text, unsound
+from ..findings import Finding, unsound
+from ..raw_data import RawData, box_text
 from .registered import read_records
 
 # Pixels by which a box may reach beyond the image: corners are rounded in many ways.
