@@ -35,7 +35,7 @@ def read_coco(
         data.categories = _sound_entries(data, "categories", content, ("id", "name"))
         if not content["categories"]:
             text = f"{data.source} has no categories: list them under 'categories'"
-            data.refuse(ValueError(text), data.source)
+            data.refuse(ValueError(text), file=data.source)
     known = {category["id"] for category in data.categories}
     listed = str(list(known))[:500]  # may be many
     ids = set()
@@ -45,22 +45,22 @@ def read_coco(
         try:
             _check_entry(data.source, place, annotation, ("image_id", "category_id", "bbox"))
         except ValueError as error:
-            data.refuse(error, data.source, annotation=number)
+            data.refuse(error, file=data.source, annotation=number)
             continue
         number = number if isinstance(number, int | str) else place
         if boxes_only:
             annotation.pop("segmentation", None)
-        index = data.add(annotation, data.source, number)
+        error = None
+        if annotation["category_id"] not in known and not boxes_only:
+            error = ValueError(
+                f"{data.source}: {_named(annotation, place)} has category_id "
+                f"{annotation['category_id']!r}, which 'categories' does not list: {listed}"
+            )
+        index = data.add(annotation, data.source, number, error)
         if number in ids:
             text = f"{place} has the id of another one"
             data.findings.append(data.finding("annotation id twice", index, text))
         ids.add(number)
-        category = annotation["category_id"]
-        if category not in known and not boxes_only:
-            text = f"{_named(annotation, place)} has category_id {category!r}, which 'categories' "
-            error = ValueError(f"{data.source}: {text}does not list: {listed}")
-            image = annotation["image_id"]
-            data.refuse(error, data.source, image, number, "unknown category", index)
     return data
 
 
@@ -161,13 +161,13 @@ def _sound_entries(data: RawData, key: str, content: dict, wanted: Sequence[str]
         try:
             _check_entry(data.source, f"{key}[{i}]", entry, wanted)
         except ValueError as error:
-            data.refuse(error, data.source)
+            data.refuse(error, file=data.source)
             continue
         other = first.setdefault(entry["id"], i)
         if other != i:
             text = f"{key}[{other}] and {key}[{i}] have the same id {entry['id']!r}"
             error = ValueError(f"{data.source}: {text}")
-            data.refuse(error, data.source, kind="id twice")
+            data.refuse(error, "id twice", file=data.source)
     return [content[key][i] for i in first.values()]
 
 

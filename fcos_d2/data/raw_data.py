@@ -50,25 +50,31 @@ class RawData:
         """The names of the categories, in the order of the class numbers."""
         return [category["name"] for category in self._ordered_categories()]
 
-    def add(self, annotation: dict, file: str, place: int | str) -> int:
-        """Add an annotation, and return its number."""
+    def add(
+        self, annotation: dict, file: str, place: int | str, error: Exception | None = None
+    ) -> int:
+        """Add an annotation, and return its number.
+
+        Args:
+            error: what training raises if the category is not listed.
+        """
         self.annotations.append(annotation)
         self.places.append((file, place))
-        return len(self.places) - 1
+        index = len(self.places) - 1
+        if error is not None:
+            where = {"file": file, "image": annotation["image_id"], "annotation": place}
+            self.refuse(error, "unknown category", index=index, **where)
+        return index
 
-    def refuse(
-        self,
-        error: Exception,
-        file: str,
-        image: int | str | None = None,
-        annotation: int | str | None = None,
-        kind: str = "broken entry",
-        index: int | None = None,
-    ) -> None:
-        """Note the error that training raises about an entry, and the finding of the checks."""
+    def refuse(self, error: Exception, kind: str = "broken entry", **where) -> None:
+        """Note the error that training raises about an entry, and a finding with its text.
+
+        Args:
+            where: the other attributes of :class:`Finding`, at least "file".
+        """
         self.error = self.error or error
-        text = str(error).removeprefix(file).lstrip(":, ")
-        self.findings.append(Finding(kind, file, text[:500], image, annotation, index))
+        text = str(error).removeprefix(where["file"]).lstrip(":, ")
+        self.findings.append(Finding(kind, text=text[:500], **where))
 
     def finding(self, kind: str, index: int, text: str) -> Finding:
         """About annotation number ``index``."""

@@ -40,7 +40,7 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = N
             tree = _parse_xml(xml_file)
             height, width = _image_size(xml_file, tree, os.path.join(data.image_root, file_name))
         except (OSError, ValueError) as error:
-            data.refuse(error, xml_file, image)
+            data.refuse(error, file=xml_file, image=image)
             continue
         data.images.append({"id": image, "file_name": file_name, "height": height, "width": width})
         for i, element in enumerate(tree.findall("object")):
@@ -49,17 +49,17 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = N
             try:
                 bbox = _coco_box(*_corners(where, element))
             except ValueError as error:
-                data.refuse(error, xml_file, image, place)
+                data.refuse(error, file=xml_file, image=image, annotation=place)
                 continue
             # An unknown name is a category that is not listed.
             annotation = {"image_id": image, "category_id": numbers.get(category, category)}
-            index = data.add(annotation | {"bbox": bbox}, xml_file, place)
+            error = None
             if category not in numbers:
                 error = ValueError(
                     f"{where} has the <name> {category!r}, which CLASSES does not list: {classes}. "
                     "It must list every <name> of the annotations, with the same spelling"
                 )
-                data.refuse(error, xml_file, image, place, "unknown category", index)
+            data.add(annotation | {"bbox": bbox}, xml_file, place, error)
     return data
 
 

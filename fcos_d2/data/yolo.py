@@ -28,13 +28,13 @@ def read_yolo(name: str, data_yaml: str, split: str) -> RawData:
     label_files = []
     found, missing = image_files(described, split)
     for text in missing:
-        data.refuse(FileNotFoundError(text), described.file, kind="no image")
+        data.refuse(FileNotFoundError(text), "no image", file=described.file)
     for image_file in found:
         image = os.path.relpath(image_file, data.image_root)
         try:
             height, width = image_size(image_file)
         except (OSError, ValueError) as error:
-            data.refuse(error, image_file, image, kind="unreadable image")
+            data.refuse(error, "unreadable image", file=image_file, image=image)
             continue
         # Joined to a folder that is a link, ".." would lead to another place.
         file_name = os.path.abspath(image_file) if image.startswith("..") else image
@@ -46,7 +46,7 @@ def read_yolo(name: str, data_yaml: str, split: str) -> RawData:
             f"None of the {len(label_files)} images of the split {split!r} of {described.file} has "
             f"a label file. The one of the first image would be {label_files[0]}"
         )
-        data.refuse(error, described.file)
+        data.refuse(error, file=described.file)
     return data
 
 
@@ -59,11 +59,11 @@ def _read_labels(data: RawData, file: str, classes: Sequence[str]) -> None:
             try:
                 box = _parse_line(f"{file}, {place}", line, classes, height, width)
             except ValueError as error:
-                data.refuse(error, file, image, place)
+                data.refuse(error, file=file, image=image, annotation=place)
             else:
                 data.add({"image_id": image} | box, file, place)
     except (OSError, ValueError) as error:  # no text
-        data.refuse(error, file, image)
+        data.refuse(error, file=file, image=image)
 
 
 def _parse_line(where: str, line: str, classes: Sequence[str], height: int, width: int) -> dict:

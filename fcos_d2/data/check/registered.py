@@ -43,7 +43,7 @@ def read_records(name: str, records: Sequence[dict], classes: Sequence[str]) -> 
             else:
                 height, width = image_size(file)
         except (OSError, ValueError) as error:
-            data.refuse(error, file, i, kind="unreadable image")
+            data.refuse(error, "unreadable image", file=file, image=i)
             continue
         data.images.append({"id": i, "file_name": file, "height": height, "width": width})
         for j, annotation in enumerate(record.get("annotations", ())):
@@ -52,8 +52,8 @@ def read_records(name: str, records: Sequence[dict], classes: Sequence[str]) -> 
                 bbox = BoxMode.convert(bbox, annotation["bbox_mode"], BoxMode.XYWH_ABS)
             category, place = annotation["category_id"], f"annotation {j}"
             box = {"image_id": i, "category_id": category + 1, "bbox": list(bbox)}
-            index = data.add(box | {"iscrowd": annotation.get("iscrowd", 0)}, file, place)
+            error = None
             if category not in range(len(classes)):
                 error = ValueError(f"{file}: {place} has the class {category}, which is not listed")
-                data.refuse(error, file, i, place, "unknown category", index)
+            data.add(box | {"iscrowd": annotation.get("iscrowd", 0)}, file, place, error)
     return data
