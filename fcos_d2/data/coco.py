@@ -24,8 +24,7 @@ def read_coco(
         OSError, ValueError: see :func:`parse_coco_json`.
     """
     content = parse_coco_json(json_file, () if boxes_only else ("categories",))
-    data = RawData(name, image_root, source=str(json_file))
-    data.label = lambda finding: _label(data, finding)
+    data = RawData(name, image_root, source=str(json_file), label=_label)
     if boxes_only:
         images = _sound_entries(data, "images", content, ("id", "height", "width"))
         data.images = [image | {"file_name": ""} for image in images]

@@ -42,7 +42,7 @@ class RawData:
     places: list[tuple[str, int | str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     source: str = ""
-    label: Callable[[Finding], str] = lambda finding: f"{finding.file}, {finding.annotation}"
+    label: Callable[["RawData", Finding], str] = lambda _, f: f"{f.file}, {f.annotation}"
     error: Exception | None = None
 
     @property
@@ -108,7 +108,7 @@ class RawData:
         findings = self.unlearnable()
         labels = defaultdict(list)
         for finding in findings:
-            labels[finding.kind].append(self.label(finding))
+            labels[finding.kind].append(self.label(self, finding))
         parts = [
             f"{len(names)} {_DROPPED.get(kind, f'with {kind}')} "
             f"({'; '.join(names[:_NAMED])}{'; ...' if len(names) > _NAMED else ''})"

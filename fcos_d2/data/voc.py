@@ -28,8 +28,9 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = N
         OSError: for a missing list of the split.
     """
     classes = names_of_objects(root, split) if classes is None else list(classes)
-    data = RawData(name, os.path.join(root, "JPEGImages"), source=f"{root}, split {split}")
-    data.label = lambda finding: _label(data, finding)
+    data = RawData(
+        name, os.path.join(root, "JPEGImages"), source=f"{root}, split {split}", label=_label
+    )
     data.categories = [{"id": i + 1, "name": str(c)} for i, c in enumerate(classes)]
     numbers = {c: i + 1 for i, c in enumerate(classes)}
     image_files = _find_image_files(data.image_root)
