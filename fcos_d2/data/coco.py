@@ -184,7 +184,8 @@ def _check_entry(file: str, place: str, entry: object, keys: Sequence[str]) -> N
         if key in ("height", "width") and (type(value) is not int or not 0 < value < 2**31):
             raise ValueError(f"{file}: {place} has the {key} {value!r}: it must be in whole pixels")
         if key in ("file_name", "name") and not isinstance(value, str):
-            raise ValueError(f"{file}: {place} has the {key} {value!r}, which is no text")
+            text = f"{place} has the {key} {value!r}, which is no text: put it in quotes"
+            raise ValueError(f"{file}: {text}")
         if key == "bbox" and not _is_box(value):
             raise ValueError(
                 f"{file}: {_named(entry, place)} has a bbox that is not [x, y, width, height] in "

@@ -122,6 +122,8 @@ def change(data, path, value):
         (("images", 0, "id"), {}, r"images\[0\] has the id \{\}"),
         (("images", 0, "height"), 0, r"images\[0\] has the height 0: it must be in whole pixels"),
         (("images", 0, "width"), "80", r"images\[0\] has the width '80'"),
+        (("images", 0, "file_name"), 7, r"images\[0\] has the file_name 7, which is no text"),
+        (("categories", 0, "name"), 5, r"categories\[0\] has the name 5, which is no text: put it"),
         (("annotations", 0, "category_id"), 9, r"annotation 1 has category_id 9, .*list: \[3\]"),
         (("annotations", 0), "text", r"annotations\[0\] has no image_id, category_id, bbox"),
         (("images",), [{"id": 1, "file_name": "a", "height": 1, "width": 1}] * 2,

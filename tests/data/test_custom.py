@@ -144,7 +144,8 @@ def test_another_datasets_folder(register, datasets_folder, monkeypatch):
 
 def test_a_split_of_one_image_and_a_split_that_is_a_number(register, datasets_folder):
     write_voc(datasets_folder / "pets", [(1, 1, 10, 20)])
-    (datasets_folder / "pets" / "ImageSets" / "Main" / "2007.txt").write_text("b\n")
+    listed = datasets_folder / "pets" / "ImageSets" / "Main" / "2007.txt"
+    listed.write_text("b\nb\n")  # an image that is listed twice is taken once
     register(pets=voc(SPLIT=2007))
     assert [r["image_id"] for r in DatasetCatalog.get("pets")] == ["b"]
 
