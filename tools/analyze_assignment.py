@@ -14,9 +14,10 @@ import json
 import sys
 from pathlib import Path
 
-from fcos_d2.analysis import analyze_assignment, load_coco_json, load_dataset
+from fcos_d2.analysis import analyze_assignment
 from fcos_d2.analysis.plots import save_plots
 from fcos_d2.config import load_cfg
+from fcos_d2.data import load_coco_json, load_dataset
 
 
 def parse_args() -> argparse.Namespace:

@@ -10,7 +10,6 @@ from .model import (
     retinanet_cfg,
 )
 from .positives import LocatedPositives, locate_positives
-from .records import find_record, load_coco_json, load_dataset
 from .score_quality import ScoresAndIoUs, scores_and_ious
 from .statistics import AssignmentStatistics, BoxStatistics, LevelStatistics, SizeStatistics
 
@@ -28,10 +27,7 @@ __all__ = [
     "analyze_model",
     "compare_with_retinanet",
     "comparison_table",
-    "find_record",
     "inspect_image",
-    "load_coco_json",
-    "load_dataset",
     "locate_positives",
     "retinanet_cfg",
     "scores_and_ious",

@@ -13,8 +13,8 @@ from detectron2.config import CfgNode
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
-from ..analysis.records import load_dataset
 from ..checkpoint import replacing
+from ..data import load_dataset
 from ..data.image_files import read_image
 from . import figures
 from .errors import KINDS, Error, confusion_matrix, find_errors

@@ -14,9 +14,10 @@ from detectron2.structures import BoxMode
 from helpers import LEVELS, RANGES, STRIDES, assign_by_loops, tiny_cfg
 from helpers import level_shapes as expected_level_shapes
 
-from fcos_d2.analysis import AssignmentStatistics, analyze_assignment, load_coco_json, load_dataset
+from fcos_d2.analysis import AssignmentStatistics, analyze_assignment
 from fcos_d2.analysis.assignment import SIZES, level_shapes, resize_for_test
 from fcos_d2.analysis.plots import save_plots
+from fcos_d2.data import load_coco_json, load_dataset
 
 
 def one_level_cfg(**fcos_keys):
