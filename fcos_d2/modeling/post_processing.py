@@ -104,12 +104,24 @@ class FCOSPostProcessor:
         return [self.suppress(x) for x in self.candidates(outputs, levels, image_sizes)]
 
     def candidates(
-        self, outputs: HeadOutputs, levels: Levels, image_sizes: Sequence[tuple[int, int]]
+        self,
+        outputs: HeadOutputs,
+        levels: Levels,
+        image_sizes: Sequence[tuple[int, int]],
+        topk: int | None = None,
+        with_cells: bool = False,
     ) -> list[Instances]:
         """The steps that look at each location alone. Arguments as of the call.
 
+        Args:
+            topk: of each image and level; by default ``TOPK_CANDIDATES_TEST``.
+            with_cells: add what the head says at the cell of each candidate. :meth:`suppress`
+                keeps these fields.
+
         Returns:
-            for each image, with the fields of the call; boxes may reach beyond the image.
+            for each image, with the fields of the call; boxes may reach beyond the image. Of cells
+            also ``level`` (C,) int64, ``locations`` (C, 2) and ``ltrb`` (C, 4) in pixels,
+            ``class_probability`` (C,), and ``quality`` (C,), which is 1 with QUALITY "none".
         """
         if (outputs.quality_logits is not None) != (self.quality in ("centerness", "iou")):
             raise ValueError(f"The head's outputs do not fit the quality {self.quality!r}")
@@ -126,16 +138,32 @@ class FCOSPostProcessor:
         # 3. Top-k of each image and level.
         group = (cells.image * len(levels) + cells.level)[cell]
         num_groups = len(image_sizes) * len(levels)
-        best = top_k_per_group(scores, group, num_groups, self.topk_candidates)
+        topk = self.topk_candidates if topk is None else topk
+        best = top_k_per_group(scores, group, num_groups, topk)
         cell, classes, scores = cell[best], classes[best], scores[best]
 
         # 4. Decode.
-        image, boxes = cells.image[cell], ltrb_to_boxes(cells.locations[cell], cells.ltrb[cell])
+        boxes = ltrb_to_boxes(cells.locations[cell], cells.ltrb[cell])
         finite = _where(boxes.isfinite().all(dim=1))
-        image, boxes, scores, classes = (x[finite] for x in (image, boxes, scores, classes))
+        cell, classes = cell[finite], classes[finite]
+        fields = {
+            "pred_boxes": Boxes(boxes[finite]),
+            "scores": scores[finite],
+            "pred_classes": classes,
+        }
+        if with_cells:
+            fields |= {
+                "level": cells.level[cell],
+                "locations": cells.locations[cell],
+                "ltrb": cells.ltrb[cell],
+                "class_probability": cells.class_logits[cell, classes].sigmoid(),
+                "quality": cells.quality[cell],
+            }
+        image = cells.image[cell]
+        of_images = (_where(image == i) for i in range(len(image_sizes)))
         return [
-            _instances(image_size, _where(image == i), boxes, scores, classes)
-            for i, image_size in enumerate(image_sizes)
+            Instances(size, **{name: values[index] for name, values in fields.items()})
+            for size, index in zip(image_sizes, of_images, strict=True)
         ]
 
     def suppress(self, candidates: Instances) -> Instances:
@@ -211,25 +239,12 @@ class FCOSPostProcessor:
         return math.log(thresh / (1 - thresh))
 
 
-def _instances(
-    image_size: tuple[int, int], index: Tensor, boxes: Tensor, scores: Tensor, classes: Tensor
-) -> Instances:
-    return Instances(
-        image_size,
-        pred_boxes=Boxes(boxes[index]),
-        scores=scores[index],
-        pred_classes=classes[index],
-    )
-
-
 def _clip(instances: Instances) -> Instances:
     """Clip the boxes of one image to it, and leave out those that are empty then."""
     boxes = instances.pred_boxes.clone()
     boxes.clip(instances.image_size)
-    inside = _where(boxes.nonempty())
-    return _instances(
-        instances.image_size, inside, boxes.tensor, instances.scores, instances.pred_classes
-    )
+    clipped = Instances(instances.image_size, **instances.get_fields() | {"pred_boxes": boxes})
+    return clipped[_where(boxes.nonempty())]
 
 
 def _where(mask: Tensor) -> Tensor:
