@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from ..data.image_files import read_image
 from ..predictor import Predictor
-from .assignment import boxes_at_test_resize
 from .inspection import inspect_image
+from .positives import boxes_at_test_resize
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from tabulate import tabulate
 from torch import Tensor
 
+SIZES = ("small", "medium", "large")  # COCO's
+
 
 @dataclass(frozen=True)
 class LevelStatistics:
@@ -67,6 +69,7 @@ class AssignmentStatistics:
         levels: finest first.
         sizes: small, medium, large.
         settings: the values of the config that the numbers depend on.
+        of_boxes: what the others sum up.
     """
 
     images: int
@@ -75,6 +78,7 @@ class AssignmentStatistics:
     levels: tuple[LevelStatistics, ...]
     sizes: tuple[SizeStatistics, ...]
     settings: dict
+    of_boxes: BoxStatistics
 
     @property
     def boxes(self) -> int:

@@ -15,8 +15,9 @@ from helpers import LEVELS, RANGES, STRIDES, assign_by_loops, tiny_cfg
 from helpers import level_shapes as expected_level_shapes
 
 from fcos_d2.analysis import AssignmentStatistics, analyze_assignment, load_coco_json, load_dataset
-from fcos_d2.analysis.assignment import SIZES, level_shapes, resize_for_test
 from fcos_d2.analysis.plots import save_plots
+from fcos_d2.analysis.positives import level_shapes, resize_for_test
+from fcos_d2.analysis.statistics import SIZES
 
 
 def one_level_cfg(**fcos_keys):
