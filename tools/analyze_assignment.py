@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from fcos_d2.analysis import analyze_assignment, load_coco_json, load_dataset
-from fcos_d2.analysis.plots import save_plots
+from fcos_d2.analysis.assignment_charts import save_assignment_charts
 from fcos_d2.config import load_cfg
 
 
@@ -58,7 +58,7 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(statistics.to_dict(), indent=2) + "\n")
     if args.plot is not None:
-        for file in save_plots(statistics, args.plot):
+        for file in save_assignment_charts(statistics, args.plot):
             print(f"wrote {file}")
 
 

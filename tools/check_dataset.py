@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from fcos_d2.analysis.data_set import DataStatistics, assign, data_statistics, save_data_plots
+from fcos_d2.analysis.data_set import DataStatistics, data_statistics, save_data_charts
 from fcos_d2.config import load_cfg
 from fcos_d2.data.check import (
     Finding,
@@ -96,11 +96,9 @@ def find_all(
     hashes, statistics = {}, []
     for data in sets:
         found = [*data.findings, *check_annotations(data)]
-        boxes = None
-        if cfg is not None:
-            boxes, unowned = assign(cfg, data, found, progress=True)
-            found += unowned
-        statistics.append(data_statistics(data, boxes, found))
+        numbers, unowned = data_statistics(data, found, cfg, progress=True)
+        found += unowned
+        statistics.append(numbers)
         if not args.no_images:
             of_images, hashes[data.name] = check_images(data, progress=True)
             found += of_images
@@ -148,7 +146,7 @@ def main() -> int:
         content = {"counts": counts, "findings": listed, "statistics": numbers}
         args.json.write_text(json.dumps(content, indent=2) + "\n")
     if args.plot is not None:
-        for file in save_data_plots(statistics, args.plot):
+        for file in save_data_charts(statistics, args.plot):
             print(f"wrote {file}")
     if args.fix is not None:
         try:

@@ -24,12 +24,11 @@ from tabulate import tabulate
 from fcos_d2 import Predictor, load_cfg
 from fcos_d2.analysis import inspect_image, load_dataset, locate_positives, scores_and_ious
 from fcos_d2.analysis.assignment import check_is_fcos
+from fcos_d2.analysis.box_figures import origins_figure, positives_figure
 from fcos_d2.analysis.heat_maps import class_figure, quality_figure
 from fcos_d2.analysis.inspection import Inspection
-from fcos_d2.analysis.pictures import origins_figure, positives_figure
-from fcos_d2.analysis.plots import scores_figure
 from fcos_d2.analysis.records import find_record
-from fcos_d2.analysis.score_quality import read_record_image
+from fcos_d2.analysis.score_quality import read_record_image, scores_figure
 from fcos_d2.data import check_names_of_detector, check_num_classes
 from fcos_d2.data.image_files import read_image
 

@@ -4,8 +4,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .charts import new_figure
 from .inspection import Inspection
-from .plots import new_figure
 
 # Rows of the classes' heat maps: more would not be legible.
 _MAX_CLASSES = 4

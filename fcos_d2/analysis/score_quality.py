@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes, pairwise_iou
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 from ..data.image_files import read_image
 from ..predictor import Predictor
+from .charts import BLUE, new_figure
 from .inspection import inspect_image
 from .positives import boxes_at_test_resize
 
@@ -67,6 +69,38 @@ def scores_and_ious(
         parts.append(torch.stack([found.class_probability, found.quality, found.scores, iou]))
     columns = torch.cat(parts, dim=1) if parts else torch.zeros(4, 0)
     return ScoresAndIoUs(len(records), *columns)
+
+
+def scores_figure(points: ScoresAndIoUs, quality: str, score_fusion: str) -> Figure:
+    """Scores of candidates against the IoU of their boxes, without and with quality.
+
+    Args:
+        quality, score_fusion: the keys of MODEL.FCOS. With QUALITY "none" there is one panel, with
+            SCORE_FUSION "sqrt" a third one, of the detector's own scores.
+    """
+    panels = {"class probability": points.class_probability}
+    if quality != "none":
+        panels["class probability · quality"] = points.product
+        if score_fusion == "sqrt":
+            panels["score: sqrt(class probability · quality)"] = points.score
+    figure = new_figure(4.4 * len(panels), 4.9)
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    # Fainter where there are many, so that dense places still differ.
+    alpha = min(0.25, max(0.02, 8000 / max(len(points.iou), 1)))
+    for axes, (name, scores) in zip(grid, panels.items(), strict=True):
+        axes.scatter(scores, points.iou, s=5, alpha=alpha, linewidths=0, color=BLUE)
+        axes.plot([0, 1], [0, 1], "--", color="black", linewidth=1)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=name)
+        axes.set_ylabel("IoU with the ground truth of the class")
+        found = points.iou >= 0.5
+        correlations = (
+            rank_correlation(scores, points.iou),
+            rank_correlation(scores[found], points.iou[found]),
+        )
+        numbers = ("-" if c is None else f"{c:.2f}" for c in correlations)
+        axes.set_title("rank correlation {}, of IoU ≥ 0.5: {}".format(*numbers), fontsize=10)
+    figure.suptitle(f"{len(points.iou):,} candidates (before NMS), {points.images:,} image(s)")
+    return figure
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float | None:

@@ -16,10 +16,10 @@ from PIL import Image
 from ..analysis.records import load_dataset
 from ..checkpoint import replacing
 from ..data.image_files import read_image
-from . import figures
+from . import run_charts
+from .error_pictures import ErrorPictures
 from .errors import KINDS, Error, confusion_matrix, find_errors
 from .evaluation import AREAS, CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
-from .pictures import ErrorPictures
 from .runs import Run, ground_truth, read_runs
 
 _PICTURES = 6  # of each kind of error
@@ -128,12 +128,12 @@ class _Report:
             for of in (_ap_of_sizes, _ap_of_classes)
         )
         return {
-            "training.png": figures.training_figure({r.name: r.metrics for r in self.runs}),
-            "precision_recall.png": figures.precision_recall_figure(evaluations),
-            "thresholds.png": figures.score_figure(self.curve),
-            "sizes.png": figures.bars_figure(AREAS, sizes, "AP by size"),
-            "classes.png": figures.bars_figure(class_names, classes, "AP by class"),
-            "confusion.png": figures.confusion_figure(self.confusion, class_names),
+            "training.png": run_charts.training_figure({r.name: r.metrics for r in self.runs}),
+            "precision_recall.png": run_charts.precision_recall_figure(evaluations),
+            "thresholds.png": run_charts.score_figure(self.curve),
+            "sizes.png": run_charts.bars_figure(AREAS, sizes, "AP by size"),
+            "classes.png": run_charts.bars_figure(class_names, classes, "AP by class"),
+            "confusion.png": run_charts.confusion_figure(self.confusion, class_names),
         }
 
     def _thresholds(self) -> dict:

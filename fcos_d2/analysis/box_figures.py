@@ -14,8 +14,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ..drawing import class_colors
+from .charts import new_figure
 from .inspection import Inspection
-from .plots import new_figure
 from .positives import LocatedPositives
 
 Color = tuple[float, float, float]

@@ -5,7 +5,7 @@ import pytest
 from report_cases import make_results, make_truth
 
 from fcos_d2.report import BoxEvaluation, find_errors
-from fcos_d2.report.pictures import ErrorPictures
+from fcos_d2.report.error_pictures import ErrorPictures
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..analysis.plots import COLORS, grouped_bars, new_figure
+from ..analysis.charts import COLORS, grouped_bars, new_figure
 from ..drawing import plain_text
 from .evaluation import CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
 
