@@ -1,17 +1,17 @@
 """Pictures of errors: a part of an image with its ground truth, and with what was detected."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
-from pycocotools.coco import COCO
 
 from ..drawing import class_colors, draw_instances
 from .errors import Error
+from .evaluation import BoxEvaluation
 
 _AROUND = 1  # sides of the box that are shown on each side of it
 _LEAST = 96  # pixels of the image along a side of the part
@@ -23,18 +23,17 @@ _GAP = 8
 class ErrorPictures:
     """Draws errors of one data set and run."""
 
-    def __init__(
-        self, truth: COCO, detections: COCO, class_names: Mapping[int, str], threshold: float
-    ):
+    def __init__(self, evaluation: BoxEvaluation, threshold: float):
         """
         Args:
-            class_names: by category id.
             threshold: detections with a smaller score are not drawn.
         """
-        self.truth, self.detections, self.threshold = truth, detections, threshold
-        self._numbers = {category: i for i, category in enumerate(class_names)}
-        names, colors = list(class_names.values()), class_colors(len(class_names))
-        self._metadata = Metadata(thing_classes=names, thing_colors=colors)
+        self.evaluation, self.threshold = evaluation, threshold
+        names = evaluation.class_names
+        self._numbers = {category: i for i, category in enumerate(names)}
+        self._metadata = Metadata(
+            thing_classes=list(names.values()), thing_colors=class_colors(len(names))
+        )
 
     def draw(self, image: np.ndarray, error: Error) -> np.ndarray:
         """What is annotated on the left, what was detected on the right, the error in a frame.
@@ -49,11 +48,12 @@ class ErrorPictures:
         x0, y0, x1, y1 = part
         longest = max(x1 - x0, y1 - y0)
         scale = _SIDE / longest
-        found = self.detections.imgToAnns[error.image_id]
-        sides = [
-            self._instances(self.truth.imgToAnns[error.image_id], part),
-            self._instances([d for d in found if d["score"] >= self.threshold], part, scores=True),
-        ]
+        truth, found = (
+            side.imgToAnns[error.image_id]
+            for side in (self.evaluation.truth, self.evaluation.detections)
+        )
+        found = [d for d in found if d["score"] >= self.threshold]
+        sides = self._instances(truth, part), self._instances(found, part)
         least = math.ceil(_NARROWEST * longest)
         below, beside = max(least - (y1 - y0), 0), max(least - (x1 - x0), 0)
         crop = cv2.copyMakeBorder(
@@ -65,9 +65,7 @@ class ErrorPictures:
         gap = np.full((drawn[0].shape[0], _GAP, 3), 255, dtype=np.uint8)
         return np.hstack([drawn[0], gap, drawn[1]])
 
-    def _instances(
-        self, annotations: Sequence[dict], part: tuple[int, int, int, int], scores: bool = False
-    ) -> Instances:
+    def _instances(self, annotations: Sequence[dict], part: tuple[int, int, int, int]) -> Instances:
         x0, y0, x1, y1 = part
         boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -76,7 +74,7 @@ class ErrorPictures:
         instances = Instances(size, pred_boxes=boxes)
         numbers = [self._numbers[a["category_id"]] for a in annotations]
         instances.pred_classes = torch.tensor(numbers, dtype=torch.int64)
-        if scores:
+        if annotations and "score" in annotations[0]:
             instances.scores = torch.tensor([a["score"] for a in annotations])
         boxes.clip(size)
         return instances[boxes.nonempty()]

@@ -111,18 +111,18 @@ def _errors_of_image(
     found = [evaluation.detections.anns[i] for i in image["dtIds"]]
     ious = np.asarray(evaluation.agnostic.ious[image["image_id"], -1])
     ious = ious.reshape(len(found), len(boxes)) * [not g["iscrowd"] for g in boxes]
-    of_class = np.array([d["category_id"] for d in found])
-    true_class = np.array([g["category_id"] for g in boxes])
-    errors = []
-    for row, detection in enumerate(found):
-        if detection["id"] in wrong:
-            kind = _kind(ious[row], true_class == of_class[row])
-            errors.append(_error(kind, detection, boxes, ious[row]))
-    kept = np.array([d["score"] >= threshold for d in found], dtype=bool)
-    for column, box in enumerate(boxes):
-        if box["id"] in missed:
-            errors.append(_error("missed", box, found, ious[:, column] * kept))
-    return errors
+    same_class = [[d["category_id"] == g["category_id"] for g in boxes] for d in found]
+    errors = [
+        _error(_kind(ious[row], np.array(same_class[row], dtype=bool)), detection, boxes, ious[row])
+        for row, detection in enumerate(found)
+        if detection["id"] in wrong
+    ]
+    ious[[i for i, d in enumerate(found) if d["score"] < threshold]] = 0
+    return errors + [
+        _error("missed", box, found, ious[:, column])
+        for column, box in enumerate(boxes)
+        if box["id"] in missed
+    ]
 
 
 def _kind(ious: np.ndarray, same_class: np.ndarray) -> str:

@@ -48,6 +48,10 @@ class ScoreCurve:
             return None
         return float(self.scores[self.best : self.best + 2].mean())
 
+    def at_best(self, name: str) -> float | None:
+        """ "precision", "recall" or "f1" at the best score; None if nothing is found."""
+        return None if self.best is None else float(getattr(self, name)[self.best])
+
 
 class BoxEvaluation:
     """Detections of a run, matched with the ground truth by COCOeval.
@@ -151,11 +155,8 @@ class BoxEvaluation:
 
 
 def _load_results(truth: COCO, results: Sequence[dict]) -> COCO:
-    boxes = [
-        {k: r[k] for k in ("image_id", "category_id", "bbox", "score")}
-        for r in results
-        if "bbox" in r
-    ]
+    keys = ("image_id", "category_id", "bbox", "score")
+    boxes = [{key: result[key] for key in keys} for result in results if "bbox" in result]
     with contextlib.redirect_stdout(io.StringIO()):
         if boxes:
             return truth.loadRes(boxes)

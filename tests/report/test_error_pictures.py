@@ -22,7 +22,7 @@ def test_images_and_boxes_of_odd_shapes(size, box):
     truth = make_truth([(0, 10, *box, False)], images=1, size=size)
     results = make_results([(0, 20, *box, 0.9)])
     evaluation = BoxEvaluation(truth, results)
-    pictures = ErrorPictures(truth, evaluation.detections, evaluation.class_names, 0.5)
+    pictures = ErrorPictures(evaluation, 0.5)
     for error in find_errors(evaluation, 0.5):
         picture = pictures.draw(np.zeros((*size, 3), dtype=np.uint8), error)
         assert picture.dtype == np.uint8 and picture.std() > 5
