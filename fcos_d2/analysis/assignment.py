@@ -28,7 +28,6 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes
 from torch import Tensor
 from tqdm import tqdm
 
@@ -64,29 +63,29 @@ def analyze_assignment(
     # device it has shapes but no weights, and takes no time.
     with torch.device("meta"):
         detector = FCOS(cfg)
-    num_levels = len(detector.levels)
+    names, num_levels = tuple(detector.head_in_features), len(detector.levels)
     sizes, sides, numbers = [torch.zeros(0)], [torch.zeros(0)], []
     owned = [torch.zeros(0, num_levels, dtype=torch.int64)]
     ambiguous = torch.zeros(2, num_levels, dtype=torch.int64)
-    crowd = no_area = 0
+    crowds = no_areas = 0
     for number, record in enumerate(tqdm(records, unit=" images", disable=not progress)):
-        image = boxes_at_test_resize(cfg, record, include_crowd)
+        image, crowd, no_area = boxes_at_test_resize(cfg, record, include_crowd)
         positives, *is_ambiguous = assign(detector, image)
-        sizes.append(image.sizes)
-        sides.append(Boxes(image.boxes).area().sqrt())
-        numbers += [(number, i) for i in image.numbers]
-        of_boxes = torch.zeros(len(image.boxes), num_levels, dtype=torch.int64)
+        of_boxes = torch.zeros(len(image), num_levels, dtype=torch.int64)
         one = torch.ones_like(positives.gt)
         owned.append(of_boxes.index_put_((positives.gt, positives.level), one, accumulate=True))
         for row, chosen in enumerate(is_ambiguous):
             ambiguous[row] += positives.level[chosen].bincount(minlength=num_levels)
-        crowd, no_area = crowd + image.crowd_left_out, no_area + image.no_area_left_out
-    sizes, owned, names = torch.cat(sizes), torch.cat(owned), tuple(detector.head_in_features)
+        sizes.append(image.coco_size)
+        sides.append(image.gt_boxes.area().sqrt())
+        numbers += [(number, i) for i in image.annotation.tolist()]
+        crowds, no_areas = crowds + crowd, no_areas + no_area
+    sizes, owned = torch.cat(sizes), torch.cat(owned)
     by_level = owned.sum(dim=0).tolist(), *ambiguous.tolist()
     return AssignmentStatistics(
         images=len(records),
-        crowd_left_out=crowd,
-        no_area_left_out=no_area,
+        crowd_left_out=crowds,
+        no_area_left_out=no_areas,
         levels=tuple(map(LevelStatistics, names, detector.levels.strides, *by_level)),
         sizes=tuple(_of_size(name, owned[sizes == i]) for i, name in enumerate(SIZES)),
         settings=_settings(cfg, detector),

@@ -5,13 +5,15 @@ Shapes: M boxes of an image, P positives.
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import transform_instance_annotations
+from detectron2.data.detection_utils import (
+    annotations_to_instances,
+    transform_instance_annotations,
+)
 from detectron2.data.transforms import NoOpTransform, ResizeShortestEdge, ResizeTransform, Transform
 from detectron2.modeling import Backbone
-from detectron2.structures import Boxes, BoxMode
+from detectron2.structures import BoxMode, Instances
 from torch import Tensor
 
 from ..data.mapper import with_float_coordinates
@@ -23,32 +25,18 @@ from .inspection import image_scale
 # The areas in pixels of the original image that COCO's second and third size begin at. The area is
 # the box's: COCO's own evaluation takes the mask's, which not every data set has.
 _SIZE_BEGINS = (32**2, 96**2)
+_KEYS = ("bbox", "bbox_mode", "category_id")
 
 
-@dataclass(frozen=True)
-class ResizedBoxes:
-    """The boxes of an image at the test resize.
-
-    Attributes:
-        size: (height, width) in pixels, before padding.
-        boxes: (M, 4) as x0, y0, x1, y1 in pixels.
-        classes: (M,) int64.
-        sizes: (M,) int64 number of the COCO size of the original box: 0 is small.
-        numbers: of each box, that of its annotation in the record.
-        crowd_left_out, no_area_left_out: how many annotations are not among the boxes.
-    """
-
-    size: tuple[int, int]
-    boxes: Tensor
-    classes: Tensor
-    sizes: Tensor
-    numbers: list[int]
-    crowd_left_out: int
-    no_area_left_out: int
-
-
-def boxes_at_test_resize(cfg: CfgNode, record: dict, include_crowd: bool = False) -> ResizedBoxes:
+def boxes_at_test_resize(
+    cfg: CfgNode, record: dict, include_crowd: bool = False
+) -> tuple[Instances, int, int]:
     """The boxes that training would see if it resized as in tests.
+
+    Returns:
+        an image of the size before padding, with ``gt_boxes`` in its pixels, ``gt_classes``,
+        ``coco_size`` (M,) of the original box: 0 is small, and ``annotation`` (M,), the number in
+        the record; and how many annotations are left out as crowds, and for want of an area.
 
     Raises:
         ValueError: for a record without height and width.
@@ -58,25 +46,17 @@ def boxes_at_test_resize(cfg: CfgNode, record: dict, include_crowd: bool = False
         raise ValueError(f"The record of the image {name!r} has no height and width")
     resize, size = resize_for_test(cfg, record["height"], record["width"])
     annotations = with_float_coordinates(record).get("annotations", [])
-    kept = [(i, a) for i, a in enumerate(annotations) if include_crowd or not a.get("iscrowd", 0)]
-    boxes, classes, sizes = [], [], []
-    for _, a in kept:
-        annotation = {"bbox": a["bbox"], "bbox_mode": a["bbox_mode"]}
-        sizes.append(_coco_size(annotation))
-        boxes.append(transform_instance_annotations(annotation, resize, size)["bbox"])
-        classes.append(a["category_id"])
-    boxes = Boxes(torch.from_numpy(np.array(boxes, np.float32).reshape(-1, 4)))
+    resized = [
+        transform_instance_annotations({k: a[k] for k in _KEYS}, resize, size) for a in annotations
+    ]
+    image = annotations_to_instances(resized, size)
+    image.coco_size = torch.tensor([_coco_size(a) for a in annotations], dtype=torch.int64)
+    image.annotation = torch.arange(len(annotations))
+    is_crowd = torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations], dtype=torch.bool)
+    is_crowd &= not include_crowd
     # What training leaves out too, after resizing and clipping (filter_empty_instances).
-    has_area = boxes.nonempty(threshold=1e-5)
-    return ResizedBoxes(
-        size=size,
-        boxes=boxes.tensor[has_area],
-        classes=torch.tensor(classes, dtype=torch.int64)[has_area],
-        sizes=torch.tensor(sizes, dtype=torch.int64)[has_area],
-        numbers=[number for (number, _), has in zip(kept, has_area, strict=True) if has],
-        crowd_left_out=len(annotations) - len(kept),
-        no_area_left_out=len(kept) - int(has_area.sum()),
-    )
+    no_area = ~image.gt_boxes.nonempty(threshold=1e-5) & ~is_crowd
+    return image[~is_crowd & ~no_area], int(is_crowd.sum()), int(no_area.sum())
 
 
 def resize_for_test(cfg: CfgNode, height: int, width: int) -> tuple[Transform, tuple[int, int]]:
@@ -107,23 +87,24 @@ def level_shapes(
     return tuple((-(-height // stride), -(-width // stride)) for stride in levels.strides)
 
 
-def assign(model: FCOS, image: ResizedBoxes) -> tuple[Positives, Tensor, Tensor]:
-    """The positives of an image, and which are ambiguous, and which of these between classes.
+def assign(model: FCOS, image: Instances) -> tuple[Positives, Tensor, Tensor]:
+    """Assign the boxes of an image of :func:`boxes_at_test_resize`.
 
     Returns:
         the positives, and two masks (P,): eligible for more than one box; for boxes of more than
         one class.
     """
-    shapes = level_shapes(model.backbone, model.levels, *image.size)
-    candidates = model.assigner.candidates(model.levels, shapes, [image.boxes])
-    positives = model.assigner.resolve(candidates, shapes, [image.boxes])
-    # The number of the positive at the location of each candidate.
+    boxes, classes = [image.gt_boxes.tensor], image.gt_classes
+    shapes = level_shapes(model.backbone, model.levels, *image.image_size)
+    candidates = model.assigner.candidates(model.levels, shapes, boxes)
+    positives = model.assigner.resolve(candidates, shapes, boxes)
+    # The number of the positive at the location of each candidate, and its box.
     cell, order = cell_numbers(positives, shapes, 1).sort()
-    owner = order[torch.searchsorted(cell, cell_numbers(candidates, shapes, 1))]
+    at = order[torch.searchsorted(cell, cell_numbers(candidates, shapes, 1))]
+    gt = positives.gt[at]
     ambiguous, between_classes = torch.zeros(2, len(positives), dtype=torch.bool)
-    ambiguous[owner[candidates.gt != positives.gt[owner]]] = True
-    classes = image.classes[positives.gt]
-    between_classes[owner[image.classes[candidates.gt] != classes[owner]]] = True
+    ambiguous[at[candidates.gt != gt]] = True
+    between_classes[at[classes[candidates.gt] != classes[gt]]] = True
     return positives, ambiguous, between_classes
 
 
@@ -158,12 +139,12 @@ def locate_positives(cfg: CfgNode, model: FCOS, record: dict) -> LocatedPositive
     Raises:
         ValueError: for a record without height and width.
     """
-    resized = boxes_at_test_resize(cfg, record)
-    positives, ambiguous, _ = assign(model, resized)
-    scale = torch.tensor(image_scale((record["height"], record["width"]), resized.size))
+    image, _, _ = boxes_at_test_resize(cfg, record)
+    positives, ambiguous, _ = assign(model, image)
+    scale = torch.tensor(image_scale((record["height"], record["width"]), image.image_size))
     return LocatedPositives(
-        boxes=resized.boxes * scale.repeat(2),
-        classes=resized.classes,
+        boxes=image.gt_boxes.tensor * scale.repeat(2),
+        classes=image.gt_classes,
         level=positives.level,
         locations=model.levels.locations(positives.level, positives.x, positives.y) * scale,
         gt=positives.gt,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import pairwise_iou
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -60,12 +60,12 @@ def scores_and_ious(
     parts = []
     for record in tqdm(records, unit=" images", disable=not progress):
         found = inspect_image(predictor, read_record_image(record)).candidates
-        truth = boxes_at_test_resize(cfg, record)
+        truth, _, _ = boxes_at_test_resize(cfg, record)
         boxes = found.pred_boxes.clone()
         boxes.clip(found.image_size)
-        ious = pairwise_iou(boxes, Boxes(truth.boxes))  # (C, M)
-        ious[found.pred_classes[:, None] != truth.classes] = 0
-        iou = ious.amax(dim=1) if len(truth.boxes) else torch.zeros(len(found))
+        ious = pairwise_iou(boxes, truth.gt_boxes)  # (C, M)
+        ious[found.pred_classes[:, None] != truth.gt_classes] = 0
+        iou = ious.amax(dim=1) if len(truth) else torch.zeros(len(found))
         parts.append(torch.stack([found.class_probability, found.quality, found.scores, iou]))
     columns = torch.cat(parts, dim=1) if parts else torch.zeros(4, 0)
     return ScoresAndIoUs(len(records), *columns)
@@ -130,7 +130,7 @@ def read_record_image(record: dict, file: str | None = None) -> np.ndarray:
         ValueError: if the image has another size than the record says.
         OSError: for a file that cannot be read.
     """
-    file = record["file_name"] if file is None else file
+    file = file or record["file_name"]
     image = read_image(file, "BGR")
     size = (record.get("height"), record.get("width"))
     if image.shape[:2] != size:

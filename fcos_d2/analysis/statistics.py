@@ -109,14 +109,11 @@ class AssignmentStatistics:
 
     def to_dict(self) -> dict:
         """All numbers, ready for JSON; shares are in [0, 1], or None if the whole is 0."""
-        return {
-            "images": self.images,
-            "boxes": self.boxes,
-            "recalled": self.recalled,
-            "positives": self.positives,
-            "best_possible_recall": self.best_possible_recall,
-            "ambiguous": self.ambiguous,
-            "ambiguous_classes": self.ambiguous_classes,
+        names = (
+            "images", "boxes", "recalled", "positives", "best_possible_recall", "ambiguous",
+            "ambiguous_classes",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names} | {
             "left_out": {"crowd": self.crowd_left_out, "no_area": self.no_area_left_out},
             "levels": [asdict(level) for level in self.levels],
             "sizes": [asdict(size) | {"recall": size.recall} for size in self.sizes],
@@ -137,13 +134,12 @@ class AssignmentStatistics:
         ]
         by_level = [
             (
-                f"{level.name} (stride {level.stride})",
-                level.positives,
-                _percent(_share(level.positives, self.positives)),
-                _percent(_share(level.ambiguous, level.positives)),
-                _percent(_share(level.ambiguous_classes, level.positives)),
+                f"{x.name} (stride {x.stride})",
+                x.positives,
+                _percent(_share(x.positives, self.positives)),
+                *(_percent(_share(n, x.positives)) for n in (x.ambiguous, x.ambiguous_classes)),
             )
-            for level in self.levels
+            for x in self.levels
         ]
         by_size = [
             (size.name, size.boxes, size.recalled, _percent(size.recall), size.positives)
@@ -151,13 +147,10 @@ class AssignmentStatistics:
         ]
         level_header = ("level", "positives", "share", "ambiguous", "between classes")
         size_header = ("box size", "boxes", "recalled", "recall", "positives")
-        alignment = ("left", *["right"] * 4)
+        tables = (total, ()), (by_level, level_header), (by_size, size_header)
         return "\n\n".join(
-            (
-                tabulate(total, colalign=alignment[:2]),
-                tabulate(by_level, level_header, colalign=alignment),
-                tabulate(by_size, size_header, colalign=alignment),
-            )
+            tabulate(rows, header, colalign=("left", *["right"] * (len(rows[0]) - 1)))
+            for rows, header in tables
         )
 
 
