@@ -4,6 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from ..modeling import FCOS
 
@@ -84,19 +85,14 @@ def _raw_difference(model: FCOS, session, images: Tensor) -> float:
 
 @torch.no_grad()
 def _detections_difference(model: FCOS, session, images: Tensor) -> float:
-    outputs = _run(session, images)
-    largest = 0.0
-    for number, image in enumerate(images):
-        instances = model([{"image": image}])[0]["instances"]
-        expected = (
-            instances.pred_boxes.tensor.numpy(),
-            instances.scores.numpy(),
-            instances.pred_classes.numpy(),
-        )
-        boxes, scores, classes, count = (x[number] for x in outputs)
-        actual = (boxes[:count], scores[:count], classes[:count])
-        largest = np.maximum(largest, compare(expected, actual, model.post_processor))
-    return float(largest)
+    differences = []
+    for image, *actual, count in zip(images, *_run(session, images), strict=True):
+        found = model([{"image": image}])[0]["instances"]
+        expected = found.pred_boxes.tensor, found.scores, found.pred_classes
+        actual = tuple(x[:count] for x in actual)
+        expected = tuple(x.numpy() for x in expected)
+        differences.append(compare(expected, actual, model.post_processor))
+    return float(np.max(differences))
 
 
 def compare(expected: tuple, actual: tuple, post_processor) -> float:
@@ -125,18 +121,10 @@ def _left_to_rounding(detections: tuple, others: tuple, post_processor) -> np.nd
     clipped = post_processor.clip_boxes == "after_nms"
     if len(scores) == post_processor.max_detections_per_image or (clipped and len(scores)):
         is_open |= scores < scores.min() + _ROUNDING
-    ious = _ious(boxes, others[0])
+    ious = box_iou(torch.from_numpy(boxes), torch.from_numpy(others[0])).numpy()
     near = np.abs(ious - post_processor.nms_thresh) < _ROUNDING
     near &= classes[:, None] == others[2][None]
     return is_open | near.any(axis=1)
-
-
-def _ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    intersection = (high - low).clip(min=0).prod(axis=2)
-    areas = [(x[:, 2:] - x[:, :2]).prod(axis=1) for x in (a, b)]
-    return intersection / (areas[0][:, None] + areas[1][None] - intersection)
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:

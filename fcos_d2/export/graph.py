@@ -48,9 +48,9 @@ class RawGraph(nn.Module):
         model = self.model
         height, width = images.shape[-2:]
         stride = max(model.backbone.size_divisibility, 1)
+        # Not -n // stride: ONNX rounds towards zero.
+        right, below = ((n + stride - 1) // stride * stride - n for n in (width, height))
         pixels = (images.float() - model.pixel_mean) / model.pixel_std
-        right = (width + stride - 1) // stride * stride - width
-        below = (height + stride - 1) // stride * stride - height
         pixels = F.pad(pixels, (0, right, 0, below))
         features = model.backbone(pixels)
         return model.head([features[f] for f in model.head_in_features])
@@ -150,10 +150,8 @@ class DetectionGraph(RawGraph):
 
 
 def _clip(boxes: Tensor, height: int, width: int) -> Tensor:
-    x0, y0, x1, y1 = boxes.unbind(dim=2)
-    x0, x1 = x0.clamp(min=0, max=width), x1.clamp(min=0, max=width)
-    y0, y1 = y0.clamp(min=0, max=height), y1.clamp(min=0, max=height)
-    return torch.stack([x0, y0, x1, y1], dim=2)
+    x, y = boxes[..., 0::2].clamp(min=0, max=width), boxes[..., 1::2].clamp(min=0, max=height)
+    return torch.stack([x, y], dim=3).flatten(2)  # x0, y0, x1, y1
 
 
 def _nonempty(boxes: Tensor) -> Tensor:

@@ -97,10 +97,16 @@ def to_onnx(
     # Opened first: what cannot be written shall fail now, not in a minute.
     with replacing(file, own=True) as partial:
         proto = _export(graph, getattr(torch, input_type), opset)
-        metadata = _metadata(model, raw, input_type, class_names, min_size, max_size)
+        metadata = _metadata(
+            model,
+            outputs="raw" if raw else "detections",
+            input_type=input_type,
+            class_names=None if class_names is None else list(class_names),
+            min_size=min_size,
+            max_size=max_size,
+        )
         for key, value in metadata.items():
-            entry = proto.metadata_props.add()
-            entry.key, entry.value = key, value
+            proto.metadata_props.add(key=key, value=value)
         partial.write(proto.SerializeToString())
         partial.flush()
         difference = largest_difference(model, partial.name)
@@ -112,12 +118,18 @@ def to_onnx(
     return difference
 
 
+def check_is_fcos(meta_architecture: str) -> None:
+    """Raise a ValueError for another detector."""
+    if meta_architecture != "FCOS":
+        raise ValueError(
+            f"Only META_ARCHITECTURE 'FCOS' can be exported, not {meta_architecture!r}. For other "
+            "detectors use Detectron2's tools/deploy/export_model.py"
+        )
+
+
 def _check_model(model: FCOS) -> None:
     if not isinstance(model, FCOS):
-        raise ValueError(
-            f"Only META_ARCHITECTURE 'FCOS' can be exported, not {type(model).__name__!r}. For "
-            "other detectors use Detectron2's tools/deploy/export_model.py"
-        )
+        check_is_fcos(type(model).__name__)
     limit = model.post_processor.max_detections_per_image
     if limit < 1:
         raise ValueError(
@@ -203,35 +215,22 @@ def _quiet():
         logger.setLevel(level)
 
 
-def _metadata(
-    model: FCOS,
-    raw: bool,
-    input_type: str,
-    class_names: Sequence[str] | None,
-    min_size: int,
-    max_size: int,
-) -> dict[str, str]:
+def _metadata(model: FCOS, **settings) -> dict[str, str]:
     """What a file says of itself. All values are JSON."""
     post = model.post_processor
+    of_post = (
+        "quality", "score_fusion", "score_thresh", "score_thresh_on", "topk_candidates",
+        "nms_thresh", "clip_boxes",
+    )  # fmt: skip
     values = {
         "fcos_d2_version": __version__,
-        "outputs": "raw" if raw else "detections",
-        "input_type": input_type,
+        **settings,
         "channel_order": model.input_format,
-        "min_size": min_size,
-        "max_size": max_size,
         "num_classes": model.num_classes,
-        "class_names": None if class_names is None else list(class_names),
         "levels": list(model.head_in_features),
         "strides": list(model.levels.strides),
         "location_offset": model.levels.offset,
-        "quality": post.quality,
-        "score_fusion": post.score_fusion,
-        "score_thresh": post.score_thresh,
-        "score_thresh_on": post.score_thresh_on,
-        "topk_candidates": post.topk_candidates,
-        "nms_thresh": post.nms_thresh,
-        "clip_boxes": post.clip_boxes,
+        **{name: getattr(post, name) for name in of_post},
         "detections_per_image": post.max_detections_per_image,
     }
     return {key: json.dumps(value) for key, value in values.items()}

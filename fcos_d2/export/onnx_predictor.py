@@ -112,10 +112,9 @@ class OnnxPredictor:
         If an image cannot be read, the detections of all before it are yielded first.
         """
         batch: list[tuple[np.ndarray, tuple[int, int]]] = []
-        items = enumerate(images)
-        while (item := next(items, None)) is not None:
+        for index, image in enumerate(images):
             try:
-                pixels, size = self._prepare(item[1], item[0])
+                pixels, size = self._prepare(image, index)
             except Exception:
                 yield from self._detect(batch)
                 raise
