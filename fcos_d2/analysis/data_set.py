@@ -26,21 +26,14 @@ _NONE = "no location"
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """Of one data set; crowds and boxes with an error are left out of ``sizes``.
+    """Of one data set; crowds and boxes with an error are left out of ``sizes``."""
 
-    Attributes:
-        name: of the data set.
-        images: number of images that the annotations list.
-        boxes: by class, in the order of the class numbers.
-        images_with: number of images with the class, by class.
-        sizes: by the name of the level where a box owns most locations, or "no location": the
-            sides of the boxes in pixels. Without a config there is one level, "boxes".
-    """
-
-    name: str
-    images: int
-    boxes: dict[str, int]
-    images_with: dict[str, int]
+    name: str  # of the data set
+    images: int  # that the annotations list
+    boxes: dict[str, int]  # by class, in the order of the class numbers
+    images_with: dict[str, int]  # number of images with the class, by class
+    # The sides of boxes in pixels, by the name of the level where a box owns most locations, or
+    # "no location". Without a config there is one level, "boxes".
     sizes: dict[str, list[float]]
 
     def to_dict(self) -> dict:

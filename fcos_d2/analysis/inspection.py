@@ -24,29 +24,19 @@ from ..predictor import Predictor
 class Inspection:
     """An image, and what a detector made of it. All tensors are on CPU.
 
-    Attributes:
-        image: (H, W, 3) uint8, RGB.
-        input_size: (height, width) in pixels of the network input, without padding.
-        class_names: those that the weights or the data sets say, or else numbers.
-        level_names: as in MODEL.FCOS.IN_FEATURES.
-        levels: the geometry of the levels, in pixels of the network input.
-        class_probability: (K, Hi, Wi) for each level.
-        quality: (Hi, Wi) in [0, 1] for each level, NaN where it is undefined; None with QUALITY
-            "none".
-        detections: those of the detector, in pixels of the image, best first, with their cells;
-            see :meth:`fcos_d2.modeling.FCOSPostProcessor.candidates`.
-        candidates: what they were chosen from, before top-k and NMS, with their cells. In pixels
-            of the network input, and not clipped.
+    Detections and candidates have their cells; see FCOSPostProcessor.candidates.
     """
 
-    image: np.ndarray
-    input_size: tuple[int, int]
-    class_names: list[str]
-    level_names: tuple[str, ...]
-    levels: Levels
-    class_probability: list[Tensor]
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    input_size: tuple[int, int]  # (height, width) in pixels of the network input, without padding
+    class_names: list[str]  # those that the weights or the data sets say, or else numbers
+    level_names: tuple[str, ...]  # as in MODEL.FCOS.IN_FEATURES
+    levels: Levels  # in pixels of the network input
+    class_probability: list[Tensor]  # (K, Hi, Wi) for each level
+    # (Hi, Wi) in [0, 1] for each level, NaN where it is undefined; None with QUALITY "none".
     quality: list[Tensor] | None
-    detections: Instances
+    detections: Instances  # the detector's, best first, in pixels of the image
+    # What they were chosen from, before top-k, NMS and clipping. In pixels of the network input.
     candidates: Instances
 
     @property

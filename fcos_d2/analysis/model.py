@@ -30,24 +30,17 @@ _RESNET_FPNS = ("build_fcos_resnet_fpn_backbone", "build_retinanet_resnet_fpn_ba
 
 @dataclass(frozen=True)
 class ModelStatistics:
-    """What a dense detector costs for one image.
+    """What a dense detector costs for one image."""
 
-    Attributes:
-        parameters: number of parameters, including frozen ones, without running statistics.
-        multiply_adds: as fvcore counts them: a multiply-add of a convolution is one.
-            Normalisation and upsampling add a few per element. FCOS's backbones fold their batch
-            norms into the convolutions, which makes 0.2 % less for R-50.
-        outputs: number of values that the head returns.
-        not_counted: how often each operator occurs that ``multiply_adds`` leaves out; these work
-            element by element.
-        input_size: (height, width) in pixels, padded.
-    """
-
-    parameters: int
+    parameters: int  # including frozen ones, without running statistics
+    # As fvcore counts them: a multiply-add of a convolution is one. Normalisation and upsampling
+    # add a few per element. FCOS's backbones fold their batch norms into the convolutions, which
+    # makes 0.2 % less for R-50.
     multiply_adds: int
-    outputs: int
+    outputs: int  # number of values that the head returns
+    # How often each operator occurs that multiply_adds leaves out: they work element by element.
     not_counted: dict[str, int]
-    input_size: tuple[int, int]
+    input_size: tuple[int, int]  # (height, width) in pixels, padded
 
 
 def analyze_model(cfg: CfgNode, height: int, width: int) -> ModelStatistics:

@@ -110,23 +110,14 @@ def assign(model: FCOS, image: Instances) -> tuple[Positives, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LocatedPositives:
-    """The positives of the M boxes of an image, in pixels of the original image.
+    """The positives of the M boxes of an image, in pixels of the original image."""
 
-    Attributes:
-        boxes: (M, 4) as x0, y0, x1, y1, without crowds and boxes without area.
-        classes: (M,) int64.
-        level: (P,) int64.
-        locations: (P, 2) as x, y.
-        gt: (P,) int64 number of the box that owns the location.
-        ambiguous: (P,) bool, whether the location was eligible for several boxes.
-    """
-
-    boxes: Tensor
-    classes: Tensor
-    level: Tensor
-    locations: Tensor
-    gt: Tensor
-    ambiguous: Tensor
+    boxes: Tensor  # (M, 4) as x0, y0, x1, y1, without crowds and boxes without area
+    classes: Tensor  # (M,) int64
+    level: Tensor  # (P,) int64
+    locations: Tensor  # (P, 2) as x, y
+    gt: Tensor  # (P,) int64 number of the box that owns the location
+    ambiguous: Tensor  # (P,) bool, whether the location was eligible for several boxes
 
 
 def locate_positives(cfg: CfgNode, model: FCOS, record: dict) -> LocatedPositives:

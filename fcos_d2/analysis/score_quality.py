@@ -20,21 +20,13 @@ from .positives import boxes_at_test_resize
 
 @dataclass(frozen=True)
 class ScoresAndIoUs:
-    """The candidates of a data set: locations and classes above the threshold, before NMS.
+    """The candidates of a data set: locations and classes above the threshold, before NMS."""
 
-    Attributes:
-        images: number of images.
-        class_probability: (C,)
-        quality: (C,) in [0, 1]; 1 with QUALITY "none".
-        score: (C,) what the detector makes of the two (SCORE_FUSION).
-        iou: (C,) with the ground-truth box of the candidate's class that it overlaps most; 0 if
-            the image has none.
-    """
-
-    images: int
-    class_probability: Tensor
-    quality: Tensor
-    score: Tensor
+    images: int  # how many they are of
+    class_probability: Tensor  # (C,)
+    quality: Tensor  # (C,) in [0, 1]; 1 with QUALITY "none"
+    score: Tensor  # (C,) what the detector makes of the two (SCORE_FUSION)
+    # (C,) with the ground-truth box of the candidate's class that it overlaps most; 0 without one.
     iou: Tensor
 
     @property

@@ -36,19 +36,13 @@ class SizeStatistics:
 
 @dataclass(frozen=True)
 class BoxStatistics:
-    """The locations that each of M boxes owns on each of L levels.
+    """The locations that each of M boxes owns on each of L levels."""
 
-    Attributes:
-        level_names: finest first.
-        boxes: of each box, the number of its record and that of its annotation in there.
-        sides: (M,) square roots of the boxes' areas, in pixels at the test resize.
-        positives: (M, L) int64 number of locations.
-    """
-
-    level_names: tuple[str, ...]
+    level_names: tuple[str, ...]  # finest first
+    # Of each box, the number of its record and that of its annotation in there.
     boxes: tuple[tuple[int, int], ...]
-    sides: Tensor
-    positives: Tensor
+    sides: Tensor  # (M,) square roots of the boxes' areas, in pixels at the test resize
+    positives: Tensor  # (M, L) int64 number of locations
 
     @property
     def unowned(self) -> list[tuple[int, int]]:
@@ -59,26 +53,15 @@ class BoxStatistics:
 
 @dataclass(frozen=True)
 class AssignmentStatistics:
-    """How a config assigns the boxes of a data set to locations.
+    """How a config assigns the boxes of a data set to locations."""
 
-    Attributes:
-        images: number of images, including those without boxes.
-        crowd_left_out: number of boxes left out because they are crowds.
-        no_area_left_out: number of boxes left out because they have no area inside the image at
-            the test resize.
-        levels: finest first.
-        sizes: small, medium, large.
-        settings: the values of the config that the numbers depend on.
-        of_boxes: what the others sum up.
-    """
-
-    images: int
-    crowd_left_out: int
-    no_area_left_out: int
-    levels: tuple[LevelStatistics, ...]
-    sizes: tuple[SizeStatistics, ...]
-    settings: dict
-    of_boxes: BoxStatistics
+    images: int  # including those without boxes
+    crowd_left_out: int  # boxes left out because they are crowds
+    no_area_left_out: int  # those that have no area inside the image at the test resize
+    levels: tuple[LevelStatistics, ...]  # finest first
+    sizes: tuple[SizeStatistics, ...]  # of SIZES
+    settings: dict  # the values of the config that the numbers depend on
+    of_boxes: BoxStatistics  # what the others sum up
 
     @property
     def boxes(self) -> int:

@@ -1,5 +1,7 @@
 """An exported file beside PyTorch, in ONNX Runtime."""
 
+import sys
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from ..modeling import FCOS
+from .graph import DetectionGraph
 
 # (N, H, W) of the batches: from less than a cell to many, one image and several.
 _SHAPES = ((1, 1, 1), (1, 64, 97), (3, 130, 201), (1, 320, 480))
@@ -24,7 +27,7 @@ def largest_difference(model: FCOS, file: str) -> float:
     unless rounding decides whether it is there: at the limit of detections or of the IoU in NMS.
 
     Args:
-        model: on CPU, in evaluation mode. Its post-processor is changed during the call.
+        model: on CPU, in evaluation mode. The threshold of its post-processor is changed.
         file: of :func:`fcos_d2.export.to_onnx`.
 
     Returns:
@@ -36,18 +39,18 @@ def largest_difference(model: FCOS, file: str) -> float:
 
     proto = onnx.load(file)
     batches = [_images(*shape) for shape in _SHAPES]
-    if all(output.name != "boxes" for output in proto.graph.output):
-        return max(_raw_difference(model, _session(proto), batch) for batch in batches)
-    post = model.post_processor
-    before = post.score_thresh
-    differences = [_detections_difference(model, _session(proto), batch) for batch in batches]
-    try:
-        post.score_thresh = _threshold(model, batches)
-        _set_thresholds(proto, post)
+    is_raw = all(output.name != "boxes" for output in proto.graph.output)
+    compare_batch = _raw_difference if is_raw else _detections_difference
+    session = _session(proto)
+    differences = [compare_batch(model, session, batch) for batch in batches]
+    if not is_raw:
+        model.post_processor.score_thresh = _threshold(model, batches)
+        thresholds = dict(DetectionGraph(model).named_buffers(recurse=False))
+        for initializer in proto.graph.initializer:
+            if initializer.name in thresholds:
+                initializer.raw_data = thresholds[initializer.name].numpy().tobytes()
         session = _session(proto)
-        differences += [_detections_difference(model, session, batch) for batch in batches]
-    finally:
-        post.score_thresh = before
+        differences += [compare_batch(model, session, batch) for batch in batches]
     return float(np.max(differences))  # Python's max may lose NaN
 
 
@@ -136,26 +139,14 @@ def _threshold(model: FCOS, batches: list[Tensor]) -> float:
     """A score threshold that leaves some candidates, in a gap between two scores."""
     post = model.post_processor
     post.score_thresh = 0.0
+    compared = "class_probability" if post.score_thresh_on == "class" else "scores"
     values = []
     for batch in batches:
         images = model.preprocess_image([{"image": x} for x in batch])
-        outputs = model.head_outputs(images)
-        if post.score_thresh_on == "class":
-            values += [x.flatten().sigmoid() for x in outputs.class_logits]
-        else:
-            candidates = post.candidates(outputs, model.levels, images.image_sizes)
-            values += [x.scores for x in candidates]
+        found = model.head_outputs(images), model.levels, images.image_sizes
+        candidates = post.candidates(*found, topk=sys.maxsize, with_cells=True)
+        values += [x.get(compared) for x in candidates]
     best = torch.cat(values).topk(_CANDIDATES + 1).values
     best = best[len(best) // 2 :]
     gap = (best[:-1] - best[1:]).argmax()
     return ((best[gap] + best[gap + 1]) / 2).item()
-
-
-def _set_thresholds(proto, post_processor) -> None:
-    """Write the post-processor's thresholds into a graph."""
-    thresholds = {"logit_thresh": post_processor.logit_thresh}
-    if post_processor.score_thresh_on == "score":
-        thresholds["score_thresh"] = post_processor.score_thresh
-    initializers = {x.name: x for x in proto.graph.initializer}
-    for name, value in thresholds.items():
-        initializers[name].raw_data = np.float32(value).tobytes()

@@ -93,10 +93,7 @@ class DetectionGraph(RawGraph):
         scores = torch.where(valid, scores, 0.0)
 
         scores = self._suppress(boxes, scores, classes)
-        limit = post.max_detections_per_image  # which may be more than the candidates
-        boxes, scores, classes = (
-            F.pad(boxes, (0, 0, 0, limit)), F.pad(scores, (0, limit)), F.pad(classes, (0, limit))
-        )  # fmt: skip
+        limit = post.max_detections_per_image
         boxes, scores, classes = _best(boxes, scores, classes, limit)
         if not clip_first:
             boxes = _clip(boxes, height, width)
@@ -163,8 +160,9 @@ def _take(boxes: Tensor, index: Tensor) -> Tensor:
 
 
 def _best(boxes: Tensor, scores: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    scores, index = scores.topk(k, dim=1)
-    return _take(boxes, index), scores, classes.gather(1, index)
+    """The k best of each image; where there are fewer, what fills up has a score of 0."""
+    scores, index = F.pad(scores, (0, k)).topk(k, dim=1)
+    return _take(F.pad(boxes, (0, 0, 0, k)), index), scores, F.pad(classes, (0, k)).gather(1, index)
 
 
 @torch.library.custom_op("fcos_d2::class_wise_nms", mutates_args=())

@@ -144,8 +144,7 @@ def _check_model(model: FCOS) -> None:
 def _check_opset(model: FCOS, opset: int | None) -> int:
     deformable = any(isinstance(m, PortableDeformConv) for m in model.modules())
     lowest = _DEFORMABLE_OPSET if deformable else _OPSET
-    if opset is None:
-        return lowest
+    opset = lowest if opset is None else opset
     if opset < lowest:
         reason = " with deformable convolutions" if deformable else ""
         raise ValueError(f"The opset must be {lowest} or higher{reason}, got {opset}")

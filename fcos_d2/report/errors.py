@@ -20,26 +20,16 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Error:
-    """A false positive or a missed box.
+    """A false positive or a missed box."""
 
-    Attributes:
-        kind: one of ``KINDS``.
-        image_id: of COCO's file.
-        box: (4,) x0, y0, x1, y1 in pixels of the image.
-        category: the detection's, or that of the missed box.
-        score: None for a missed box.
-        iou: with the box that it overlaps most, or of the detection that overlaps the missed box
-            most.
-        other: the category of that one; None if there is no overlap.
-    """
-
-    kind: str
-    image_id: int | str
-    box: tuple[float, float, float, float]
-    category: int
-    score: float | None
+    kind: str  # one of KINDS
+    image_id: int | str  # of COCO's file
+    box: tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the image
+    category: int  # the detection's, or that of the missed box
+    score: float | None  # None for a missed box
+    # With the box that it overlaps most, or of the detection that overlaps the missed box most.
     iou: float
-    other: int | None
+    other: int | None  # the category of that one; None if there is no overlap
 
 
 def confusion_matrix(evaluation: BoxEvaluation, threshold: float) -> np.ndarray:

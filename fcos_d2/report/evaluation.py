@@ -20,21 +20,14 @@ _EVERY_AREA, _MOST_DETECTIONS = 0, -1  # indices of COCOeval's parameters
 
 @dataclass(frozen=True)
 class ScoreCurve:
-    """What is found, and how much of it is right, with detections of at least each score.
+    """What is found, and how much of it is right, with detections of at least each score."""
 
-    Attributes:
-        name: of the class; None for all of them together.
-        boxes: number of ground-truth boxes.
-        scores: (S,) descending.
-        precision, recall, f1: (S,)
-    """
-
-    name: str | None
-    boxes: int
-    scores: np.ndarray
-    precision: np.ndarray
-    recall: np.ndarray
-    f1: np.ndarray
+    name: str | None  # of the class; None for all of them together
+    boxes: int  # of the ground truth
+    scores: np.ndarray  # (S,) descending
+    precision: np.ndarray  # (S,)
+    recall: np.ndarray  # (S,)
+    f1: np.ndarray  # (S,)
 
     @property
     def best(self) -> int | None:
