@@ -14,12 +14,7 @@ def config_parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options
     )
     parser.add_argument("--config-file", required=config_required, metavar="FILE")
-    parser.add_argument(
-        "opts",
-        nargs="*",
-        metavar="KEY VALUE",
-        help="changes to the config, such as MODEL.WEIGHTS FILE",
-    )
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the config")
     return parser
 
 

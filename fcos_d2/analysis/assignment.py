@@ -28,7 +28,6 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
-from torch import Tensor
 from tqdm import tqdm
 
 from ..modeling import FCOS
@@ -71,9 +70,9 @@ def analyze_assignment(
     for number, record in enumerate(tqdm(records, unit=" images", disable=not progress)):
         image, crowd, no_area = boxes_at_test_resize(cfg, record, include_crowd)
         positives, *is_ambiguous = assign(detector, image)
-        of_boxes = torch.zeros(len(image), num_levels, dtype=torch.int64)
-        one = torch.ones_like(positives.gt)
-        owned.append(of_boxes.index_put_((positives.gt, positives.level), one, accumulate=True))
+        box_and_level = positives.gt * num_levels + positives.level
+        counts = box_and_level.bincount(minlength=len(image) * num_levels)
+        owned.append(counts.view(len(image), num_levels))
         for row, chosen in enumerate(is_ambiguous):
             ambiguous[row] += positives.level[chosen].bincount(minlength=num_levels)
         sizes.append(image.coco_size)
@@ -82,12 +81,15 @@ def analyze_assignment(
         crowds, no_areas = crowds + crowd, no_areas + no_area
     sizes, owned = torch.cat(sizes), torch.cat(owned)
     by_level = owned.sum(dim=0).tolist(), *ambiguous.tolist()
+    by_size = zip(SIZES, (owned[sizes == i].sum(dim=1) for i in range(len(SIZES))), strict=True)
     return AssignmentStatistics(
         images=len(records),
         crowd_left_out=crowds,
         no_area_left_out=no_areas,
         levels=tuple(map(LevelStatistics, names, detector.levels.strides, *by_level)),
-        sizes=tuple(_of_size(name, owned[sizes == i]) for i, name in enumerate(SIZES)),
+        sizes=tuple(
+            SizeStatistics(name, len(n), int((n > 0).sum()), int(n.sum())) for name, n in by_size
+        ),
         settings=_settings(cfg, detector),
         of_boxes=BoxStatistics(names, tuple(numbers), torch.cat(sides), owned),
     )
@@ -106,12 +108,6 @@ def check_is_fcos(cfg: CfgNode) -> None:
         raise ValueError(
             f"MODEL.META_ARCHITECTURE must be 'FCOS', got {cfg.MODEL.META_ARCHITECTURE!r}"
         )
-
-
-def _of_size(name: str, owned: Tensor) -> SizeStatistics:
-    """From the (M, L) locations of boxes of one size."""
-    locations = owned.sum(dim=1)
-    return SizeStatistics(name, len(owned), int((locations > 0).sum()), int(locations.sum()))
 
 
 def _settings(cfg: CfgNode, detector: FCOS) -> dict:

@@ -12,14 +12,7 @@ from .statistics import AssignmentStatistics
 
 
 def save_assignment_charts(statistics: AssignmentStatistics, folder: str | Path) -> list[Path]:
-    """Write ``recall_by_size.png``, ``positives_per_level.png`` and ``ambiguity.png``.
-
-    Args:
-        folder: created if it does not exist; files with these names are overwritten.
-
-    Returns:
-        the paths of the files.
-    """
+    """Write ``recall_by_size.png``, ``positives_per_level.png`` and ``ambiguity.png``."""
     charts = {"recall_by_size": _recall, "positives_per_level": _positives, "ambiguity": _ambiguity}
     draw = {f"{name}.png": partial(chart, statistics=statistics) for name, chart in charts.items()}
     return save_charts(draw, folder)

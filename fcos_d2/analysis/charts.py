@@ -32,7 +32,7 @@ def new_chart(height: float) -> tuple[Figure, Axes]:
 def save_charts(
     charts: Mapping[str, Callable[[Axes], None]], folder: str | Path, height: float = 4.4
 ) -> list[Path]:
-    """Write a file for each chart, by what draws it; the folder is created. Returns the paths."""
+    """Write a file for each chart, by what draws it, over earlier ones; returns the paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in charts.items():

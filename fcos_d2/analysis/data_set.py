@@ -78,23 +78,19 @@ def data_statistics(
         areas = [a["bbox"][2] * a["bbox"][3] for r in records for a in r["annotations"]]
         sizes = {"boxes": [area**0.5 for area in areas]}
     else:
-        boxes = analyze_boxes(cfg, records, progress=progress)
-        main = torch.where(boxes.positives.sum(1) > 0, boxes.positives.argmax(1), -1)
-        levels = {name: i for i, name in enumerate(boxes.level_names)} | {_NONE: -1}
-        sizes = {name: boxes.sides[main == i].tolist() for name, i in levels.items()}
-        for record, number in boxes.unowned:
+        assigned = analyze_boxes(cfg, records, progress=progress)
+        main = torch.where(assigned.positives.sum(1) > 0, assigned.positives.argmax(1), -1)
+        levels = {name: i for i, name in enumerate(assigned.level_names)} | {_NONE: -1}
+        sizes = {name: assigned.sides[main == i].tolist() for name, i in levels.items()}
+        for record, number in assigned.unowned:
             index = indices[record][number]
             _, _, width, height = data.annotations[index]["bbox"]
             size = f"{width:g} x {height:g} pixels in the file"
             unowned.append(data.finding("box owns no location", index, size))
-    statistics = DataStatistics(
-        data.name,
-        len(data.images),
-        {name: counts[i] for i, name in names.items()},
-        {name: images[i] for i, name in names.items()},
-        sizes,
+    boxes, images_with = (
+        {name: of_class[i] for i, name in names.items()} for of_class in (counts, images)
     )
-    return statistics, unowned
+    return DataStatistics(data.name, len(data.images), boxes, images_with, sizes), unowned
 
 
 def save_data_charts(sets: list[DataStatistics], folder: str | Path) -> list[Path]:

@@ -25,7 +25,6 @@ from .inspection import image_scale
 # The areas in pixels of the original image that COCO's second and third size begin at. The area is
 # the box's: COCO's own evaluation takes the mask's, which not every data set has.
 _SIZE_BEGINS = (32**2, 96**2)
-_KEYS = ("bbox", "bbox_mode", "category_id")
 
 
 def boxes_at_test_resize(
@@ -46,9 +45,8 @@ def boxes_at_test_resize(
         raise ValueError(f"The record of the image {name!r} has no height and width")
     resize, size = resize_for_test(cfg, record["height"], record["width"])
     annotations = with_float_coordinates(record).get("annotations", [])
-    resized = [
-        transform_instance_annotations({k: a[k] for k in _KEYS}, resize, size) for a in annotations
-    ]
+    resized = [{k: a[k] for k in ("bbox", "bbox_mode", "category_id")} for a in annotations]
+    resized = [transform_instance_annotations(a, resize, size) for a in resized]
     image = annotations_to_instances(resized, size)
     image.coco_size = torch.tensor([_coco_size(a) for a in annotations], dtype=torch.int64)
     image.annotation = torch.arange(len(annotations))

@@ -85,10 +85,8 @@ def scores_figure(points: ScoresAndIoUs, quality: str, score_fusion: str) -> Fig
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=name)
         axes.set_ylabel("IoU with the ground truth of the class")
         found = points.iou >= 0.5
-        correlations = (
-            rank_correlation(scores, points.iou),
-            rank_correlation(scores[found], points.iou[found]),
-        )
+        pairs = (scores, points.iou), (scores[found], points.iou[found])
+        correlations = (rank_correlation(*pair) for pair in pairs)
         numbers = ("-" if c is None else f"{c:.2f}" for c in correlations)
         axes.set_title("rank correlation {}, of IoU ≥ 0.5: {}".format(*numbers), fontsize=10)
     figure.suptitle(f"{len(points.iou):,} candidates (before NMS), {points.images:,} image(s)")

@@ -21,13 +21,9 @@ _LEAST_SCORE = 1e-30
 
 
 class RawGraph(nn.Module):
-    """The dense part alone: images to the maps of the head."""
+    """The dense part alone, of a model in evaluation mode: images to the maps of the head."""
 
     def __init__(self, model: FCOS):
-        """
-        Args:
-            model: in evaluation mode.
-        """
         super().__init__()
         self.model = model
 

@@ -92,7 +92,8 @@ def to_onnx(
     if os.path.isdir(file):
         raise IsADirectoryError(f"{file} is a folder: name the file to write, such as model.onnx")
     os.makedirs(os.path.dirname(file), exist_ok=True)
-    model = _plain_copy(model)
+    model = copy.deepcopy(model).cpu().float().eval()
+    model.execution = Execution()  # not compiled
     graph = (RawGraph if raw else DetectionGraph)(model).eval()
     # Opened first: what cannot be written shall fail now, not in a minute.
     with replacing(file, own=True) as partial:
@@ -163,13 +164,6 @@ def _check_packages() -> None:
         ) from error
 
 
-def _plain_copy(model: FCOS) -> FCOS:
-    """On CPU, in evaluation mode and float32, not compiled."""
-    model = copy.deepcopy(model).cpu().float().eval()
-    model.execution = Execution()
-    return model
-
-
 def _export(graph: RawGraph, dtype: torch.dtype, opset: int) -> "onnx.ModelProto":
     images = torch.zeros(_TRACED_SHAPE, dtype=dtype)
     with torch.no_grad(), _quiet():
@@ -217,10 +211,8 @@ def _quiet():
 def _metadata(model: FCOS, **settings) -> dict[str, str]:
     """What a file says of itself. All values are JSON."""
     post = model.post_processor
-    of_post = (
-        "quality", "score_fusion", "score_thresh", "score_thresh_on", "topk_candidates",
-        "nms_thresh", "clip_boxes",
-    )  # fmt: skip
+    of_post = ("quality", "score_fusion", "score_thresh", "score_thresh_on")
+    of_post += ("topk_candidates", "nms_thresh", "clip_boxes")
     values = {
         "fcos_d2_version": __version__,
         **settings,

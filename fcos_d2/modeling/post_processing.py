@@ -152,13 +152,9 @@ class FCOSPostProcessor:
             "pred_classes": classes,
         }
         if with_cells:
-            fields |= {
-                "level": cells.level[cell],
-                "locations": cells.locations[cell],
-                "ltrb": cells.ltrb[cell],
-                "class_probability": cells.class_logits[cell, classes].sigmoid(),
-                "quality": cells.quality[cell],
-            }
+            names = ("level", "locations", "ltrb", "quality")
+            fields |= {name: getattr(cells, name)[cell] for name in names}
+            fields["class_probability"] = cells.class_logits[cell, classes].sigmoid()
         image = cells.image[cell]
         of_images = (_where(image == i) for i in range(len(image_sizes)))
         return [

@@ -1,7 +1,7 @@
 """Pictures of errors: a part of an image with its ground truth, and with what was detected."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -20,64 +20,61 @@ _SIDE = 420  # pixels of the picture along the longer side of a part
 _GAP = 8
 
 
-class ErrorPictures:
-    """Draws errors of one data set and run."""
+def draw_error(
+    image: np.ndarray, error: Error, evaluation: BoxEvaluation, threshold: float
+) -> np.ndarray:
+    """What is annotated on the left, what was detected on the right, the error in a frame.
 
-    def __init__(self, evaluation: BoxEvaluation, threshold: float):
-        """
-        Args:
-            threshold: detections with a smaller score are not drawn.
-        """
-        self.evaluation, self.threshold = evaluation, threshold
-        names = evaluation.class_names
-        self._numbers = {category: i for i, category in enumerate(names)}
-        self._metadata = Metadata(
-            thing_classes=list(names.values()), thing_colors=class_colors(len(names))
-        )
+    Args:
+        image: (H, W, 3) uint8, BGR, that of the error.
+        threshold: detections with a smaller score are not drawn.
 
-    def draw(self, image: np.ndarray, error: Error) -> np.ndarray:
-        """What is annotated on the left, what was detected on the right, the error in a frame.
+    Returns:
+        (H', W', 3) uint8, BGR.
+    """
+    part = _part(error.box, image.shape[:2])
+    x0, y0, x1, y1 = part
+    longest = max(x1 - x0, y1 - y0)
+    scale = _SIDE / longest
+    least = math.ceil(_NARROWEST * longest)
+    below, beside = max(least - (y1 - y0), 0), max(least - (x1 - x0), 0)
+    crop = cv2.copyMakeBorder(
+        image[y0:y1, x0:x1], 0, below, 0, beside, cv2.BORDER_CONSTANT, value=(255, 255, 255)
+    )
+    names = evaluation.class_names
+    metadata = Metadata(thing_classes=list(names.values()), thing_colors=class_colors(len(names)))
+    drawn = []
+    for side in (evaluation.truth, evaluation.detections):
+        shown, scored = side.imgToAnns[error.image_id], side is evaluation.detections
+        if scored:
+            shown = [d for d in shown if d["score"] >= threshold]
+        instances = _instances(shown, names, part, scored)
+        drawn.append(draw_instances(crop, instances, metadata, scale=scale).copy())
+    _frame(drawn[error.kind != "missed"], np.array(error.box) - [x0, y0, x0, y0], scale)
+    gap = np.full((drawn[0].shape[0], _GAP, 3), 255, dtype=np.uint8)
+    return np.hstack([drawn[0], gap, drawn[1]])
 
-        Args:
-            image: (H, W, 3) uint8, BGR, that of the error.
 
-        Returns:
-            (H', W', 3) uint8, BGR.
-        """
-        part = _part(error.box, image.shape[:2])
-        x0, y0, x1, y1 = part
-        longest = max(x1 - x0, y1 - y0)
-        scale = _SIDE / longest
-        truth, found = (
-            side.imgToAnns[error.image_id]
-            for side in (self.evaluation.truth, self.evaluation.detections)
-        )
-        found = [d for d in found if d["score"] >= self.threshold]
-        sides = self._instances(truth, part), self._instances(found, part)
-        least = math.ceil(_NARROWEST * longest)
-        below, beside = max(least - (y1 - y0), 0), max(least - (x1 - x0), 0)
-        crop = cv2.copyMakeBorder(
-            image[y0:y1, x0:x1], 0, below, 0, beside, cv2.BORDER_CONSTANT, value=(255, 255, 255)
-        )
-        drawn = [draw_instances(crop, side, self._metadata, scale=scale) for side in sides]
-        drawn = [np.ascontiguousarray(picture) for picture in drawn]
-        _frame(drawn[error.kind != "missed"], np.array(error.box) - [x0, y0, x0, y0], scale)
-        gap = np.full((drawn[0].shape[0], _GAP, 3), 255, dtype=np.uint8)
-        return np.hstack([drawn[0], gap, drawn[1]])
-
-    def _instances(self, annotations: Sequence[dict], part: tuple[int, int, int, int]) -> Instances:
-        x0, y0, x1, y1 = part
-        boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        boxes = Boxes(boxes - [x0, y0, x0, y0])
-        size = y1 - y0, x1 - x0
-        instances = Instances(size, pred_boxes=boxes)
-        numbers = [self._numbers[a["category_id"]] for a in annotations]
-        instances.pred_classes = torch.tensor(numbers, dtype=torch.int64)
-        if annotations and "score" in annotations[0]:
-            instances.scores = torch.tensor([a["score"] for a in annotations])
-        boxes.clip(size)
-        return instances[boxes.nonempty()]
+def _instances(
+    annotations: Sequence[dict],
+    categories: Iterable[int],
+    part: tuple[int, int, int, int],
+    scored: bool,
+) -> Instances:
+    """In pixels of a part of the image; ``categories`` in the order of the classes."""
+    x0, y0, x1, y1 = part
+    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes = Boxes(boxes - [x0, y0, x0, y0])
+    size = y1 - y0, x1 - x0
+    instances = Instances(size, pred_boxes=boxes)
+    numbers = {category: i for i, category in enumerate(categories)}
+    classes = [numbers[a["category_id"]] for a in annotations]
+    instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
+    if scored:
+        instances.scores = torch.tensor([a["score"] for a in annotations])
+    boxes.clip(size)
+    return instances[boxes.nonempty()]
 
 
 def _part(

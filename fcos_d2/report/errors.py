@@ -101,9 +101,10 @@ def _errors_of_image(
     found = [evaluation.detections.anns[i] for i in image["dtIds"]]
     ious = np.asarray(evaluation.agnostic.ious[image["image_id"], -1])
     ious = ious.reshape(len(found), len(boxes)) * [not g["iscrowd"] for g in boxes]
-    same_class = [[d["category_id"] == g["category_id"] for g in boxes] for d in found]
+    categories = ([x["category_id"] for x in side] for side in (found, boxes))
+    same_class = np.equal.outer(*categories)
     errors = [
-        _error(_kind(ious[row], np.array(same_class[row], dtype=bool)), detection, boxes, ious[row])
+        _error(_kind(ious[row], same_class[row]), detection, boxes, ious[row])
         for row, detection in enumerate(found)
         if detection["id"] in wrong
     ]

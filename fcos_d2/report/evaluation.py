@@ -22,7 +22,6 @@ _EVERY_AREA, _MOST_DETECTIONS = 0, -1  # indices of COCOeval's parameters
 class ScoreCurve:
     """What is found, and how much of it is right, with detections of at least each score."""
 
-    name: str | None  # of the class; None for all of them together
     boxes: int  # of the ground truth
     scores: np.ndarray  # (S,) descending
     precision: np.ndarray  # (S,)
@@ -120,9 +119,7 @@ class BoxEvaluation:
         # Detections with equal scores are kept or dropped together.
         last = np.flatnonzero(np.diff(scores, append=-np.inf))
         scores, found = scores[last], found[last]
-        name = None if category is None else self.class_names[category]
         return ScoreCurve(
-            name,
             boxes,
             scores,
             precision=found / (last + 1),

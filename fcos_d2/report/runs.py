@@ -38,10 +38,8 @@ def read_runs(folders: Sequence[str | os.PathLike], dataset: str, truth: COCO) -
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     if len(set(names)) < len(names):
         names = [os.fspath(folder) for folder in folders]
-    return [
-        _read_run(Path(folder), name, dataset, truth)
-        for folder, name in zip(folders, names, strict=True)
-    ]
+    pairs = zip(map(Path, folders), names, strict=True)
+    return [_read_run(folder, name, dataset, truth) for folder, name in pairs]
 
 
 def _read_run(folder: Path, name: str, dataset: str, truth: COCO) -> Run:

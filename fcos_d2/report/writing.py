@@ -16,7 +16,7 @@ from ..analysis.records import load_dataset
 from ..checkpoint import replacing
 from ..data.image_files import read_image
 from . import run_charts
-from .error_pictures import ErrorPictures
+from .error_pictures import draw_error
 from .errors import KINDS, Error, confusion_matrix, find_errors
 from .evaluation import AREAS, CURVE_IOUS, MATCH_IOU, BoxEvaluation
 from .runs import Run, ground_truth, read_runs
@@ -101,7 +101,11 @@ class _Report:
         self._write_json("report.json", numbers)
         (self.folder / "thresholds.json").unlink(missing_ok=True)
         if self.curve.threshold is not None:
-            self._write_json("thresholds.json", self._thresholds())
+            # What ``fcos_d2.predict --threshold`` reads.
+            found = {row["name"]: row["threshold"] for row in numbers["classes"]}
+            best = {name: self.threshold if t is None else t for name, t in found.items()}
+            content = {"iou": MATCH_IOU, "threshold": self.threshold, "classes": best}
+            self._write_json("thresholds.json", content)
         widths = {}  # in pixels of a page
         for name, figure in self._charts().items():
             if figure is not None:
@@ -147,12 +151,6 @@ class _Report:
             "confusion.png": run_charts.confusion_figure(self.confusion, names),
         }
 
-    def _thresholds(self) -> dict:
-        """What ``fcos_d2.predict --threshold`` reads."""
-        of_classes = {c.name: c.threshold for c in self.curves.values()}
-        default = {name: self.threshold for name, best in of_classes.items() if best is None}
-        return {"iou": MATCH_IOU, "threshold": self.threshold, "classes": of_classes | default}
-
     def _numbers(self) -> dict:
         """All that the page says, for programs."""
         evaluations = {run.name: run.evaluation for run in self.runs}
@@ -169,7 +167,7 @@ class _Report:
             "threshold": self.curve.threshold,
             "classes": [
                 {
-                    "name": curve.name,
+                    "name": self.evaluation.class_names[category],
                     "boxes": curve.boxes,
                     "ap": self.evaluation.average_precision(category=category),
                     "threshold": curve.threshold,
@@ -186,7 +184,6 @@ class _Report:
 
     def _write_pictures(self, records: Sequence[dict]) -> tuple[dict[str, list[dict]], str]:
         """Pictures of the largest errors of each kind, and what is to be said of missing ones."""
-        draw = ErrorPictures(self.evaluation, self.threshold)
         sources = {record["image_id"]: record["file_name"] for record in records}
         pictures, problem = {kind: [] for kind in KINDS}, ""
         for kind in KINDS:
@@ -202,7 +199,7 @@ class _Report:
                 except Exception as unread:  # PIL raises many kinds
                     problem = f"Some pictures are missing. {source} could not be read: {unread}"
                     continue
-                picture = draw.draw(image, largest[number])
+                picture = draw_error(image, largest[number], self.evaluation, self.threshold)
                 Image.fromarray(picture[:, :, ::-1]).save(self.folder / name)
                 caption = f"{self._caption(largest[number])}. {Path(source).name}"
                 pictures[kind].append({"file": name, "caption": caption})
