@@ -119,9 +119,9 @@ class FCOSPostProcessor:
                 keeps these fields.
 
         Returns:
-            for each image, with the fields of the call; boxes may reach beyond the image. Of cells
-            also ``level`` (C,) int64, ``locations`` (C, 2) and ``ltrb`` (C, 4) in pixels,
-            ``class_probability`` (C,), and ``quality`` (C,), which is 1 with QUALITY "none".
+            for each image, with the fields of the call; boxes may reach beyond the image. With
+            ``with_cells`` also ``level`` (C,) int64, ``locations`` (C, 2) and ``ltrb`` (C, 4) in
+            pixels, ``class_probability`` (C,), and ``quality`` (C,), 1 with QUALITY "none".
         """
         if (outputs.quality_logits is not None) != (self.quality in ("centerness", "iou")):
             raise ValueError(f"The head's outputs do not fit the quality {self.quality!r}")
@@ -156,11 +156,7 @@ class FCOSPostProcessor:
             fields |= {name: getattr(cells, name)[cell] for name in names}
             fields["class_probability"] = cells.class_logits[cell, classes].sigmoid()
         image = cells.image[cell]
-        of_images = (_where(image == i) for i in range(len(image_sizes)))
-        return [
-            Instances(size, **{name: values[index] for name, values in fields.items()})
-            for size, index in zip(image_sizes, of_images, strict=True)
-        ]
+        return [_instances(size, fields, _where(image == i)) for i, size in enumerate(image_sizes)]
 
     def suppress(self, candidates: Instances) -> Instances:
         """Clipping and NMS of the candidates of one image; keeps the best of what is left."""
@@ -235,12 +231,18 @@ class FCOSPostProcessor:
         return math.log(thresh / (1 - thresh))
 
 
+def _instances(
+    image_size: tuple[int, int], fields: dict[str, Tensor | Boxes], index: Tensor
+) -> Instances:
+    return Instances(image_size, **{name: values[index] for name, values in fields.items()})
+
+
 def _clip(instances: Instances) -> Instances:
     """Clip the boxes of one image to it, and leave out those that are empty then."""
     boxes = instances.pred_boxes.clone()
     boxes.clip(instances.image_size)
-    clipped = Instances(instances.image_size, **instances.get_fields() | {"pred_boxes": boxes})
-    return clipped[_where(boxes.nonempty())]
+    fields = instances.get_fields() | {"pred_boxes": boxes}
+    return _instances(instances.image_size, fields, _where(boxes.nonempty()))
 
 
 def _where(mask: Tensor) -> Tensor:
