@@ -13,10 +13,14 @@ from torchvision.ops import box_iou
 
 from fcos_d2 import Predictor
 from fcos_d2.analysis import inspect_image, locate_positives, scores_and_ious
+from fcos_d2.analysis.box_figures import origins_figure, positives_figure
 from fcos_d2.analysis.heat_maps import class_figure, quality_figure
-from fcos_d2.analysis.pictures import origins_figure, positives_figure
-from fcos_d2.analysis.plots import scores_figure
-from fcos_d2.analysis.score_quality import ScoresAndIoUs, rank_correlation, read_record_image
+from fcos_d2.analysis.score_quality import (
+    ScoresAndIoUs,
+    rank_correlation,
+    read_record_image,
+    scores_figure,
+)
 from fcos_d2.data import find_record
 from fcos_d2.modeling import HeadOutputs
 
