@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
 
@@ -63,13 +63,3 @@ def class_colors(num_classes: int) -> list[tuple[int, int, int]]:
     """Distinct bright colours, RGB, the same ones each time."""
     hues = [i * 0.618034 % 1 for i in range(num_classes)]  # golden ratio: neighbours differ
     return [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, 0.65, 1)) for hue in hues]
-
-
-def annotations_as_instances(annotations: list[dict], image_size: tuple[int, int]) -> Instances:
-    """The ground truth of a record in Detectron2's format, as if it had been predicted."""
-    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-    return Instances(
-        image_size,
-        pred_boxes=Boxes(np.array(boxes, dtype=np.float32).reshape(-1, 4)),
-        pred_classes=np.array([a["category_id"] for a in annotations], dtype=int),
-    )
