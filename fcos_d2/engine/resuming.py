@@ -1,6 +1,5 @@
 """A run that goes on where it was stopped, and is the run that was never stopped."""
 
-import hashlib
 import json
 import logging
 import os
@@ -12,7 +11,6 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.events import JSONWriter, TensorboardXWriter
 
 from ..checkpoint import AtomicCheckpointer, read_checkpoint, replacing
 
@@ -85,7 +83,7 @@ def checkpoint_to_resume(
         file = checkpointer.get_checkpoint_file()
         found = file, read_checkpoint(file)
         seen = f"{os.path.basename(file)} (iteration {found[1].get('iteration')})"
-    config = hashlib.sha256(json.dumps(_flat(cfg.dump())).encode()).hexdigest()
+    config = _flat(yaml.safe_load(cfg.dump()))
     everywhere = comm.all_gather((seen, config))
     if len({seen for seen, _ in everywhere}) > 1:
         raise ValueError(
@@ -93,7 +91,7 @@ def checkpoint_to_resume(
             + ", ".join(f"process {rank}: {seen}" for rank, (seen, _) in enumerate(everywhere))
             + ". It must be on a file system that all machines share"
         )
-    if len({config for _, config in everywhere}) > 1:
+    if any(other != config for _, other in everywhere):
         raise ValueError("The processes have different configs: give all the same command line")
     return found
 
@@ -156,43 +154,28 @@ def metrics_rows(file: str) -> list[dict]:
     return [row for row in rows if isinstance(row, dict) and "iteration" in row]
 
 
-class MetricsWriter(JSONWriter):
-    """Detectron2's, without what an earlier process wrote after its last checkpoint."""
+def drop_metrics_from(file: str, iteration: int, end: int) -> None:
+    """Drop the rows of ``metrics.json`` that a run from ``iteration`` up to ``end`` writes again.
 
-    def __init__(self, json_file: str):
-        self.json_file = json_file
-        super().__init__(json_file)
-
-    def resume_at(self, iteration: int, end: int) -> None:
-        """Drop the rows of an iteration and later, which a run up to ``end`` writes again.
-
-        The last evaluation of a shorter run stays. Detectron2 counts it one too many.
-        """
-        kept = [
-            row
-            for row in metrics_rows(self.json_file)
-            if row["iteration"] < iteration
-            or (row["iteration"] == iteration < end and "total_loss" not in row)
-        ]
-        self.close()
-        with replacing(self.json_file, "w") as file:
-            file.writelines(json.dumps(row, sort_keys=True) + "\n" for row in kept)
-        super().__init__(self.json_file)
-
-
-class TensorboardWriter(TensorboardXWriter):
-    """Detectron2's, which can hide what an earlier process wrote after its last checkpoint."""
-
-    def resume_at(self, iteration: int, end: int) -> None:
-        """Hide the rows of an iteration and later; call it before anything is written."""
-        self._writer_args["purge_step"] = iteration
+    The last evaluation of a shorter run stays: Detectron2 logs it one iteration too high.
+    """
+    if not os.path.isfile(file):
+        return
+    kept = [
+        row
+        for row in metrics_rows(file)
+        if row["iteration"] < iteration
+        or (row["iteration"] == iteration < end and "total_loss" not in row)
+    ]
+    with replacing(file, "w") as f:
+        f.writelines(json.dumps(row, sort_keys=True) + "\n" for row in kept)
 
 
 def _changes(saved: str | None, cfg: CfgNode) -> dict[str, tuple]:
-    """Values of the config that was saved and of the new one, where they differ and matter."""
-    if saved is None:  # of an older version
+    """The old and the new value of each key that differs from the saved config and matters."""
+    if saved is None:  # a checkpoint of an older version
         return {}
-    old, new = _flat(saved), _flat(cfg.dump())
+    old, new = _flat(yaml.safe_load(saved)), _flat(yaml.safe_load(cfg.dump()))
     return {
         key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
@@ -200,22 +183,15 @@ def _changes(saved: str | None, cfg: CfgNode) -> dict[str, tuple]:
     }
 
 
-def _flat(dumped: str) -> dict[str, object]:
-    """{"SECTION.KEY": value} of a dumped config, without what has no influence."""
-
-    def visit(node: Mapping, prefix: str) -> dict[str, object]:
-        flat: dict[str, object] = {}
-        for key, value in node.items():
-            name = f"{prefix}{key}"
-            if name in _WITHOUT_INFLUENCE:
-                continue
-            if isinstance(value, Mapping):
-                flat |= visit(value, f"{name}.")
-            else:
-                flat[name] = value
-        return flat
-
-    return visit(yaml.safe_load(dumped), "")
+def _flat(section: Mapping, prefix: str = "") -> dict[str, object]:
+    """{"SECTION.KEY": value} of a config, without the keys that have no influence."""
+    flat: dict[str, object] = {}
+    for key, value in section.items():
+        name = prefix + key
+        if name in _WITHOUT_INFLUENCE:
+            continue
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _other_shapes(saved: Mapping[str, torch.Tensor], model: torch.nn.Module) -> str:

@@ -20,8 +20,12 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter
-from detectron2.utils.file_io import PathManager
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+)
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 
@@ -43,13 +47,7 @@ from ..modeling.backbone import check_random_start
 from .amp import AutocastTrainer, amp_dtype
 from .evaluators import build_evaluator, inference_folder
 from .hooks import AverageBatchNormStatistics, BestCheckpointer, EvaluateOnResume, WaitingLog
-from .resuming import (
-    MetricsWriter,
-    TensorboardWriter,
-    check_resumable,
-    checkpoint_to_resume,
-    metrics_rows,
-)
+from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from
 from .stopping import StopOnSignal, Stopped, stop_signals_recorded, stoppable_evaluation
 
 # The meta architectures that test-time augmentation (TEST.AUG) is offered for.
@@ -72,9 +70,11 @@ class Trainer(DefaultTrainer):
             setup_logger()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_test_sets(cfg)
-        if comm.is_main_process():
-            for name in cfg.DATASETS.TEST:
-                self._try_evaluator(cfg, name)
+        for name in cfg.DATASETS.TEST if comm.is_main_process() else ():
+            try:  # to say now what the evaluation would say after the training
+                self.build_evaluator(cfg, name)
+            except NotImplementedError as error:  # which Detectron2 passes over
+                logging.getLogger(__name__).warning(f"There will be no evaluation. {error}")
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -92,14 +92,9 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         # What the order of the images, their augmentation and the model's random numbers depend on.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self._metrics_file = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
+        self._writers: list[EventWriter] = []  # the hook that writes has it; train() fills it
         self.register_hooks(self.build_hooks())
-
-    def _try_evaluator(self, cfg: CfgNode, dataset_name: str) -> None:
-        """Say now what the evaluation would say after the training."""
-        try:
-            self.build_evaluator(cfg, dataset_name)
-        except NotImplementedError as error:  # which Detectron2 passes over
-            logging.getLogger(__name__).warning(f"There will be no evaluation. {error}")
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint of OUTPUT_DIR if asked to and there is one, else MODEL.WEIGHTS.
@@ -126,23 +121,17 @@ class Trainer(DefaultTrainer):
         if self.cfg.SEED < 0 and checkpoint.get("seed") is not None:
             self.seed = checkpoint["seed"]
         del found, checkpoint  # it is read again
-        if isinstance(self.scheduler, LRMultiplier):
-            self._load_but_for_rates(file)
-        else:  # other schedulers keep what they have computed
-            self.checkpointer.load(file)
-        self.start_iter = self.iter + 1
-
-    def _load_but_for_rates(self, file: str) -> None:
-        """Load a checkpoint; rates, momentum and weight decay are those of the config."""
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]
-        rates = list(self.scheduler.base_lrs)
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.checkpointer.load(file)
-        self.scheduler.base_lrs = rates
-        for group, new, rate in zip(self._groups(), settings, self.scheduler.get_lr(), strict=True):
-            group.update(new, lr=rate)
-
-    def _groups(self) -> list[dict]:
-        return self.optimizer.param_groups
+        if isinstance(self.scheduler, LRMultiplier):  # others keep the rates of the checkpoint
+            self.scheduler.base_lrs = [new["initial_lr"] for new in settings]
+            groups, rates = self.optimizer.param_groups, self.scheduler.get_lr()
+            for group, new, rate in zip(groups, settings, rates, strict=True):
+                group.update(new, lr=rate)
+        self.start_iter = self.iter + 1
 
     def train(self) -> dict | None:
         """Train; returns the results of the last evaluation.
@@ -151,23 +140,24 @@ class Trainer(DefaultTrainer):
             Stopped: after SIGTERM, SIGINT or SIGUSR1, once a checkpoint has been written.
         """
         logger = logging.getLogger(__name__)
-        # The same in a run that is resumed.
-        described = with_class_names(self.cfg).dump()
-        self.checkpointer.description = {"config": described, "seed": self.seed}
-        classes = {"class_names": class_names(self.cfg), "category_ids": category_ids(self.cfg)}
-        self.checkpointer.description |= {k: x for k, x in classes.items() if x is not None}
+        description = {
+            "config": with_class_names(self.cfg).dump(),
+            "seed": self.seed,
+            "class_names": class_names(self.cfg),
+            "category_ids": category_ids(self.cfg),
+        }
+        self.checkpointer.description = {k: x for k, x in description.items() if x is not None}
         if comm.is_main_process():
-            PathManager.mkdirs(self.cfg.OUTPUT_DIR)
+            os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
             with replacing(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
-                file.write(described)
+                file.write(description["config"])
+            drop_metrics_from(self._metrics_file, self.start_iter, end=self.max_iter)
+            self._writers[:] = self.build_writers()
         if isinstance(self.data_loader, TrainingLoader):
             self.data_loader.start(self.seed, first_batch=self.start_iter)
             logger.info(f"The order of the images and their augmentation have seed {self.seed}")
         else:
             logger.warning("The data loader is not a TrainingLoader: its images start anew")
-        for writer in self.writers:
-            if hasattr(writer, "resume_at"):  # others may have been built
-                writer.resume_at(self.start_iter, end=self.max_iter)
         with stop_signals_recorded():
             try:
                 super().train()
@@ -195,15 +185,17 @@ class Trainer(DefaultTrainer):
         super().run_step()
 
     def build_hooks(self) -> list[HookBase]:
-        """All hooks, in the order in which they run after a step."""
+        """All hooks, in the order in which they run."""
         cfg, period = self.cfg, self.cfg.TEST.EVAL_PERIOD
-        is_main = comm.is_main_process()
-        self.writers = self.build_writers() if is_main else []
-        saving = best = augmented = None
+        is_main, has_test_sets = comm.is_main_process(), len(cfg.DATASETS.TEST) > 0
+        saving = missed = best = augmented = None
         if is_main:
             saving = hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-        if is_main and len(cfg.DATASETS.TEST):
-            best = BestCheckpointer(period, self.checkpointer, self._metric())
+        if has_test_sets:
+            metric = self._metric()
+            missed = EvaluateOnResume(period, self._evaluate, metric, self._metrics_file)
+            if is_main:
+                best = BestCheckpointer(period, self.checkpointer, metric)
         if cfg.TEST.AUG.ENABLED:  # at the end of training only
             augmented = hooks.EvalHook(0, partial(self.test_with_TTA, cfg, self.model))
         in_order = [
@@ -213,11 +205,11 @@ class Trainer(DefaultTrainer):
             self._precise_bn(),
             AverageBatchNormStatistics(),
             saving,
+            missed,
             hooks.EvalHook(period, self._evaluate),
             best,
             augmented,
-            hooks.PeriodicWriter(self.writers, period=20),
-            EvaluateOnResume(period, self._was_evaluated, self._evaluate, best),
+            hooks.PeriodicWriter(self._writers, period=20),
             StopOnSignal(),
         ]
         return [hook for hook in in_order if hook is not None]
@@ -243,19 +235,14 @@ class Trainer(DefaultTrainer):
         proposals_alone = self.cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
         return prefix + ("box_proposals/AR@1000" if proposals_alone else "bbox/AP")
 
-    def _was_evaluated(self, iteration: int) -> bool:
-        if not comm.is_main_process() or not len(self.cfg.DATASETS.TEST):
-            return True
-        rows = metrics_rows(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
-        # One more for the last one of a shorter run, as Detectron2 counts it.
-        done = (iteration, iteration + 1)
-        return any(row["iteration"] in done and self._metric() in row for row in rows)
-
-    def build_writers(self) -> list:
-        folder = self.cfg.OUTPUT_DIR
-        PathManager.mkdirs(folder)
-        metrics = MetricsWriter(os.path.join(folder, "metrics.json"))
-        return [CommonMetricPrinter(self.max_iter), metrics, TensorboardWriter(folder)]
+    def build_writers(self) -> list[EventWriter]:
+        """Where the metrics go. :meth:`train` calls it, once it is known where the run starts."""
+        # purge_step hides what an earlier process wrote after its last checkpoint.
+        return [
+            CommonMetricPrinter(self.max_iter),
+            JSONWriter(self._metrics_file),
+            TensorboardXWriter(self.cfg.OUTPUT_DIR, purge_step=self.start_iter),
+        ]
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict:
