@@ -52,8 +52,7 @@ def _add_missing(cfg: CN, new: CN) -> None:
 def get_cfg() -> CN:
     """Detectron2's default config with the keys of fcos_d2.
 
-    ``MODEL.DEVICE`` is ``"cpu"`` where PyTorch sees no GPU (Detectron2's own default is
-    ``"cuda"`` everywhere); a YAML or the command line can still set it.
+    ``MODEL.DEVICE`` is ``"cpu"`` if PyTorch sees no GPU; in Detectron2 it is always ``"cuda"``.
     """
     cfg = _get_detectron2_cfg()
     add_fcos_config(cfg)
@@ -90,7 +89,7 @@ def load_cfg(config_file: str, opts: Sequence = (), allow_unsafe: bool = False) 
         ) from error
     except (AssertionError, KeyError) as error:  # Detectron2's, for unknown keys and files
         raise ValueError(f"The config {config_file} with {list(opts)}: {error}") from error
-    # The data sets know the names of the classes. Imported here, as most of data imports this.
+    # Imported here, as most of fcos_d2.data imports this module.
     from .data.custom import register_custom_datasets
 
     register_custom_datasets(cfg)
@@ -113,24 +112,19 @@ def _merge_custom(cfg: CN, opts: Sequence) -> list:
         # merge_from_list reads literals of Python, which have no word for infinity.
         if isinstance(value, str) and (is_custom or key == "MODEL.FCOS.REGRESSION_RANGES"):
             value = yaml.safe_load(value)
-        if is_custom:
-            _set_custom(cfg, key, value)
-        else:
+        name, *entry_key = key.removeprefix(_CUSTOM).split(".")
+        if not is_custom:
             rest += [key, value]
+        elif len(entry_key) == 1:
+            cfg.DATASETS.CUSTOM.setdefault(name, CN(new_allowed=True))[entry_key[0]] = value
+        elif not entry_key and isinstance(value, dict):
+            cfg.DATASETS.CUSTOM[name] = CN(value, new_allowed=True)
+        else:
+            raise ValueError(
+                f"{key} {value!r}: write {_CUSTOM}NAME.KEY value, or the whole entry, "
+                f'{_CUSTOM}NAME "{{FORMAT: ..., ...}}"'
+            )
     return rest
-
-
-def _set_custom(cfg: CN, key: str, value: object) -> None:
-    name, _, entry_key = key.removeprefix(_CUSTOM).partition(".")
-    if entry_key and "." not in entry_key:
-        cfg.DATASETS.CUSTOM.setdefault(name, CN(new_allowed=True))[entry_key] = value
-    elif not entry_key and isinstance(value, dict):
-        cfg.DATASETS.CUSTOM[name] = CN(value, new_allowed=True)
-    else:
-        raise ValueError(
-            f"{key} {value!r}: write {_CUSTOM}NAME.KEY value, or the whole entry, "
-            f'{_CUSTOM}NAME "{{FORMAT: ..., ...}}"'
-        )
 
 
 def _fcos_defaults() -> CN:
