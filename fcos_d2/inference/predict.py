@@ -95,9 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--weights", help="a checkpoint, in place of the config's MODEL.WEIGHTS")
     parser.add_argument(
-        "--input",
-        required=True,
-        help="an image, folder, pattern, video, or a camera's number",
+        "--input", required=True, help="an image, folder, pattern, video, or a camera's number"
     )
     parser.add_argument("--output", required=True, help="the folder for what is drawn")
     parser.add_argument(
@@ -121,40 +119,33 @@ def _parser() -> argparse.ArgumentParser:
 def _config(args: argparse.Namespace) -> CfgNode:
     if not args.config_file and not args.weights:
         raise ValueError("Name a model: --weights, --config-file, or both")
-    cfg = load_cfg(args.config_file, args.opts) if args.config_file else _own_config(args)
+    if args.config_file:
+        cfg = load_cfg(args.config_file, args.opts)
+    else:
+        text = read_checkpoint(args.weights).get("config")
+        if not isinstance(text, str):
+            raise ValueError(f"{args.weights} does not carry its config: add --config-file")
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(text)
+            file.flush()
+            cfg = load_cfg(file.name, args.opts)
     if args.weights:
         cfg.MODEL.WEIGHTS = args.weights
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("The config names no MODEL.WEIGHTS: add --weights")
     if args.precision:
         cfg.MODEL.FCOS.PRECISION_TEST = args.precision
-    # The machine that trained may have had a GPU.
+    # The config may name the GPU of another machine.
     available = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.MODEL.DEVICE = str(torch.device(args.device or available))
     return cfg
-
-
-def _own_config(args: argparse.Namespace) -> CfgNode:
-    """The config that a checkpoint carries.
-
-    Raises:
-        ValueError: if it carries none.
-    """
-    text = read_checkpoint(args.weights).get("config")
-    if not isinstance(text, str):
-        raise ValueError(f"{args.weights} does not carry its config: add --config-file")
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(text)
-        file.flush()
-        return load_cfg(file.name, args.opts)
 
 
 def _threshold(text: str, class_names: Sequence[str] | None) -> float | list[float]:
     """A score, or one for each class from a report's file.
 
     Raises:
-        ValueError: for what is neither a number nor a file, and for a file that has none for a
-            class of the detector.
+        ValueError: for neither a number nor a file, and for a file that lacks a class.
     """
     with contextlib.suppress(ValueError):
         return float(text)
@@ -207,7 +198,7 @@ def _readable(files: Sequence[str], failed: list[str]) -> Iterator[tuple[str, np
 
 
 class _ImageWriter:
-    """Writes pictures under the names of their files, relative to the folder that all share."""
+    """Writes pictures under their files' paths, relative to the folder that all share."""
 
     def __init__(self, output: Path, files: Sequence[str]):
         self.output, self.total = output, len(files)
@@ -238,29 +229,25 @@ class _VideoWriter:
         capture.release()
         if not isinstance(source, int) and self.file.resolve() == Path(source).resolve():
             raise SystemExit(f"The video would be written over {source}: choose another --output")
-        self.writer: cv2.VideoWriter | None = None
+        self.writer = cv2.VideoWriter()  # opened when the size of the frames is known
 
     def write(self, number: int, picture: np.ndarray) -> None:
-        if self.writer is None:
+        if not self.writer.isOpened():
             height, width = picture.shape[:2]
             code = cv2.VideoWriter_fourcc(*"mp4v")
-            self.writer = cv2.VideoWriter(
-                str(self.file), code, self.frames_a_second, (width, height)
-            )
-            if not self.writer.isOpened():
+            if not self.writer.open(str(self.file), code, self.frames_a_second, (width, height)):
                 raise SystemExit(f"OpenCV cannot write the video {self.file}")
         self.writer.write(picture)
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.release()
+        self.writer.release()
 
 
 def _as_coco_results(name: str | int, instances: Instances, metadata: Metadata) -> list[dict]:
     """Detections in COCO's result format.
 
-    ``image_id`` is a number for frames, and where the file is named by one, as COCO's are, or else
-    the file; ``category_id`` is the data set's where it is known, or else counts from 0.
+    ``image_id`` is the frame's number, or that in the file's name, as in COCO's, or else the file.
+    ``category_id`` is the data set's if it is known, and else counts from 0.
     """
     numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
     category_ids = {number: category_id for category_id, number in numbers.items()}
