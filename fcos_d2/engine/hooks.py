@@ -5,13 +5,11 @@ import math
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase, hooks
-from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 
@@ -21,10 +19,10 @@ from .resuming import metrics_rows
 _WAIT_LOGGED_AFTER = 60.0  # seconds
 
 
-class EvaluateOnResume(HookBase):
-    """Evaluates before the first step of a resumed run, if that was due after the last step.
+class EvalHook(hooks.EvalHook):
+    """Detectron2's, which also evaluates before a resumed run if that was due after its last step.
 
-    The run may have been stopped in the middle of its evaluation.
+    The run may have been stopped in the middle of that evaluation.
     """
 
     def __init__(
@@ -32,22 +30,20 @@ class EvaluateOnResume(HookBase):
     ):
         """
         Args:
-            evaluate: the evaluation of the run.
+            eval_period, evaluate: see Detectron2's hook.
             metric: a result of each evaluation, such as "bbox/AP".
-            metrics_file: what the run has logged.
+            metrics_file: where the run logs its results.
         """
-        self._period, self._evaluate = eval_period, evaluate
+        super().__init__(eval_period, evaluate)
         self._metric, self._metrics_file = metric, metrics_file
 
     def before_train(self) -> None:
         done, end = self.trainer.start_iter, self.trainer.max_iter
         is_due = self._period > 0 and done % self._period == 0 and 0 < done < end
         # The main process decides for all.
-        if not is_due or comm.all_gather(self._was_evaluated(done - 1))[0]:
-            return
-        results = flatten_results_dict(self._evaluate())
-        self.trainer.storage.put_scalars(**results, smoothing_hint=False, cur_iter=done - 1)
-        comm.synchronize()
+        if is_due and not comm.all_gather(self._was_evaluated(done - 1))[0]:
+            self.trainer.storage.iter = done - 1
+            self._do_eval()
 
     def _was_evaluated(self, iteration: int) -> bool:
         # Detectron2 logs the evaluation at the end of a run, here a shorter one, one too high.
@@ -77,7 +73,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
                     f"{file} has no record of its metric, or is damaged ({error!r}). It is kept as "
                     f"{kept}, and the search for the best model starts anew"
                 )
-        if self._val_metric in self.trainer.storage.latest():  # from EvaluateOnResume
+        if self._val_metric in self.trainer.storage.latest():  # by EvalHook.before_train
             self._best_checking()
 
     def _best_checking(self) -> None:  # the inherited hooks call it; there is no public name
@@ -122,34 +118,27 @@ class AverageBatchNormStatistics(HookBase):
 
 
 class WaitingLog(HookBase):
-    """Logs where a process stands whose step takes too long, for example because it waits."""
+    """Logs once where a process stands whose step takes too long, for example because it waits."""
 
-    def __init__(self):
-        self._step: tuple[int, float] | None = None  # iteration, and when it began
-        self._ended = threading.Event()
-
-    def before_train(self) -> None:
-        if comm.get_world_size() > 1:
-            threading.Thread(target=self._watch, args=(threading.get_ident(),), daemon=True).start()
-
-    def after_train(self) -> None:
-        self._ended.set()
+    _timer: threading.Timer | None = None
 
     def before_step(self) -> None:
-        self._step = self.trainer.iter, time.monotonic()
+        if comm.get_world_size() > 1:
+            args = (threading.get_ident(), self.trainer.iter)
+            self._timer = threading.Timer(_WAIT_LOGGED_AFTER, self._log, args)
+            self._timer.daemon = True
+            self._timer.start()
 
     def after_step(self) -> None:
-        self._step = None
+        if self._timer is not None:
+            self._timer.cancel()
 
-    def _watch(self, thread: int) -> None:
-        while not self._ended.wait(_WAIT_LOGGED_AFTER):
-            step, frame = self._step, sys._current_frames().get(thread)
-            if step is None or frame is None:
-                continue
-            seconds = time.monotonic() - step[1]
-            if seconds >= _WAIT_LOGGED_AFTER:
-                logging.getLogger(__name__).warning(
-                    f"Process {comm.get_rank()} has been in iteration {step[0]} for {seconds:.0f} "
-                    f"s, and stands at {frame.f_code.co_filename}:{frame.f_lineno}. It may be "
-                    "waiting for another process"
-                )
+    after_train = after_step
+
+    def _log(self, thread: int, iteration: int) -> None:
+        frame = sys._current_frames()[thread]
+        logging.getLogger(__name__).warning(
+            f"Process {comm.get_rank()} has been in iteration {iteration} for "
+            f"{_WAIT_LOGGED_AFTER:.0f} s, and stands at {frame.f_code.co_filename}:"
+            f"{frame.f_lineno}. It may be waiting for another process"
+        )

@@ -1,4 +1,4 @@
-"""Starts a run in one process or many: by --num-gpus, torchrun, or Slurm."""
+"""A run in one process or many: started by --num-gpus, torchrun, or Slurm."""
 
 import argparse
 import multiprocessing
@@ -160,3 +160,12 @@ def _join(place: _Place, timeout: timedelta) -> None:
     )
     comm.create_local_process_group(place.local_world_size)
     comm.synchronize()
+
+
+def distribute(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    """The model, which is on ``device``, under DDP if there are several processes."""
+    on_cpu = torch.device(device).type == "cpu"
+    # Without device_ids Detectron2 passes the local rank. DDP refuses it for CPU modules, and a
+    # process that sees only its own GPU has no GPU of that number.
+    device_ids = None if on_cpu else [torch.cuda.current_device()]
+    return detectron2_engine.create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)

@@ -8,24 +8,11 @@ from functools import partial
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import (
-    DefaultTrainer,
-    HookBase,
-    SimpleTrainer,
-    create_ddp_model,
-    hooks,
-)
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
-from detectron2.utils import comm
-from detectron2.utils.events import (
-    CommonMetricPrinter,
-    EventWriter,
-    JSONWriter,
-    TensorboardXWriter,
-)
+from detectron2.utils import comm, events
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 
@@ -46,7 +33,8 @@ from ..modeling import FCOSWithTTA
 from ..modeling.backbone import check_random_start
 from .amp import AutocastTrainer, amp_dtype
 from .evaluators import build_evaluator, inference_folder
-from .hooks import AverageBatchNormStatistics, BestCheckpointer, EvaluateOnResume, WaitingLog
+from .hooks import AverageBatchNormStatistics, BestCheckpointer, EvalHook, WaitingLog
+from .processes import distribute
 from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from
 from .stopping import StopOnSignal, Stopped, stop_signals_recorded, stoppable_evaluation
 
@@ -57,23 +45,23 @@ AUGMENTED = {"FCOS": FCOSWithTTA, "GeneralizedRCNN": GeneralizedRCNNWithTTA}
 class Trainer(DefaultTrainer):
     """DefaultTrainer that loses nothing, and that runs DDP and AMP on CPU too.
 
-    A run that is resumed ends with the weights of one that was never stopped. The best checkpoint
-    is kept besides the last ones.
+    A resumed run ends with the weights of a run that was never stopped. It also keeps the best
+    checkpoint.
     """
 
     def __init__(self, cfg: CfgNode):
         # Follows DefaultTrainer.__init__ of Detectron2's commit 02b5c4e, with another checkpointer,
-        # AMP on every device, and DDP on CPU. The last cannot be had through a hook: DefaultTrainer
-        # names a device to DDP, which raises an error for a model on CPU.
+        # AMP on every device, and DDP on CPU. It does not call it, as it names a device to DDP,
+        # which raises an error for a model on CPU.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_test_sets(cfg)
         for name in cfg.DATASETS.TEST if comm.is_main_process() else ():
-            try:  # to say now what the evaluation would say after the training
+            try:  # warn now, not after the training
                 self.build_evaluator(cfg, name)
-            except NotImplementedError as error:  # which Detectron2 passes over
+            except NotImplementedError as error:  # the evaluation itself does not fail then
                 logging.getLogger(__name__).warning(f"There will be no evaluation. {error}")
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -90,10 +78,10 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        # What the order of the images, their augmentation and the model's random numbers depend on.
+        # The order of the images, their augmentation and the model's random numbers depend on it.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._metrics_file = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
-        self._writers: list[EventWriter] = []  # the hook that writes has it; train() fills it
+        self._writers: list[events.EventWriter] = []  # PeriodicWriter has it, train() fills it
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -103,9 +91,9 @@ class Trainer(DefaultTrainer):
         from the checkpoint.
 
         Raises:
-            ValueError: for a checkpoint that this run cannot go on from, before anything is
-                loaded; see :func:`check_resumable` and :func:`checkpoint_to_resume`. For a start
-                at random of a backbone that does not learn.
+            ValueError: before anything is loaded, for a checkpoint that this run cannot go on
+                from; see :func:`check_resumable` and :func:`checkpoint_to_resume`. For random
+                weights in parts of the backbone that do not learn.
         """
         found = checkpoint_to_resume(self.checkpointer, self.cfg) if resume else None
         if found is None:
@@ -167,8 +155,7 @@ class Trainer(DefaultTrainer):
                 logger.info(f"Stopped by a signal after iteration {self.iter}. --resume goes on")
                 raise
             finally:
-                # Ends the workers now. If they were left to the garbage collector, it would wait
-                # for them one by one.
+                # Ends the workers now. The garbage collector would wait for them one by one.
                 loader = self.data_loader
                 self._trainer.reset_data_loader(lambda: loader)
 
@@ -180,42 +167,33 @@ class Trainer(DefaultTrainer):
             self.checkpointer.save(name, iteration=self.iter)
 
     def run_step(self) -> None:
-        # What the model draws at random, such as the samples that R-CNN learns from.
+        # For what the model draws at random, such as the samples that R-CNN learns from.
         seed_all(self.seed, self.iter, comm.get_rank())
         super().run_step()
 
     def build_hooks(self) -> list[HookBase]:
         """All hooks, in the order in which they run."""
-        cfg, period = self.cfg, self.cfg.TEST.EVAL_PERIOD
-        is_main, has_test_sets = comm.is_main_process(), len(cfg.DATASETS.TEST) > 0
-        saving = missed = best = augmented = None
-        if is_main:
-            saving = hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-        if has_test_sets:
-            metric = self._metric()
-            missed = EvaluateOnResume(period, self._evaluate, metric, self._metrics_file)
-            if is_main:
-                best = BestCheckpointer(period, self.checkpointer, metric)
-        if cfg.TEST.AUG.ENABLED:  # at the end of training only
-            augmented = hooks.EvalHook(0, partial(self.test_with_TTA, cfg, self.model))
+        cfg, period, is_main = self.cfg, self.cfg.TEST.EVAL_PERIOD, comm.is_main_process()
+        has_test_sets, metric = len(cfg.DATASETS.TEST) > 0, self._metric()
         in_order = [
             WaitingLog(),
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self._precise_bn(),
             AverageBatchNormStatistics(),
-            saving,
-            missed,
-            hooks.EvalHook(period, self._evaluate),
-            best,
-            augmented,
+            is_main and hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
+            EvalHook(period, self._evaluate, metric, self._metrics_file),
+            is_main and has_test_sets and BestCheckpointer(period, self.checkpointer, metric),
+            # With test-time augmentation at the end only: period 0.
+            cfg.TEST.AUG.ENABLED
+            and hooks.EvalHook(0, partial(self.test_with_TTA, cfg, self.model)),
             hooks.PeriodicWriter(self._writers, period=20),
             StopOnSignal(),
         ]
-        return [hook for hook in in_order if hook is not None]
+        return [hook for hook in in_order if hook]
 
     def _precise_bn(self) -> HookBase | None:
-        """Detectron2's TEST.PRECISE_BN, with training batches of its own."""
+        """Detectron2's TEST.PRECISE_BN, with its own training batches."""
         cfg = self.cfg.clone()
         if not cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
             return None
@@ -229,30 +207,30 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def _metric(self) -> str:
-        """Name of the value that the best checkpoint is chosen by."""
-        # With several data sets their names stand before the metric; the first one decides.
+        """The name of the result that decides which checkpoint is the best."""
+        # With several data sets, results have the data set's name in front. The first one decides.
         prefix = f"{self.cfg.DATASETS.TEST[0]}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
         proposals_alone = self.cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
         return prefix + ("box_proposals/AR@1000" if proposals_alone else "bbox/AP")
 
-    def build_writers(self) -> list[EventWriter]:
-        """Where the metrics go. :meth:`train` calls it, once it is known where the run starts."""
+    def build_writers(self) -> list[events.EventWriter]:
+        """Where the metrics go. Called by :meth:`train`, which knows where the run starts."""
         # purge_step hides what an earlier process wrote after its last checkpoint.
         return [
-            CommonMetricPrinter(self.max_iter),
-            JSONWriter(self._metrics_file),
-            TensorboardXWriter(self.cfg.OUTPUT_DIR, purge_step=self.start_iter),
+            events.CommonMetricPrinter(self.max_iter),
+            events.JSONWriter(self._metrics_file),
+            events.TensorboardXWriter(self.cfg.OUTPUT_DIR, purge_step=self.start_iter),
         ]
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict:
-        """As DefaultTrainer; a stop signal to a training ends it at once."""
+        """Like DefaultTrainer's; during a training a stop signal ends it at once."""
         with stoppable_evaluation():
             return super().test(cfg, model, evaluators)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> dict:
-        """Evaluate with test-time augmentation; the results have "_TTA" behind their names."""
+        """Evaluate with test-time augmentation; names of results end with "_TTA"."""
         logging.getLogger(__name__).info("Evaluating with test-time augmentation ...")
         wrapper = AUGMENTED[cfg.MODEL.META_ARCHITECTURE]
         evaluators = [
@@ -284,18 +262,4 @@ class Trainer(DefaultTrainer):
         check_num_classes(cfg, dataset_name)
         return loader
 
-    @classmethod
-    def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-    ) -> DatasetEvaluator:
-        """See :func:`fcos_d2.engine.evaluators.build_evaluator`."""
-        return build_evaluator(cfg, dataset_name, output_folder)
-
-
-def distribute(model: torch.nn.Module, device: str) -> torch.nn.Module:
-    """The model, on ``device``, under DDP where there are several processes."""
-    on_cpu = torch.device(device).type == "cpu"
-    # Without device_ids Detectron2 would pass the local rank, which DDP refuses for CPU modules,
-    # and which is not the device's number where a process sees its own GPU alone.
-    device_ids = None if on_cpu else [torch.cuda.current_device()]
-    return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+    build_evaluator = staticmethod(build_evaluator)
