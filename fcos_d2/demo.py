@@ -45,7 +45,7 @@ def predictions_figure(cfg: CfgNode, dataset_name: str) -> Figure:
     metadata = MetadataCatalog.get(dataset_name)
     metadata.thing_colors = [(255, 255, 255), (255, 220, 0), (0, 255, 255)]  # by class
     figure = new_figure(10, 11)
-    pairs = figure.subplots(5, 4).reshape(10, 2)
+    pairs = figure.subplots(5, 4, subplot_kw={"xticks": [], "yticks": []}).reshape(10, 2)
     outputs = Predictor(cfg)(record["file_name"] for record in shown)
     for axes, record, output in zip(pairs, shown, outputs, strict=True):
         image = read_image(record["file_name"], "RGB")
@@ -59,8 +59,6 @@ def predictions_figure(cfg: CfgNode, dataset_name: str) -> Figure:
         axes[0].set_title(f"ground truth: {len(record['annotations'])}")
         axes[1].imshow(right.draw_instance_predictions(detections).get_image())
         axes[1].set_title(f"predicted: {len(detections)}")
-    for panel in pairs.flat:
-        panel.axis("off")
     return figure
 
 

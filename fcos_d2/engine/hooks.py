@@ -25,17 +25,10 @@ class EvalHook(hooks.EvalHook):
     The run may have been stopped in the middle of that evaluation.
     """
 
-    def __init__(
-        self, eval_period: int, evaluate: Callable[[], dict], metric: str, metrics_file: str
-    ):
-        """
-        Args:
-            eval_period, evaluate: see Detectron2's hook.
-            metric: a result of each evaluation, such as "bbox/AP".
-            metrics_file: where the run logs its results.
-        """
+    def __init__(self, eval_period: int, evaluate: Callable[[], dict], metric: str):
+        """Like Detectron2's. ``metric`` is a result of each evaluation, such as "bbox/AP"."""
         super().__init__(eval_period, evaluate)
-        self._metric, self._metrics_file = metric, metrics_file
+        self._metric = metric
 
     def before_train(self) -> None:
         done, end = self.trainer.start_iter, self.trainer.max_iter
@@ -48,7 +41,7 @@ class EvalHook(hooks.EvalHook):
     def _was_evaluated(self, iteration: int) -> bool:
         # Detectron2 logs the evaluation at the end of a run, here a shorter one, one too high.
         numbers = (iteration, iteration + 1)
-        rows = metrics_rows(self._metrics_file)
+        rows = metrics_rows(os.path.join(self.trainer.cfg.OUTPUT_DIR, "metrics.json"))
         return any(row["iteration"] in numbers and self._metric in row for row in rows)
 
 

@@ -36,10 +36,7 @@ def exit_code(number: int) -> int:
 
 @contextmanager
 def stop_signals_recorded() -> Iterator[None]:
-    """Record the stop signals, in place of their usual effect.
-
-    It does nothing outside the main thread, where Python handles no signals.
-    """
+    """Record the stop signals; outside the main thread, where Python handles none, do nothing."""
     global _stop_requested
     _stop_requested = 0
     if threading.current_thread() is not threading.main_thread():

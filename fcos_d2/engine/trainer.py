@@ -38,7 +38,7 @@ from .processes import distribute
 from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from
 from .stopping import StopOnSignal, Stopped, stop_signals_recorded, stoppable_evaluation
 
-# The meta architectures that test-time augmentation (TEST.AUG) is offered for.
+# The meta architectures that test-time augmentation (TEST.AUG) supports.
 AUGMENTED = {"FCOS": FCOSWithTTA, "GeneralizedRCNN": GeneralizedRCNNWithTTA}
 
 
@@ -50,18 +50,17 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        # Follows DefaultTrainer.__init__ of Detectron2's commit 02b5c4e, with another checkpointer,
-        # AMP on every device, and DDP on CPU. It does not call it, as it names a device to DDP,
-        # which raises an error for a model on CPU.
+        # Follows DefaultTrainer.__init__ of Detectron2's commit 02b5c4e, with another checkpointer
+        # and AMP on every device. Calling that one fails for DDP on CPU, to which it passes a GPU.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_test_sets(cfg)
         for name in cfg.DATASETS.TEST if comm.is_main_process() else ():
-            try:  # warn now, not after the training
+            try:  # warn now: at the end of training Detectron2 only logs that there is none
                 self.build_evaluator(cfg, name)
-            except NotImplementedError as error:  # the evaluation itself does not fail then
+            except NotImplementedError as error:
                 logging.getLogger(__name__).warning(f"There will be no evaluation. {error}")
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -80,7 +79,6 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         # The order of the images, their augmentation and the model's random numbers depend on it.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        self._metrics_file = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
         self._writers: list[events.EventWriter] = []  # PeriodicWriter has it, train() fills it
         self.register_hooks(self.build_hooks())
 
@@ -136,10 +134,12 @@ class Trainer(DefaultTrainer):
         }
         self.checkpointer.description = {k: x for k, x in description.items() if x is not None}
         if comm.is_main_process():
-            os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
-            with replacing(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
+            folder = self.cfg.OUTPUT_DIR
+            os.makedirs(folder, exist_ok=True)
+            with replacing(os.path.join(folder, "config.yaml"), "w") as file:
                 file.write(description["config"])
-            drop_metrics_from(self._metrics_file, self.start_iter, end=self.max_iter)
+            metrics_file = os.path.join(folder, "metrics.json")
+            drop_metrics_from(metrics_file, self.start_iter, end=self.max_iter)
             self._writers[:] = self.build_writers()
         if isinstance(self.data_loader, TrainingLoader):
             self.data_loader.start(self.seed, first_batch=self.start_iter)
@@ -182,7 +182,7 @@ class Trainer(DefaultTrainer):
             self._precise_bn(),
             AverageBatchNormStatistics(),
             is_main and hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
-            EvalHook(period, self._evaluate, metric, self._metrics_file),
+            EvalHook(period, self._evaluate, metric),
             is_main and has_test_sets and BestCheckpointer(period, self.checkpointer, metric),
             # With test-time augmentation at the end only: period 0.
             cfg.TEST.AUG.ENABLED
@@ -215,11 +215,12 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list[events.EventWriter]:
         """Where the metrics go. Called by :meth:`train`, which knows where the run starts."""
-        # purge_step hides what an earlier process wrote after its last checkpoint.
+        folder = self.cfg.OUTPUT_DIR
         return [
             events.CommonMetricPrinter(self.max_iter),
-            events.JSONWriter(self._metrics_file),
-            events.TensorboardXWriter(self.cfg.OUTPUT_DIR, purge_step=self.start_iter),
+            events.JSONWriter(os.path.join(folder, "metrics.json")),
+            # Hides what an earlier process wrote after its last checkpoint.
+            events.TensorboardXWriter(folder, purge_step=self.start_iter),
         ]
 
     @classmethod
