@@ -1,24 +1,17 @@
 #!/usr/bin/env python
-"""Train or evaluate a detector from a YAML config, in Detectron2's manner.
+"""Train or evaluate a detector from a YAML config, like Detectron2's train_net.py.
 
     python train_net.py --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml --num-gpus 8
     python train_net.py --config-file ... --eval-only MODEL.WEIGHTS model.pth
 
-On a machine without GPUs, --num-gpus N runs N processes on CPU. Under torchrun and Slurm's srun,
-each process that they start is one of the run.
+On a machine without GPUs, --num-gpus N runs N processes on CPU. torchrun and Slurm's srun can
+start the processes, too.
 """
 
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from fcos_d2.engine import (
-    Trainer,
-    argument_parser,
-    delete_earlier_run,
-    evaluate,
-    launch,
-    setup,
-)
+from fcos_d2.engine import Trainer, argument_parser, delete_earlier_run, evaluate, launch, setup
 from fcos_d2.report import report_after_training
 
 

@@ -18,41 +18,41 @@ def add_fcos_config(cfg: CN) -> None:
     Args:
         cfg: a config made by :func:`detectron2.config.get_cfg`.
     """
-    if "FCOS" not in cfg.MODEL:
-        cfg.MODEL.FCOS = CN()
-    for key, value in _fcos_defaults().items():
-        if key not in cfg.MODEL.FCOS:
-            cfg.MODEL.FCOS[key] = value
-    if "TIMM" not in cfg.MODEL:
-        cfg.MODEL.TIMM = CN()
-    for key, value in _timm_defaults().items():
-        if key not in cfg.MODEL.TIMM:
-            cfg.MODEL.TIMM[key] = value
-    if "DTYPE" not in cfg.SOLVER.AMP:
-        # The type that SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling), "bfloat16",
-        # or "auto": bfloat16 on CPU and, for FCOS, on GPUs that have it (Ampere and later), else
-        # float16. Detectron2's RoI heads, in R-CNN, round their boxes in bfloat16.
-        cfg.SOLVER.AMP.DTYPE = "auto"
-    if "ON_BAD_IMAGE" not in cfg.DATALOADER:
-        # What training does with an image or annotations that cannot be used: "raise" an error
-        # with the file's name, or "skip" it: take another image, with a warning and a count.
-        # Evaluation always raises: without an image its AP would be of another data set.
-        cfg.DATALOADER.ON_BAD_IMAGE = "raise"
-    if "CUSTOM" not in cfg.DATASETS:
-        # Data sets of your own, registered under their key before training or evaluation, e.g.
-        #   DATASETS:
-        #     CUSTOM:
-        #       cells_train: {FORMAT: "voc", ROOT: "cells", SPLIT: "train", CLASSES: ["RBC"]}
-        # See fcos_d2.data.custom for the entries of each format.
-        cfg.DATASETS.CUSTOM = CN()
+    new = CN()
+    new.MODEL = CN({"FCOS": _fcos_defaults(), "TIMM": _timm_defaults()})
+    new.SOLVER = CN({"AMP": {}})
+    # The type that SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling), "bfloat16", or
+    # "auto": bfloat16 on CPU and, for FCOS, on GPUs that have it (Ampere and later), else float16.
+    # Detectron2's RoI heads, in R-CNN, round their boxes in bfloat16.
+    new.SOLVER.AMP.DTYPE = "auto"
+    new.DATALOADER = CN()
+    # What training does with an image or annotations that it cannot use: "raise" an error with the
+    # file's name, or "skip" it: take another image, with a warning and a count. Evaluation always
+    # raises: without an image its AP would be that of another data set.
+    new.DATALOADER.ON_BAD_IMAGE = "raise"
+    new.DATASETS = CN()
+    # Data sets of your own, registered under their key before training or evaluation, e.g.
+    #   DATASETS:
+    #     CUSTOM:
+    #       cells_train: {FORMAT: "voc", ROOT: "cells", SPLIT: "train", CLASSES: ["RBC"]}
+    # See fcos_d2.data.custom for the entries of each format.
+    new.DATASETS.CUSTOM = CN()
+    _add_missing(cfg, new)
     cfg.DATASETS.CUSTOM.set_new_allowed(True)
+
+
+def _add_missing(cfg: CN, new: CN) -> None:
+    for key, value in new.items():
+        if key not in cfg:
+            cfg[key] = value
+        elif isinstance(value, CN):
+            _add_missing(cfg[key], value)
 
 
 def get_cfg() -> CN:
     """Detectron2's default config with the keys of fcos_d2.
 
-    ``MODEL.DEVICE`` is ``"cpu"`` where PyTorch sees no GPU (Detectron2's own default is
-    ``"cuda"`` everywhere); a YAML or the command line can still set it.
+    ``MODEL.DEVICE`` is ``"cpu"`` if PyTorch sees no GPU; in Detectron2 it is always ``"cuda"``.
     """
     cfg = _get_detectron2_cfg()
     add_fcos_config(cfg)
@@ -64,11 +64,10 @@ def get_cfg() -> CN:
 def load_cfg(config_file: str, opts: Sequence = (), allow_unsafe: bool = False) -> CN:
     """The config of a YAML file, changed by ``[key, value, ...]``; see :func:`get_cfg`.
 
-    Unlike ``get_cfg().merge_from_file``, which is Detectron2's, it runs no code from the file, and
-    registers the data sets of ``DATASETS.CUSTOM``, so that what shows detections finds the names
-    of the classes.
-    Entries of ``DATASETS.CUSTOM`` may be changed key by key or be new, and their values, as those
-    of ``MODEL.FCOS.REGRESSION_RANGES``, are read as YAML.
+    Unlike Detectron2's ``get_cfg().merge_from_file``, it runs no code from the file, and registers
+    the data sets of ``DATASETS.CUSTOM``, so that predictors find the names of the classes. Entries
+    of ``DATASETS.CUSTOM`` may be new or be changed key by key. Their values, and that of
+    ``MODEL.FCOS.REGRESSION_RANGES``, are read as YAML.
 
     Args:
         allow_unsafe: run the code that a YAML may contain behind ``!!python``. Some of Detectron2's
@@ -81,7 +80,7 @@ def load_cfg(config_file: str, opts: Sequence = (), allow_unsafe: bool = False) 
     cfg = get_cfg()
     try:
         cfg.merge_from_file(config_file, allow_unsafe=allow_unsafe)
-        cfg.merge_from_list(_merge_yaml_values(cfg, opts))
+        cfg.merge_from_list(_merge_custom(cfg, opts))
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
             f"{config_file}, or a config that it is based on, contains Python code: {error}. "
@@ -90,18 +89,17 @@ def load_cfg(config_file: str, opts: Sequence = (), allow_unsafe: bool = False) 
         ) from error
     except (AssertionError, KeyError) as error:  # Detectron2's, for unknown keys and files
         raise ValueError(f"The config {config_file} with {list(opts)}: {error}") from error
-    # The data sets know the names of the classes. Imported here, as most of data imports this.
+    # Imported here, as most of fcos_d2.data imports this module.
     from .data.custom import register_custom_datasets
 
     register_custom_datasets(cfg)
     return cfg
 
 
-def _merge_yaml_values(cfg: CN, opts: Sequence) -> list:
-    """Merge those of ``[key, value, ...]`` that ``cfg.merge_from_list`` cannot; return the others.
+def _merge_custom(cfg: CN, opts: Sequence) -> list:
+    """Merge the entries of ``DATASETS.CUSTOM``; return the rest for ``cfg.merge_from_list``.
 
-    They are the entries of ``DATASETS.CUSTOM``; see :func:`load_cfg`, also for the errors. Bounds
-    of ``MODEL.FCOS.REGRESSION_RANGES`` are among the others, with their value read.
+    For errors see :func:`load_cfg`.
     """
     if len(opts) % 2 or any(str(key).startswith("-") for key in opts[0::2]):
         raise ValueError(
@@ -110,30 +108,23 @@ def _merge_yaml_values(cfg: CN, opts: Sequence) -> list:
         )
     rest = []
     for key, value in zip(opts[0::2], opts[1::2], strict=True):
-        if key.startswith(_CUSTOM):
-            _set_custom(cfg, key, _read_yaml(value))
-        elif key == "MODEL.FCOS.REGRESSION_RANGES":
-            rest += [key, _read_yaml(value)]
-        else:
+        is_custom = key.startswith(_CUSTOM)
+        # merge_from_list reads literals of Python, which have no word for infinity.
+        if isinstance(value, str) and (is_custom or key == "MODEL.FCOS.REGRESSION_RANGES"):
+            value = yaml.safe_load(value)
+        name, *entry_key = key.removeprefix(_CUSTOM).split(".")
+        if not is_custom:
             rest += [key, value]
+        elif len(entry_key) == 1:
+            cfg.DATASETS.CUSTOM.setdefault(name, CN(new_allowed=True))[entry_key[0]] = value
+        elif not entry_key and isinstance(value, dict):
+            cfg.DATASETS.CUSTOM[name] = CN(value, new_allowed=True)
+        else:
+            raise ValueError(
+                f"{key} {value!r}: write {_CUSTOM}NAME.KEY value, or the whole entry, "
+                f'{_CUSTOM}NAME "{{FORMAT: ..., ...}}"'
+            )
     return rest
-
-
-def _read_yaml(value: object) -> object:
-    return yaml.safe_load(value) if isinstance(value, str) else value
-
-
-def _set_custom(cfg: CN, key: str, value: object) -> None:
-    name, _, entry_key = key.removeprefix(_CUSTOM).partition(".")
-    if entry_key and "." not in entry_key:
-        cfg.DATASETS.CUSTOM.setdefault(name, CN(new_allowed=True))[entry_key] = value
-    elif not entry_key and isinstance(value, dict):
-        cfg.DATASETS.CUSTOM[name] = CN(value, new_allowed=True)
-    else:
-        raise ValueError(
-            f"{key} {value!r}: write {_CUSTOM}NAME.KEY value, or the whole entry, "
-            f'{_CUSTOM}NAME "{{FORMAT: ..., ...}}"'
-        )
 
 
 def _fcos_defaults() -> CN:

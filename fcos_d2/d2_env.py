@@ -1,10 +1,10 @@
-"""Detectron2's own tools on the configs of fcos_d2, without a change to them::
+"""Runs Detectron2's own tools, unchanged, on the configs of fcos_d2::
 
     export DETECTRON2_ENV_MODULE=fcos_d2.d2_env FCOS_D2_CONFIG=configs/....yaml
     python tools/train_net.py --config-file $FCOS_D2_CONFIG ...
 
-Detectron2, when it is imported, imports the module that the first variable names, and calls its
-``setup_environment``. Importing fcos_d2 does nothing of this. See docs/ecosystem.md.
+When Detectron2 is imported, it imports the module that the first variable names, and calls its
+``setup_environment``. Importing fcos_d2 alone changes nothing. See docs/ecosystem.md.
 """
 
 import os
@@ -18,11 +18,11 @@ from .config import add_fcos_config, load_cfg
 def setup_environment() -> None:
     """Make Detectron2's tools take the configs of fcos_d2. Detectron2 calls this, once.
 
-    - Its default config has the keys of fcos_d2, and ``MODEL.DEVICE`` is "cpu" without a GPU.
-    - The data sets in ``DATASETS.CUSTOM`` of the config that FCOS_D2_CONFIG names are registered.
+    - Adds the keys of fcos_d2 to its default config; ``MODEL.DEVICE`` becomes "cpu" without a GPU.
+    - Registers the data sets in ``DATASETS.CUSTOM`` of the config that FCOS_D2_CONFIG names.
 
     Raises:
-        ValueError: for a FCOS_D2_CONFIG that cannot be read; see :func:`fcos_d2.load_cfg`.
+        ValueError: if it cannot read that config; see :func:`fcos_d2.load_cfg`.
     """
     # The default config itself: Detectron2 has no public way to add a key for the tools, which
     # import its get_cfg by name.

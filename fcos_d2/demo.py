@@ -7,25 +7,26 @@ import argparse
 import random
 from pathlib import Path
 
-import cv2
-import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor, default_setup
-from detectron2.structures import Instances
+from detectron2.engine import default_setup
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from . import model_zoo
+from .analysis.plots import new_figure
 from .data import make_shapes_dataset, register_custom_datasets
+from .data.image_files import read_image
 from .engine import Trainer
-from .inference.drawing import annotations_as_instances, draw_instances
+from .inference import Predictor
 from .report import write_report
 
 CONFIG = "quick_schedules/fcos_R_18_FPN_shapes.yaml"
 _SHOWN_SCORE = 0.4
-_GAP = 12  # pixels between the images of the grid
 
 
-def demo_config(output: Path):
+def demo_config(output: Path) -> CfgNode:
     """The demo's config, with its data set and results under ``output``."""
     cfg = model_zoo.get_config(CONFIG)
     for entry in cfg.DATASETS.CUSTOM.values():
@@ -35,50 +36,30 @@ def demo_config(output: Path):
     return cfg
 
 
-def draw_predictions(cfg, dataset_name: str, num_images: int = 10) -> np.ndarray:
-    """A grid of images, each twice: ground truth on the left, predictions on the right.
-
-    Returns:
-        (H, W, 3) uint8, BGR.
-    """
-    predict = DefaultPredictor(cfg)
-    # Colours by class rather than at random.
-    MetadataCatalog.get(dataset_name).thing_colors = [(255, 255, 255), (255, 220, 0), (0, 255, 255)]
-    dicts = DatasetCatalog.get(dataset_name)
-    empty = [d for d in dicts if not d["annotations"]][:1]
-    shown = empty + [d for d in dicts if d["annotations"]][: num_images - len(empty)]
+def predictions_figure(cfg: CfgNode, dataset_name: str) -> Figure:
+    """Ten images, one of them empty: ground truth on the left, predictions on the right."""
+    records = DatasetCatalog.get(dataset_name)
+    shown = [record for record in records if record["annotations"]][:9]
+    shown.append(next(record for record in records if not record["annotations"]))
     random.Random(0).shuffle(shown)
-    pairs = []
-    for record in shown:
-        image = cv2.imread(record["file_name"])
-        detections = predict(image)["instances"].to("cpu")
-        truth = annotations_as_instances(record["annotations"], image.shape[:2])
+    metadata = MetadataCatalog.get(dataset_name)
+    metadata.thing_colors = [(255, 255, 255), (255, 220, 0), (0, 255, 255)]  # by class
+    figure = new_figure(10, 11)
+    pairs = figure.subplots(5, 4, subplot_kw={"xticks": [], "yticks": []}).reshape(10, 2)
+    outputs = Predictor(cfg)(record["file_name"] for record in shown)
+    for axes, record, output in zip(pairs, shown, outputs, strict=True):
+        image = read_image(record["file_name"], "RGB")
+        detections = output["instances"].to("cpu")
         detections = detections[detections.scores > _SHOWN_SCORE]
-        titled = [
-            _titled(image, truth, dataset_name, f"ground truth: {len(truth)}"),
-            _titled(image, detections, dataset_name, f"predicted: {len(detections)}"),
-        ]
-        pairs.append(np.hstack(titled))
-    width = max(p.shape[1] for p in pairs) + _GAP
-    rows = []
-    for row in (pairs[i : i + 2] for i in range(0, len(pairs), 2)):
-        height = max(p.shape[0] for p in row) + _GAP
-        rows.append(np.hstack([_padded(p, height, width) for p in row]))
-    return np.vstack([_padded(row, row.shape[0], 2 * width) for row in rows])
-
-
-def _titled(image: np.ndarray, instances: Instances, dataset_name: str, title: str) -> np.ndarray:
-    drawn = draw_instances(image, instances, MetadataCatalog.get(dataset_name), scale=2.0)
-    bar = np.full((26, drawn.shape[1], 3), 255, np.uint8)
-    cv2.putText(bar, title, (4, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.vstack([bar, drawn])
-
-
-def _padded(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    missing = (height - image.shape[0], width - image.shape[1])
-    return cv2.copyMakeBorder(
-        image, 0, missing[0], 0, missing[1], cv2.BORDER_CONSTANT, value=(255, 255, 255)
-    )
+        left, right = (
+            Visualizer(image, metadata, scale=2.0, instance_mode=ColorMode.SEGMENTATION)
+            for _ in axes
+        )
+        axes[0].imshow(left.draw_dataset_dict(record).get_image())
+        axes[0].set_title(f"ground truth: {len(record['annotations'])}")
+        axes[1].imshow(right.draw_instance_predictions(detections).get_image())
+        axes[1].set_title(f"predicted: {len(detections)}")
+    return figure
 
 
 def main() -> None:
@@ -96,7 +77,7 @@ def main() -> None:
 
     cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
     picture = output / "predictions.png"
-    cv2.imwrite(str(picture), draw_predictions(cfg, cfg.DATASETS.TEST[0]))
+    predictions_figure(cfg, cfg.DATASETS.TEST[0]).savefig(picture)
     print("\nHeld-out images of the shapes data set:")
     print(tabulate([results.values()], headers=results.keys(), floatfmt=".1f"))
     print(f"\nPredictions beside the ground truth: {picture}")

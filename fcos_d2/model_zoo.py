@@ -11,8 +11,6 @@ from torch import nn
 from .checkpoint import AtomicCheckpointer
 from .config import load_cfg
 
-_PACKAGE = Path(__file__).parent
-
 
 def get_config_file(config_path: str) -> str:
     """Path of a shipped config.
@@ -25,7 +23,7 @@ def get_config_file(config_path: str) -> str:
         FileNotFoundError: if there is no such config, with a list of the shipped ones.
     """
     # An installed package contains the configs; in a clone they are beside it.
-    root = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir())
+    root = next(p / "configs" for p in Path(__file__).parents[:2] if (p / "configs").is_dir())
     file = root / config_path
     if not file.is_file():
         names = sorted(
@@ -49,9 +47,9 @@ def get(config_path: str, weights: str | None = None, device: str | None = None)
 
     Args:
         config_path: name under ``configs/``, of a YAML or of a LazyConfig with a ``model``.
-        weights: a checkpoint of the whole model. None loads the config's ImageNet backbone, and ""
-            keeps the random weights.
-        device: None for the GPU, or where PyTorch sees none the CPU.
+        weights: a checkpoint of the whole model. None loads the config's ImageNet backbone, ""
+            nothing.
+        device: None for the GPU, or the CPU if PyTorch sees none.
     """
     cfg = get_config(config_path)
     if isinstance(cfg, CfgNode):

@@ -2,10 +2,10 @@ from .arguments import argument_parser, setup
 from .eval_only import evaluate
 from .evaluators import coco_evaluator
 from .hooks import BestCheckpointer
-from .processes import launch
+from .processes import distribute, launch
 from .resuming import delete_earlier_run
 from .stopping import Stopped
-from .trainer import Trainer, distribute
+from .trainer import Trainer
 
 __all__ = [
     "BestCheckpointer",

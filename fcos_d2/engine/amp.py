@@ -13,13 +13,12 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype:
     """The type that ``SOLVER.AMP.DTYPE`` means on ``MODEL.DEVICE``.
 
     Raises:
-        ValueError: for another value than "auto", "float16" and "bfloat16", and for float16 on
-            CPU, whose gradients nothing there scales.
+        ValueError: for another value than "auto", "float16" and "bfloat16", and for float16 on CPU.
     """
     name, device = cfg.SOLVER.AMP.DTYPE, torch.device(cfg.MODEL.DEVICE)
     if name == "auto":
-        # Detectron2's RoI heads round box corners to the precision of the features: in bfloat16
-        # to whole pixels and more. Other models than FCOS get its float16.
+        # Detectron2's RoI heads round box corners to the precision of the features, which is whole
+        # pixels and more in bfloat16. So models other than FCOS get float16.
         prefers_bfloat16 = device.type != "cuda" or (
             cfg.MODEL.META_ARCHITECTURE == "FCOS"
             and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -36,14 +35,14 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype:
 
 
 class AutocastTrainer(AMPTrainer):
-    """Detectron2's AMPTrainer on any device, in float16 or bfloat16. Its own needs CUDA."""
+    """Detectron2's AMPTrainer, whose own step needs CUDA, on any device."""
 
     def __init__(self, model, data_loader, optimizer, device: str, dtype: torch.dtype):
         """
         Args:
-            model, data_loader, optimizer: as of AMPTrainer.
-            device: of the model.
-            dtype: of the computations. The loss is scaled only for float16.
+            model, data_loader, optimizer: see AMPTrainer.
+            device: that of the model.
+            dtype: of the computations. Only for float16 the loss is scaled.
         """
         self.device_type = torch.device(device).type
         scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
@@ -64,7 +63,7 @@ class AutocastTrainer(AMPTrainer):
         self.grad_scaler.update()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        # A run in bfloat16 or float32 has saved no scale.
+        # A run in bfloat16 or float32 saves no scale.
         scale = state_dict.get("grad_scaler")
         super().load_state_dict(
             {**state_dict, "grad_scaler": scale or self.grad_scaler.state_dict()}

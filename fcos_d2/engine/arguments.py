@@ -1,4 +1,4 @@
-"""The command line of a run, and the config that it makes."""
+"""The command line of train_net.py, and the config that comes out of it."""
 
 import argparse
 import logging
@@ -18,7 +18,7 @@ from .trainer import AUGMENTED
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """Detectron2's options of a training, and ours."""
+    """Detectron2's options for training, and ours."""
     parser = default_argument_parser(epilog=description)
     parser.add_argument(
         "--data",
@@ -53,9 +53,8 @@ def setup(args) -> CfgNode:
         args: from :func:`argument_parser`, or Detectron2's.
 
     Raises:
-        ValueError: for no config file, for test-time augmentation of a model that it is not
-            offered for, for SOLVER.STEPS beyond the end, and for a new run in the folder of an
-            earlier one.
+        ValueError: without a config file, for test-time augmentation of a model that has none, for
+            SOLVER.STEPS beyond the end, and for a new run in the folder of an earlier one.
     """
     if not args.config_file:
         raise ValueError("Name a config: --config-file configs/COCO-Detection/...yaml")

@@ -1,4 +1,4 @@
-"""The evaluation of weights without a training: --eval-only."""
+"""Evaluation without training: --eval-only."""
 
 from collections.abc import Sequence
 
@@ -19,11 +19,11 @@ def evaluate(
     With ``TEST.AUG.ENABLED`` also with test-time augmentation.
 
     Args:
-        evaluators: one for each test set, in place of those that the data sets ask for.
+        evaluators: one for each test set, in place of those of ``Trainer.build_evaluator``.
 
     Raises:
-        ValueError: without weights or a checkpoint, for those that do not fill the model, and if
-            they say other classes than those of a data set, or in another order.
+        ValueError: without weights or a checkpoint, for weights that do not fill the model, and for
+            weights of other classes than a data set, or of the same in another order.
     """
     model = Trainer.build_model(cfg)
     checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
@@ -39,7 +39,7 @@ def evaluate(
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     checkpointer.check_complete()
     for name in cfg.DATASETS.TEST:
-        DatasetCatalog.get(name)  # only then are the classes of every data set known
+        DatasetCatalog.get(name)  # some data sets only know their classes once loaded
         check_names_of_detector(checkpointer.class_names, name)
     results = Trainer.test(cfg, model, evaluators)
     if cfg.TEST.AUG.ENABLED:

@@ -30,9 +30,7 @@ def build_evaluator(
 def coco_evaluator(
     cfg: CfgNode, dataset_name: str, output_folder: str | None = None
 ) -> COCOEvaluator:
-    """COCO's evaluation, of any registered data set.
-
-    Tasks are those that the predictions have: masks and keypoints of R-CNN too.
+    """COCO's evaluation of any registered data set: of boxes, and of masks and keypoints of R-CNN.
 
     Args:
         output_folder: for the detections, in place of OUTPUT_DIR/inference.
@@ -41,12 +39,12 @@ def coco_evaluator(
         dataset_name,
         output_dir=output_folder or inference_folder(cfg, dataset_name),
         kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-        # A converted data set is not cached: the annotations may change between two runs.
+        # No cache of converted data sets: their annotations may change between two runs.
         allow_cached_coco=False,
     )
 
 
 def inference_folder(cfg: CfgNode, dataset_name: str, parent: str = "inference") -> str:
-    """Where detections on a data set are written: of several, each has its own folder."""
+    """Where detections on a data set go: with several data sets, each has its own folder."""
     folder = os.path.join(cfg.OUTPUT_DIR, parent)
     return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder

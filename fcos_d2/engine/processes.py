@@ -1,4 +1,4 @@
-"""Starts a run in one process or many: by --num-gpus, torchrun, or Slurm."""
+"""A run in one process or many: started by --num-gpus, torchrun, or Slurm."""
 
 import argparse
 import multiprocessing
@@ -22,9 +22,9 @@ from .stopping import STOP_SIGNALS, exit_code
 def launch(main: Callable, args: argparse.Namespace) -> object:
     """Call ``main(args)`` in as many processes as asked for.
 
-    Where torchrun or Slurm's srun has started several processes, each of them is one of the run.
-    Else there are ``args.num_gpus`` new ones on each of ``args.num_machines``. Signals that tell a
-    run to stop are passed on to them, and the exit code of a run that was stopped is its own.
+    If torchrun or Slurm's srun has started several processes, this is one of them. Else it starts
+    ``args.num_gpus`` processes on each of ``args.num_machines``, passes stop signals on to them,
+    and exits with the code of a stopped run if they stop.
 
     Args:
         args: of :func:`argument_parser`.
@@ -41,10 +41,10 @@ def launch(main: Callable, args: argparse.Namespace) -> object:
         return result
     if args.num_gpus * args.num_machines == 1:
         return main(args)
-    told = []
+    received = []
 
     def pass_on(number: int, frame: object) -> None:
-        told.append(number)
+        received.append(number)
         for process in multiprocessing.active_children():
             os.kill(process.pid, number)
 
@@ -60,33 +60,33 @@ def launch(main: Callable, args: argparse.Namespace) -> object:
             timeout=timeout,
         )
     except ProcessExitedException as error:
-        # A single process may have been told to stop, which then stops them all.
-        if not told and error.exit_code not in map(exit_code, STOP_SIGNALS):
+        # A single process may have got the signal: then it stops them all.
+        if not received and error.exit_code not in map(exit_code, STOP_SIGNALS):
             raise
-        sys.exit(exit_code(told[-1]) if told else error.exit_code)
+        sys.exit(exit_code(received[-1]) if received else error.exit_code)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if told:
-        sys.exit(exit_code(told[-1]))
+    if received:
+        sys.exit(exit_code(received[-1]))
 
 
 @dataclass(frozen=True)
 class _Place:
-    """One process among those that something else has started."""
+    """This process among those that torchrun or Slurm has started."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     url: str
-    variable: str  # that says how many processes there are
+    variable: str  # the one that says how many processes there are
 
 
 def _place_in_environment(num_gpus: int) -> _Place | None:
-    """Where this process is among others, or None if it is alone."""
+    """What torchrun's or Slurm's variables say of this process, or None if it is alone."""
     env = os.environ
-    # The script of a job has numbers of tasks, too, but only srun sets that of its own tasks.
+    # A job's script sees SLURM_NTASKS too, but only srun sets the number of its own tasks.
     is_script_of_job = num_gpus > 1 and "SLURM_STEP_NUM_TASKS" not in env
     if "RANK" in env and "WORLD_SIZE" in env:
         place = _Place(
@@ -100,7 +100,7 @@ def _place_in_environment(num_gpus: int) -> _Place | None:
     elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env and not is_script_of_job:
         world_size = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
         address = env.get("MASTER_ADDR") or _first_slurm_machine()
-        # All tasks of a job find the same port, and other jobs on the machine another one.
+        # The same port for all tasks of a job, and another one for other jobs on the machine.
         port = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
         place = _Place(
             rank=int(env["SLURM_PROCID"]),
@@ -116,14 +116,14 @@ def _place_in_environment(num_gpus: int) -> _Place | None:
 
 
 def _first_slurm_machine() -> str:
-    """Of a list such as "gpu[07-09,12],other": gpu07."""
+    """The first of a list: gpu07 of "gpu[07-09,12],other"."""
     machines = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
     match = re.match(r"([^\[,]+)(?:\[(\d+))?", machines or "")
     return match[1] + (match[2] or "") if match else "127.0.0.1"
 
 
 def _slurm_tasks_per_node(world_size: int) -> int:
-    """Number of tasks on each machine, e.g. of "4(x2)".
+    """Number of tasks on each machine: 4 of "4(x2)".
 
     Raises:
         ValueError: if the machines have different numbers.
@@ -142,14 +142,14 @@ def _slurm_tasks_per_node(world_size: int) -> int:
 
 def _join(place: _Place, timeout: timedelta) -> None:
     """Join the process group, as Detectron2's launch does for the processes that it starts."""
-    print(  # the loggers are set up later, when the config is known
+    print(  # loggers are not set up yet: that needs the config
         f"Process {place.rank} waits for the others ({place.url}, at most "
         f"{timeout.total_seconds() / 60:g} minutes): {place.variable} is {place.world_size}",
         flush=True,
     )
     has_gpu = torch.cuda.is_available()
     if has_gpu:
-        # Slurm may show each task its own GPU alone.
+        # Slurm may show each task only its own GPU.
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     dist.init_process_group(
         backend="NCCL" if has_gpu else "GLOO",
@@ -160,3 +160,12 @@ def _join(place: _Place, timeout: timedelta) -> None:
     )
     comm.create_local_process_group(place.local_world_size)
     comm.synchronize()
+
+
+def distribute(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    """The model, which is on ``device``, under DDP if there are several processes."""
+    on_cpu = torch.device(device).type == "cpu"
+    # Without device_ids Detectron2 passes the local rank. DDP refuses it for CPU modules, and a
+    # process that sees only its own GPU has no GPU of that number.
+    device_ids = None if on_cpu else [torch.cuda.current_device()]
+    return detectron2_engine.create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)

@@ -1,22 +1,21 @@
-"""A run that goes on where it was stopped, and is the run that was never stopped."""
+"""What makes a resumed run equal to one that was never stopped."""
 
-import hashlib
 import json
 import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.events import JSONWriter, TensorboardXWriter
 
 from ..checkpoint import AtomicCheckpointer, read_checkpoint, replacing
 
-# Keys and sections without influence on the weights that come out of a training.
+# Keys and sections that do not influence the weights that a training ends with.
 _WITHOUT_INFLUENCE = (
     "OUTPUT_DIR",
     "VIS_PERIOD",
@@ -37,11 +36,11 @@ def refuse_earlier_run(folder: str, overwrite: bool, weights: str) -> None:
     """Refuse a new run in a folder that has the checkpoints of an earlier one.
 
     Args:
-        overwrite: whether they will be deleted.
-        weights: what the new run starts from.
+        overwrite: allow it, as :func:`delete_earlier_run` will delete them.
+        weights: the file that the new run starts from.
 
     Raises:
-        ValueError: if there are some, and they shall not be overwritten, or are started from.
+        ValueError: if there are some, unless ``overwrite``; and then if ``weights`` is one of them.
     """
     checkpointer = AtomicCheckpointer(torch.nn.Identity(), folder)
     if not checkpointer.has_checkpoint():
@@ -59,17 +58,16 @@ def refuse_earlier_run(folder: str, overwrite: bool, weights: str) -> None:
 
 
 def delete_earlier_run(folder: str) -> None:
-    """Delete the checkpoints of an earlier run, once the new one is ready to start."""
+    """Delete the checkpoints of an earlier run. Call it when the new run is ready to start."""
     if comm.is_main_process():
         for file in _files_of_run(AtomicCheckpointer(torch.nn.Identity(), folder)):
-            if os.path.lexists(file):
-                os.unlink(file)
+            Path(file).unlink(missing_ok=True)
 
 
 def _files_of_run(checkpointer: AtomicCheckpointer) -> list[str]:
-    names = ("last_checkpoint", "model_best.pth")
-    others = [os.path.join(checkpointer.save_dir, name) for name in names]
-    return others + checkpointer.checkpoints_of_run()
+    others = ("last_checkpoint", "model_best.pth")
+    files = [os.path.join(checkpointer.save_dir, name) for name in others]
+    return files + checkpointer.checkpoints_of_run()
 
 
 def checkpoint_to_resume(
@@ -85,7 +83,7 @@ def checkpoint_to_resume(
         file = checkpointer.get_checkpoint_file()
         found = file, read_checkpoint(file)
         seen = f"{os.path.basename(file)} (iteration {found[1].get('iteration')})"
-    config = hashlib.sha256(json.dumps(_flat(cfg.dump())).encode()).hexdigest()
+    config = _flat(yaml.safe_load(cfg.dump()))
     everywhere = comm.all_gather((seen, config))
     if len({seen for seen, _ in everywhere}) > 1:
         raise ValueError(
@@ -93,7 +91,7 @@ def checkpoint_to_resume(
             + ", ".join(f"process {rank}: {seen}" for rank, (seen, _) in enumerate(everywhere))
             + ". It must be on a file system that all machines share"
         )
-    if len({config for _, config in everywhere}) > 1:
+    if any(other != config for _, other in everywhere):
         raise ValueError("The processes have different configs: give all the same command line")
     return found
 
@@ -101,18 +99,21 @@ def checkpoint_to_resume(
 def check_resumable(
     checkpoint: Mapping, cfg: CfgNode, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Compare a checkpoint with the run that shall go on from it, before anything is loaded.
+    """Compare a checkpoint with the run that will go on from it, before anything is loaded.
 
-    Differences of the config that influence the training are listed in a warning; the new values
-    count.
+    A warning lists differences of the config that influence the training; the new values count.
 
     Raises:
-        ValueError: for a file of weights alone, for parameters of other names or shapes, for ones
-            that the optimizer groups otherwise, and for another number of images per batch, with
-            which the order of the images could not go on.
+        ValueError: for a file of weights alone, for parameters of other names or shapes, or in
+            other groups of the optimizer, and for another number of images per batch, with which
+            the order of the images cannot go on.
     """
-    changes = _changes(checkpoint.get("config"), cfg)
-    listed = "".join(f"\n  {k}: {old!r} -> {new!r}" for k, (old, new) in changes.items())
+    new = _flat(yaml.safe_load(cfg.dump()))
+    # Checkpoints of older versions carry no config.
+    old = _flat(yaml.safe_load(checkpoint["config"])) if "config" in checkpoint else new
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    changes = {key: (old.get(key), new.get(key)) for key in keys}
+    listed = "".join(f"\n  {key}: {a!r} -> {b!r}" for key, (a, b) in changes.items())
     if listed:
         logging.getLogger(__name__).warning(
             f"The config differs from that of the checkpoint; the new values count:{listed}"
@@ -136,16 +137,16 @@ def check_resumable(
             f"factors of rates have changed. Set them back, or start a new run. Changes:{listed}"
         )
     if "SOLVER.IMS_PER_BATCH" in changes:
-        old, new = changes["SOLVER.IMS_PER_BATCH"]
+        before, now = changes["SOLVER.IMS_PER_BATCH"]
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH was {old} and is {new}: the order of the images could not go "
-            f"on. Set it to {old} (over all processes, whose number may change), or start a new "
+            f"SOLVER.IMS_PER_BATCH was {before} and is {now}: the order of the images could not go "
+            f"on. Set it to {before} (over all processes, whose number may change), or start a new "
             "run from the checkpoint with MODEL.WEIGHTS and another OUTPUT_DIR"
         )
 
 
 def metrics_rows(file: str) -> list[dict]:
-    """What ``metrics.json`` holds. Lines that a kill cut short are left out."""
+    """The rows of ``metrics.json``, without lines that a kill has cut short."""
     if not os.path.isfile(file):
         return []
     rows = []
@@ -156,80 +157,46 @@ def metrics_rows(file: str) -> list[dict]:
     return [row for row in rows if isinstance(row, dict) and "iteration" in row]
 
 
-class MetricsWriter(JSONWriter):
-    """Detectron2's, without what an earlier process wrote after its last checkpoint."""
+def drop_metrics_from(file: str, iteration: int, end: int) -> None:
+    """Drop the rows of ``metrics.json`` that a run from ``iteration`` up to ``end`` writes again.
 
-    def __init__(self, json_file: str):
-        self.json_file = json_file
-        super().__init__(json_file)
-
-    def resume_at(self, iteration: int, end: int) -> None:
-        """Drop the rows of an iteration and later, which a run up to ``end`` writes again.
-
-        The last evaluation of a shorter run stays. Detectron2 counts it one too many.
-        """
-        kept = [
-            row
-            for row in metrics_rows(self.json_file)
-            if row["iteration"] < iteration
-            or (row["iteration"] == iteration < end and "total_loss" not in row)
-        ]
-        self.close()
-        with replacing(self.json_file, "w") as file:
-            file.writelines(json.dumps(row, sort_keys=True) + "\n" for row in kept)
-        super().__init__(self.json_file)
+    The last evaluation of a shorter run stays: Detectron2 logs it one iteration too high.
+    """
+    if not os.path.isfile(file):
+        return
+    kept = [
+        row
+        for row in metrics_rows(file)
+        if row["iteration"] < iteration
+        or (row["iteration"] == iteration < end and "total_loss" not in row)
+    ]
+    with replacing(file, "w") as f:
+        f.writelines(json.dumps(row, sort_keys=True) + "\n" for row in kept)
 
 
-class TensorboardWriter(TensorboardXWriter):
-    """Detectron2's, which can hide what an earlier process wrote after its last checkpoint."""
-
-    def resume_at(self, iteration: int, end: int) -> None:
-        """Hide the rows of an iteration and later; call it before anything is written."""
-        self._writer_args["purge_step"] = iteration
-
-
-def _changes(saved: str | None, cfg: CfgNode) -> dict[str, tuple]:
-    """Values of the config that was saved and of the new one, where they differ and matter."""
-    if saved is None:  # of an older version
-        return {}
-    old, new = _flat(saved), _flat(cfg.dump())
-    return {
-        key: (old.get(key), new.get(key))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    }
-
-
-def _flat(dumped: str) -> dict[str, object]:
-    """{"SECTION.KEY": value} of a dumped config, without what has no influence."""
-
-    def visit(node: Mapping, prefix: str) -> dict[str, object]:
-        flat: dict[str, object] = {}
-        for key, value in node.items():
-            name = f"{prefix}{key}"
-            if name in _WITHOUT_INFLUENCE:
-                continue
-            if isinstance(value, Mapping):
-                flat |= visit(value, f"{name}.")
-            else:
-                flat[name] = value
-        return flat
-
-    return visit(yaml.safe_load(dumped), "")
+def _flat(section: Mapping, prefix: str = "") -> dict[str, object]:
+    """{"SECTION.KEY": value} of a config, without the keys that have no influence."""
+    flat: dict[str, object] = {}
+    for key, value in section.items():
+        name = prefix + key
+        if name in _WITHOUT_INFLUENCE:
+            continue
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _other_shapes(saved: Mapping[str, torch.Tensor], model: torch.nn.Module) -> str:
     """Parameters that a checkpoint lacks, has too many, or has in another shape; "" for none."""
-    saved = {name.removeprefix("module."): x for name, x in saved.items()}
-    ours = model.state_dict()
-    parameters = {name for name, _ in model.named_parameters()}
+    theirs = {name.removeprefix("module."): tuple(x.shape) for name, x in saved.items()}
+    ours = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    shared = sorted(ours.keys() & theirs.keys())
     lists = {
-        "Missing": sorted(parameters - saved.keys()),
-        "Unknown": sorted(saved.keys() - ours.keys()),
+        "Missing": sorted(dict(model.named_parameters()).keys() - theirs.keys()),
+        "Unknown": sorted(theirs.keys() - ours.keys()),
         "Of another shape": [
-            f"{name} {tuple(saved[name].shape)}, here {tuple(x.shape)}"
-            for name, x in ours.items()
-            if name in saved and saved[name].shape != x.shape
+            f"{name} {theirs[name]}, here {ours[name]}"
+            for name in shared
+            if theirs[name] != ours[name]
         ],
     }
     return "; ".join(

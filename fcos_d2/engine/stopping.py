@@ -1,6 +1,6 @@
 """A signal stops a run, which saves a checkpoint first.
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end a run after the step that it is in, or in the middle of an
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end a run after the current step, or in the middle of an
 evaluation. All processes stop after the same step. Clusters send these signals before they take a
 machine away; ``--resume`` goes on as if nothing had happened.
 """
@@ -17,29 +17,26 @@ from detectron2.utils import comm
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_INTERRUPT = 1.0  # seconds
-# Signals belong to the process, and so does what is known of them.
+# Global, as signals belong to the process.
 _stop_requested = 0  # the last signal, 0 for none
 _is_evaluating = False  # an evaluation can end at any point
 
 
 class Stopped(SystemExit):
-    """Ends the process, after a signal, with its :func:`exit_code`."""
+    """Ends the process after a signal, with its :func:`exit_code`."""
 
     def __init__(self):
         super().__init__(exit_code(_stop_requested))
 
 
 def exit_code(number: int) -> int:
-    """Of a run that a signal has stopped: 130 for Ctrl-C, and 143 for the others."""
+    """The exit code of a run that a signal has stopped: 130 for Ctrl-C, 143 for the others."""
     return 130 if number == signal.SIGINT else 143
 
 
 @contextmanager
 def stop_signals_recorded() -> Iterator[None]:
-    """Record the stop signals, in place of what they do otherwise.
-
-    Outside the main thread, where Python handles no signals, it does nothing.
-    """
+    """Record the stop signals; outside the main thread, where Python handles none, do nothing."""
     global _stop_requested
     _stop_requested = 0
     if threading.current_thread() is not threading.main_thread():
@@ -53,7 +50,7 @@ def stop_signals_recorded() -> Iterator[None]:
         _stop_requested = number
         if number == signal.SIGINT:
             first_interrupt.append(time.monotonic())
-            # A terminal and the launching process may both send the first one.
+            # The terminal and the parent process may both send the first one.
             if first_interrupt[-1] - first_interrupt[0] > _SAME_INTERRUPT:
                 signal.signal(number, before[number])
                 raise KeyboardInterrupt
@@ -74,11 +71,11 @@ def stop_signals_recorded() -> Iterator[None]:
 
 @contextmanager
 def stoppable_evaluation() -> Iterator[None]:
-    """An evaluation, which ends at once when a stop is requested.
+    """An evaluation, which ends at once when a signal requests a stop.
 
     Raises:
-        Stopped: there and then. Also in place of an error, which may come of another process that
-            has stopped already.
+        Stopped: on the signal, and in place of an error after it: another process may have caused
+            the error by stopping first.
     """
     global _is_evaluating
     _is_evaluating = True
@@ -97,13 +94,13 @@ def stoppable_evaluation() -> Iterator[None]:
 class StopOnSignal(HookBase):
     """Ends the training after the step in which one of the processes got a stop signal.
 
-    Not after the last step: what comes then is the evaluation.
+    After the last step it leaves that to the evaluation.
     """
 
     def after_step(self) -> None:
         global _stop_requested
         requested = max(comm.all_gather(_stop_requested))
-        if requested == 0:  # by then a signal may have come, which the next step sees
+        if requested == 0:  # do not assign it: a signal may have come in the meantime
             return
         _stop_requested = requested
         if self.trainer.iter + 1 < self.trainer.max_iter:

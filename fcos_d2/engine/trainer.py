@@ -8,20 +8,11 @@ from functools import partial
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import (
-    DefaultTrainer,
-    HookBase,
-    SimpleTrainer,
-    create_ddp_model,
-    hooks,
-)
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
-from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter
-from detectron2.utils.file_io import PathManager
+from detectron2.utils import comm, events
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 
@@ -42,39 +33,35 @@ from ..modeling import FCOSWithTTA
 from ..modeling.backbone import check_random_start
 from .amp import AutocastTrainer, amp_dtype
 from .evaluators import build_evaluator, inference_folder
-from .hooks import AverageBatchNormStatistics, BestCheckpointer, EvaluateOnResume, WaitingLog
-from .resuming import (
-    MetricsWriter,
-    TensorboardWriter,
-    check_resumable,
-    checkpoint_to_resume,
-    metrics_rows,
-)
+from .hooks import AverageBatchNormStatistics, BestCheckpointer, EvalHook, WaitingLog
+from .processes import distribute
+from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from
 from .stopping import StopOnSignal, Stopped, stop_signals_recorded, stoppable_evaluation
 
-# The meta architectures that test-time augmentation (TEST.AUG) is offered for.
+# The meta architectures that test-time augmentation (TEST.AUG) supports.
 AUGMENTED = {"FCOS": FCOSWithTTA, "GeneralizedRCNN": GeneralizedRCNNWithTTA}
 
 
 class Trainer(DefaultTrainer):
     """DefaultTrainer that loses nothing, and that runs DDP and AMP on CPU too.
 
-    A run that is resumed ends with the weights of one that was never stopped. The best checkpoint
-    is kept besides the last ones.
+    A resumed run ends with the weights of a run that was never stopped. It also keeps the best
+    checkpoint.
     """
 
     def __init__(self, cfg: CfgNode):
-        # Follows DefaultTrainer.__init__ of Detectron2's commit 02b5c4e, with another checkpointer,
-        # AMP on every device, and DDP on CPU. The last cannot be had through a hook: DefaultTrainer
-        # names a device to DDP, which raises an error for a model on CPU.
+        # Follows DefaultTrainer.__init__ of Detectron2's commit 02b5c4e, with another checkpointer
+        # and AMP on every device. Calling that one fails for DDP on CPU, to which it passes a GPU.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_test_sets(cfg)
-        if comm.is_main_process():
-            for name in cfg.DATASETS.TEST:
-                self._try_evaluator(cfg, name)
+        for name in cfg.DATASETS.TEST if comm.is_main_process() else ():
+            try:  # warn now: at the end of training Detectron2 only logs that there is none
+                self.build_evaluator(cfg, name)
+            except NotImplementedError as error:
+                logging.getLogger(__name__).warning(f"There will be no evaluation. {error}")
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -90,16 +77,10 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        # What the order of the images, their augmentation and the model's random numbers depend on.
+        # The order of the images, their augmentation and the model's random numbers depend on it.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self._writers: list[events.EventWriter] = []  # PeriodicWriter has it, train() fills it
         self.register_hooks(self.build_hooks())
-
-    def _try_evaluator(self, cfg: CfgNode, dataset_name: str) -> None:
-        """Say now what the evaluation would say after the training."""
-        try:
-            self.build_evaluator(cfg, dataset_name)
-        except NotImplementedError as error:  # which Detectron2 passes over
-            logging.getLogger(__name__).warning(f"There will be no evaluation. {error}")
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint of OUTPUT_DIR if asked to and there is one, else MODEL.WEIGHTS.
@@ -108,9 +89,9 @@ class Trainer(DefaultTrainer):
         from the checkpoint.
 
         Raises:
-            ValueError: for a checkpoint that this run cannot go on from, before anything is
-                loaded; see :func:`check_resumable` and :func:`checkpoint_to_resume`. For a start
-                at random of a backbone that does not learn.
+            ValueError: before anything is loaded, for a checkpoint that this run cannot go on
+                from; see :func:`check_resumable` and :func:`checkpoint_to_resume`. For random
+                weights in parts of the backbone that do not learn.
         """
         found = checkpoint_to_resume(self.checkpointer, self.cfg) if resume else None
         if found is None:
@@ -126,23 +107,17 @@ class Trainer(DefaultTrainer):
         if self.cfg.SEED < 0 and checkpoint.get("seed") is not None:
             self.seed = checkpoint["seed"]
         del found, checkpoint  # it is read again
-        if isinstance(self.scheduler, LRMultiplier):
-            self._load_but_for_rates(file)
-        else:  # other schedulers keep what they have computed
-            self.checkpointer.load(file)
-        self.start_iter = self.iter + 1
-
-    def _load_but_for_rates(self, file: str) -> None:
-        """Load a checkpoint; rates, momentum and weight decay are those of the config."""
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]
-        rates = list(self.scheduler.base_lrs)
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.checkpointer.load(file)
-        self.scheduler.base_lrs = rates
-        for group, new, rate in zip(self._groups(), settings, self.scheduler.get_lr(), strict=True):
-            group.update(new, lr=rate)
-
-    def _groups(self) -> list[dict]:
-        return self.optimizer.param_groups
+        if isinstance(self.scheduler, LRMultiplier):  # others keep the rates of the checkpoint
+            self.scheduler.base_lrs = [new["initial_lr"] for new in settings]
+            groups, rates = self.optimizer.param_groups, self.scheduler.get_lr()
+            for group, new, rate in zip(groups, settings, rates, strict=True):
+                group.update(new, lr=rate)
+        self.start_iter = self.iter + 1
 
     def train(self) -> dict | None:
         """Train; returns the results of the last evaluation.
@@ -151,23 +126,26 @@ class Trainer(DefaultTrainer):
             Stopped: after SIGTERM, SIGINT or SIGUSR1, once a checkpoint has been written.
         """
         logger = logging.getLogger(__name__)
-        # The same in a run that is resumed.
-        described = with_class_names(self.cfg).dump()
-        self.checkpointer.description = {"config": described, "seed": self.seed}
-        classes = {"class_names": class_names(self.cfg), "category_ids": category_ids(self.cfg)}
-        self.checkpointer.description |= {k: x for k, x in classes.items() if x is not None}
+        description = {
+            "config": with_class_names(self.cfg).dump(),
+            "seed": self.seed,
+            "class_names": class_names(self.cfg),
+            "category_ids": category_ids(self.cfg),
+        }
+        self.checkpointer.description = {k: x for k, x in description.items() if x is not None}
         if comm.is_main_process():
-            PathManager.mkdirs(self.cfg.OUTPUT_DIR)
-            with replacing(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
-                file.write(described)
+            folder = self.cfg.OUTPUT_DIR
+            os.makedirs(folder, exist_ok=True)
+            with replacing(os.path.join(folder, "config.yaml"), "w") as file:
+                file.write(description["config"])
+            metrics_file = os.path.join(folder, "metrics.json")
+            drop_metrics_from(metrics_file, self.start_iter, end=self.max_iter)
+            self._writers[:] = self.build_writers()
         if isinstance(self.data_loader, TrainingLoader):
             self.data_loader.start(self.seed, first_batch=self.start_iter)
             logger.info(f"The order of the images and their augmentation have seed {self.seed}")
         else:
             logger.warning("The data loader is not a TrainingLoader: its images start anew")
-        for writer in self.writers:
-            if hasattr(writer, "resume_at"):  # others may have been built
-                writer.resume_at(self.start_iter, end=self.max_iter)
         with stop_signals_recorded():
             try:
                 super().train()
@@ -177,8 +155,7 @@ class Trainer(DefaultTrainer):
                 logger.info(f"Stopped by a signal after iteration {self.iter}. --resume goes on")
                 raise
             finally:
-                # Ends the workers now. If they were left to the garbage collector, it would wait
-                # for them one by one.
+                # Ends the workers now. The garbage collector would wait for them one by one.
                 loader = self.data_loader
                 self._trainer.reset_data_loader(lambda: loader)
 
@@ -190,40 +167,33 @@ class Trainer(DefaultTrainer):
             self.checkpointer.save(name, iteration=self.iter)
 
     def run_step(self) -> None:
-        # What the model draws at random, such as the samples that R-CNN learns from.
+        # For what the model draws at random, such as the samples that R-CNN learns from.
         seed_all(self.seed, self.iter, comm.get_rank())
         super().run_step()
 
     def build_hooks(self) -> list[HookBase]:
-        """All hooks, in the order in which they run after a step."""
-        cfg, period = self.cfg, self.cfg.TEST.EVAL_PERIOD
-        is_main = comm.is_main_process()
-        self.writers = self.build_writers() if is_main else []
-        saving = best = augmented = None
-        if is_main:
-            saving = hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-        if is_main and len(cfg.DATASETS.TEST):
-            best = BestCheckpointer(period, self.checkpointer, self._metric())
-        if cfg.TEST.AUG.ENABLED:  # at the end of training only
-            augmented = hooks.EvalHook(0, partial(self.test_with_TTA, cfg, self.model))
+        """All hooks, in the order in which they run."""
+        cfg, period, is_main = self.cfg, self.cfg.TEST.EVAL_PERIOD, comm.is_main_process()
+        has_test_sets, metric = len(cfg.DATASETS.TEST) > 0, self._metric()
         in_order = [
             WaitingLog(),
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self._precise_bn(),
             AverageBatchNormStatistics(),
-            saving,
-            hooks.EvalHook(period, self._evaluate),
-            best,
-            augmented,
-            hooks.PeriodicWriter(self.writers, period=20),
-            EvaluateOnResume(period, self._was_evaluated, self._evaluate, best),
+            is_main and hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
+            EvalHook(period, self._evaluate, metric),
+            is_main and has_test_sets and BestCheckpointer(period, self.checkpointer, metric),
+            # With test-time augmentation at the end only: period 0.
+            cfg.TEST.AUG.ENABLED
+            and hooks.EvalHook(0, partial(self.test_with_TTA, cfg, self.model)),
+            hooks.PeriodicWriter(self._writers, period=20),
             StopOnSignal(),
         ]
-        return [hook for hook in in_order if hook is not None]
+        return [hook for hook in in_order if hook]
 
     def _precise_bn(self) -> HookBase | None:
-        """Detectron2's TEST.PRECISE_BN, with training batches of its own."""
+        """Detectron2's TEST.PRECISE_BN, with its own training batches."""
         cfg = self.cfg.clone()
         if not cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
             return None
@@ -237,35 +207,31 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def _metric(self) -> str:
-        """Name of the value that the best checkpoint is chosen by."""
-        # With several data sets their names stand before the metric; the first one decides.
+        """The name of the result that decides which checkpoint is the best."""
+        # With several data sets, results have the data set's name in front. The first one decides.
         prefix = f"{self.cfg.DATASETS.TEST[0]}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
         proposals_alone = self.cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
         return prefix + ("box_proposals/AR@1000" if proposals_alone else "bbox/AP")
 
-    def _was_evaluated(self, iteration: int) -> bool:
-        if not comm.is_main_process() or not len(self.cfg.DATASETS.TEST):
-            return True
-        rows = metrics_rows(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
-        # One more for the last one of a shorter run, as Detectron2 counts it.
-        done = (iteration, iteration + 1)
-        return any(row["iteration"] in done and self._metric() in row for row in rows)
-
-    def build_writers(self) -> list:
+    def build_writers(self) -> list[events.EventWriter]:
+        """Where the metrics go. Called by :meth:`train`, which knows where the run starts."""
         folder = self.cfg.OUTPUT_DIR
-        PathManager.mkdirs(folder)
-        metrics = MetricsWriter(os.path.join(folder, "metrics.json"))
-        return [CommonMetricPrinter(self.max_iter), metrics, TensorboardWriter(folder)]
+        return [
+            events.CommonMetricPrinter(self.max_iter),
+            events.JSONWriter(os.path.join(folder, "metrics.json")),
+            # Hides what an earlier process wrote after its last checkpoint.
+            events.TensorboardXWriter(folder, purge_step=self.start_iter),
+        ]
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict:
-        """As DefaultTrainer; a stop signal to a training ends it at once."""
+        """Like DefaultTrainer's; during a training a stop signal ends it at once."""
         with stoppable_evaluation():
             return super().test(cfg, model, evaluators)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> dict:
-        """Evaluate with test-time augmentation; the results have "_TTA" behind their names."""
+        """Evaluate with test-time augmentation; names of results end with "_TTA"."""
         logging.getLogger(__name__).info("Evaluating with test-time augmentation ...")
         wrapper = AUGMENTED[cfg.MODEL.META_ARCHITECTURE]
         evaluators = [
@@ -297,18 +263,4 @@ class Trainer(DefaultTrainer):
         check_num_classes(cfg, dataset_name)
         return loader
 
-    @classmethod
-    def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-    ) -> DatasetEvaluator:
-        """See :func:`fcos_d2.engine.evaluators.build_evaluator`."""
-        return build_evaluator(cfg, dataset_name, output_folder)
-
-
-def distribute(model: torch.nn.Module, device: str) -> torch.nn.Module:
-    """The model, on ``device``, under DDP where there are several processes."""
-    on_cpu = torch.device(device).type == "cpu"
-    # Without device_ids Detectron2 would pass the local rank, which DDP refuses for CPU modules,
-    # and which is not the device's number where a process sees its own GPU alone.
-    device_ids = None if on_cpu else [torch.cuda.current_device()]
-    return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+    build_evaluator = staticmethod(build_evaluator)

@@ -1,4 +1,4 @@
-"""Runs items in batches of one kind, and gives the results in the order of the items."""
+"""Runs items in batches of one kind; the results come in the order of the items."""
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -22,11 +22,11 @@ def run_in_batches(
 
     Args:
         items: may be endless.
-        kind_of: items of which this is equal may run together.
-        run: the results of a list of items of one kind, in their order.
+        kind_of: items for which this is equal may run together.
+        run: returns the results of a list of items of one kind, in their order.
         batch_size: the most items that run together, at least 1.
-        max_held: the most items that are taken while their results are not yet yielded, at least
-            1, which runs each item alone.
+        max_held: the most items that wait for their results at a time, at least 1, which runs each
+            item alone.
 
     Raises:
         ValueError: if ``run`` returns more or fewer results than it was given items.
@@ -37,27 +37,38 @@ def run_in_batches(
     error: Exception | None = None
     end: float = math.inf  # number of the first item that has no result because of the error
 
-    def until_error() -> Iterator[tuple[Hashable, Item]]:
+    def batches() -> Iterator[list[tuple[int, Item]]]:
+        """Pairs of number and item, of one kind."""
         nonlocal error
+        # Groups by kind. The first group is the one whose first item has waited longest.
+        waiting: dict[Hashable, list[tuple[int, Item]]] = {}
         try:
-            for item in items:
-                yield kind_of(item), item
+            for number, item in enumerate(items):
+                kind = kind_of(item)
+                waiting.setdefault(kind, []).append((number, item))
+                if len(waiting[kind]) == batch_size:
+                    yield waiting.pop(kind)
+                if waiting:
+                    oldest_kind, oldest = next(iter(waiting.items()))
+                    # All items from the oldest waiting one on are held.
+                    if number - oldest[0][0] + 1 >= max_held:
+                        yield waiting.pop(oldest_kind)
                 if error is not None:
-                    return
+                    break
         except Exception as e:
             error = e
+        yield from waiting.values()
 
     finished: dict[int, tuple[Item, Result]] = {}
     next_number = 0
-    for whole_batch in _batches_of_a_kind(until_error(), batch_size, max_held):
+    for whole_batch in batches():
         batch = [(number, item) for number, item in whole_batch if number < end]
         if not batch:
             continue
         try:
             results = list(zip(batch, run([item for _, item in batch]), strict=True))
         except Exception as e:
-            # If there was an error before, it was that of a later item.
-            error, end = e, batch[0][0]
+            error, end = e, batch[0][0]  # an error before was that of a later item
             continue
         for (number, item), result in results:
             finished[number] = item, result
@@ -66,21 +77,3 @@ def run_in_batches(
             next_number += 1
     if error is not None:
         raise error
-
-
-def _batches_of_a_kind(
-    items: Iterable[tuple[Hashable, Item]], batch_size: int, max_held: int
-) -> Iterator[list[tuple[int, Item]]]:
-    """Groups pairs of kind and item into batches, of one kind, of pairs of number and item."""
-    # The groups by kind. The first group is the one whose first item has waited longest.
-    waiting: dict[Hashable, list[tuple[int, Item]]] = {}
-    for number, (kind, item) in enumerate(items):
-        waiting.setdefault(kind, []).append((number, item))
-        if len(waiting[kind]) == batch_size:
-            yield waiting.pop(kind)
-        if waiting:
-            oldest_kind, oldest_group = next(iter(waiting.items()))
-            # Whoever wants results in order holds all items from the oldest waiting one on.
-            if number - oldest_group[0][0] + 1 >= max_held:
-                yield waiting.pop(oldest_kind)
-    yield from waiting.values()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
 
@@ -36,16 +36,14 @@ def draw_instances(
         if least.ndim:
             least = least[instances.pred_classes]
         instances = instances[instances.scores >= least]
-    metadata = Metadata(**metadata.as_dict())
-    names = metadata.get("thing_classes", ())
-    if names:
-        del metadata.thing_classes  # Metadata refuses another value
-        metadata.thing_classes = [plain_text(name) for name in names]
-    if metadata.get("thing_colors", None) is None:
+    names = [plain_text(name) for name in metadata.get("thing_classes", ())]
+    colors = metadata.get("thing_colors", None)
+    if colors is None:
         num_classes = len(names) or 1 + max(map(int, instances.pred_classes), default=0)
-        metadata.thing_colors = class_colors(num_classes)
+        colors = class_colors(num_classes)
+    shown = Metadata(**metadata.as_dict() | {"thing_classes": names, "thing_colors": colors})
     visualizer = Visualizer(
-        image[:, :, ::-1], metadata, scale=scale, instance_mode=ColorMode.SEGMENTATION
+        image[:, :, ::-1], shown, scale=scale, instance_mode=ColorMode.SEGMENTATION
     )
     return visualizer.draw_instance_predictions(instances).get_image()[:, :, ::-1]
 
@@ -53,7 +51,7 @@ def draw_instances(
 def plain_text(name: str) -> str:
     """A name as matplotlib can write it: no formulas, and valid Unicode.
 
-    A leading "_", for which it would leave out a legend's label, comes after a space.
+    A leading "_" gets a space before it: matplotlib leaves such labels out of a legend.
     """
     text = name.encode(errors="replace").decode().replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
@@ -63,13 +61,3 @@ def class_colors(num_classes: int) -> list[tuple[int, int, int]]:
     """Distinct bright colours, RGB, the same ones each time."""
     hues = [i * 0.618034 % 1 for i in range(num_classes)]  # golden ratio: neighbours differ
     return [tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, 0.65, 1)) for hue in hues]
-
-
-def annotations_as_instances(annotations: list[dict], image_size: tuple[int, int]) -> Instances:
-    """The ground truth of a record in Detectron2's format, as if it had been predicted."""
-    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-    return Instances(
-        image_size,
-        pred_boxes=Boxes(np.array(boxes, dtype=np.float32).reshape(-1, 4)),
-        pred_classes=np.array([a["category_id"] for a in annotations], dtype=int),
-    )

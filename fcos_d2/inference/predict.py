@@ -10,13 +10,13 @@
 import argparse
 import contextlib
 import glob
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.catalog import Metadata
-from detectron2.structures import BoxMode, Instances
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
 from tqdm import tqdm
 
 from ..checkpoint import read_checkpoint, replacing
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         cfg = _config(args)
         source = _source(args.input)
-        # A camera's frames shall not wait for others.
+        # The frames of a camera do not wait for others.
         batch_size = 1 if isinstance(source, int) else args.batch_size
         predictor = Predictor(cfg, batch_size=batch_size)
         threshold = _threshold(args.threshold, predictor.metadata.get("thing_classes", None))
@@ -49,31 +50,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         output.mkdir(parents=True, exist_ok=True)
         failed: list[str] = []
         if isinstance(source, list):
-            write = _ImageWriter(output, source)
-            frames = _detect_images(predictor, source, failed)
+            writer = _ImageWriter(output, source)
+            # The copy keeps the images whose detections are not there yet.
+            images, copy = itertools.tee(_readable(source, failed))
+            found = zip(copy, predictor.stream(image for _, image in images), strict=True)
+            detected = ((file, image, outputs) for (file, image), outputs in found)
         else:
-            write = _VideoWriter(output, source)
+            writer = _VideoWriter(output, source)
             frames = enumerate(predictor.video(source))
+            detected = ((number, frame, outputs) for number, (frame, outputs) in frames)
     except (ValueError, OSError) as error:
         raise SystemExit(f"Nothing was detected. {error}") from error
 
-    results, begin = [], time.perf_counter()
-    count = 0
+    coco_results, count, begin = [], 0, time.perf_counter()
     try:
-        for name, (image, detections) in tqdm(frames, total=write.total, unit=" images"):
+        for name, image, outputs in tqdm(detected, total=writer.total, unit=" images"):
             count += 1
-            instances = detections["instances"]
-            drawn = draw_instances(image, instances, predictor.metadata, threshold)
-            write(name, drawn)
+            instances = outputs["instances"].to("cpu")
+            writer.write(name, draw_instances(image, instances, predictor.metadata, threshold))
             if args.json:
-                results += _as_coco_results(name, instances, predictor.metadata)
+                coco_results += _as_coco_results(name, instances, predictor.metadata)
     except KeyboardInterrupt:
         print("Stopped; what was detected so far is kept.")
     finally:
-        write.close()
+        writer.close()
         if args.json:
             with replacing(str(output / "results.json"), "w") as file:
-                json.dump(results, file)
+                json.dump(coco_results, file)
     seconds = time.perf_counter() - begin
     print(f"{count} images in {seconds:.1f} s, {count / seconds:.1f} a second, drawn in {output}.")
     if failed:
@@ -92,9 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--weights", help="a checkpoint, in place of the config's MODEL.WEIGHTS")
     parser.add_argument(
-        "--input",
-        required=True,
-        help="an image, folder, pattern, video, or a camera's number",
+        "--input", required=True, help="an image, folder, pattern, video, or a camera's number"
     )
     parser.add_argument("--output", required=True, help="the folder for what is drawn")
     parser.add_argument(
@@ -118,40 +119,33 @@ def _parser() -> argparse.ArgumentParser:
 def _config(args: argparse.Namespace) -> CfgNode:
     if not args.config_file and not args.weights:
         raise ValueError("Name a model: --weights, --config-file, or both")
-    cfg = load_cfg(args.config_file, args.opts) if args.config_file else _own_config(args)
+    if args.config_file:
+        cfg = load_cfg(args.config_file, args.opts)
+    else:
+        text = read_checkpoint(args.weights).get("config")
+        if not isinstance(text, str):
+            raise ValueError(f"{args.weights} does not carry its config: add --config-file")
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(text)
+            file.flush()
+            cfg = load_cfg(file.name, args.opts)
     if args.weights:
         cfg.MODEL.WEIGHTS = args.weights
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("The config names no MODEL.WEIGHTS: add --weights")
     if args.precision:
         cfg.MODEL.FCOS.PRECISION_TEST = args.precision
-    # The machine that trained may have had a GPU.
+    # The config may name the GPU of another machine.
     available = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.MODEL.DEVICE = str(torch.device(args.device or available))
     return cfg
-
-
-def _own_config(args: argparse.Namespace) -> CfgNode:
-    """The config that a checkpoint carries.
-
-    Raises:
-        ValueError: if it carries none.
-    """
-    text = read_checkpoint(args.weights).get("config")
-    if not isinstance(text, str):
-        raise ValueError(f"{args.weights} does not carry its config: add --config-file")
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(text)
-        file.flush()
-        return load_cfg(file.name, args.opts)
 
 
 def _threshold(text: str, class_names: Sequence[str] | None) -> float | list[float]:
     """A score, or one for each class from a report's file.
 
     Raises:
-        ValueError: for what is neither a number nor a file, and for a file that has none for a
-            class of the detector.
+        ValueError: for neither a number nor a file, and for a file that lacks a class.
     """
     with contextlib.suppress(ValueError):
         return float(text)
@@ -192,35 +186,25 @@ def _source(name: str) -> list[str] | str | int:
     return files
 
 
-def _detect_images(
-    predictor: Predictor, files: Iterable[str], failed: list[str]
-) -> Iterator[tuple[str, tuple[np.ndarray, dict]]]:
-    """Each file with its image and detections; those that cannot be read go into ``failed``."""
-    held: deque[tuple[str, np.ndarray]] = deque()
-
-    def images() -> Iterator[np.ndarray]:
-        for file in files:
-            try:
-                image = read_image(file, "BGR")
-            except Exception as error:  # PIL raises many kinds
-                failed.append(f"{file}: {error}")
-                continue
-            held.append((file, image))
-            yield image
-
-    for detections in predictor.stream(images()):
-        file, image = held.popleft()
-        yield file, (image, detections)
+def _readable(files: Sequence[str], failed: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each file with its image, BGR; those that cannot be read go into ``failed``."""
+    for file in files:
+        try:
+            image = read_image(file, "BGR")
+        except Exception as error:  # PIL raises many kinds
+            failed.append(f"{file}: {error}")
+        else:
+            yield file, image
 
 
 class _ImageWriter:
-    """Writes pictures under the names of their files, relative to the folder that all share."""
+    """Writes pictures under their files' paths, relative to the folder that all share."""
 
     def __init__(self, output: Path, files: Sequence[str]):
         self.output, self.total = output, len(files)
         self.root = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files])
 
-    def __call__(self, file: str, picture: np.ndarray) -> None:
+    def write(self, file: str, picture: np.ndarray) -> None:
         target = self.output / os.path.relpath(os.path.abspath(file), self.root)
         if target.resolve() == Path(file).resolve():
             raise SystemExit(f"The picture would be written over {file}: choose another --output")
@@ -245,43 +229,37 @@ class _VideoWriter:
         capture.release()
         if not isinstance(source, int) and self.file.resolve() == Path(source).resolve():
             raise SystemExit(f"The video would be written over {source}: choose another --output")
-        self.writer: cv2.VideoWriter | None = None
+        self.writer = cv2.VideoWriter()  # opened when the size of the frames is known
 
-    def __call__(self, number: int, picture: np.ndarray) -> None:
-        if self.writer is None:
+    def write(self, number: int, picture: np.ndarray) -> None:
+        if not self.writer.isOpened():
             height, width = picture.shape[:2]
             code = cv2.VideoWriter_fourcc(*"mp4v")
-            self.writer = cv2.VideoWriter(
-                str(self.file), code, self.frames_a_second, (width, height)
-            )
-            if not self.writer.isOpened():
+            if not self.writer.open(str(self.file), code, self.frames_a_second, (width, height)):
                 raise SystemExit(f"OpenCV cannot write the video {self.file}")
         self.writer.write(picture)
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.release()
+        self.writer.release()
 
 
 def _as_coco_results(name: str | int, instances: Instances, metadata: Metadata) -> list[dict]:
     """Detections in COCO's result format.
 
-    ``image_id`` is a number for frames, and where the file is named by one, as COCO's are, or else
-    the file; ``category_id`` is the data set's where it is known, or else counts from 0.
+    ``image_id`` is the frame's number, or that in the file's name, as in COCO's, or else the file.
+    ``category_id`` is the data set's if it is known, and else counts from 0.
     """
     numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
-    ids = {number: category_id for category_id, number in numbers.items()}
-    stem = Path(name).stem if isinstance(name, str) else str(name)
-    image_id = int(stem) if stem.isdecimal() else name
+    category_ids = {number: category_id for category_id, number in numbers.items()}
     names = metadata.get("thing_classes", None)
-    boxes = instances.pred_boxes.tensor.cpu()
-    boxes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
-    classes = instances.pred_classes.tolist()
-    return [
-        {"image_id": image_id, "category_id": ids.get(c, c), "bbox": box, "score": score}
-        | ({"category_name": names[c]} if names else {})
-        for box, score, c in zip(boxes, instances.scores.tolist(), classes, strict=True)
-    ]
+    stem = Path(str(name)).stem
+    results = instances_to_coco_json(instances, int(stem) if stem.isdecimal() else name)
+    for result in results:
+        number = result["category_id"]
+        result["category_id"] = category_ids.get(number, number)
+        if names:
+            result["category_name"] = names[number]
+    return results
 
 
 if __name__ == "__main__":

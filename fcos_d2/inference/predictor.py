@@ -1,7 +1,7 @@
-"""Detections of many images: in batches, and yet those of DefaultPredictor."""
+"""Detections of many images, in batches, equal to those of DefaultPredictor."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import cv2
@@ -26,20 +26,19 @@ _BATCHES_HELD = 4
 class Predictor:
     """Runs a detector on an image, a list, a directory or a video.
 
-    Images that the network sees at one size, padding included, run together. As padding an image
-    further would change its detections, others never do: what comes out for an image is what
-    Detectron2's DefaultPredictor gives for it alone, up to rounding. Results come in the order
-    of the images. ``metadata`` has the names and category ids of the classes, if the weights or the
-    data sets say them, under Detectron2's names.
+    Only images that the network sees at one size, padding included, run together: more padding
+    would change the detections. So each image gets the detections of Detectron2's DefaultPredictor,
+    up to rounding. Results come in the order of the images. ``metadata`` has the names and category
+    ids of the classes, if the weights or the data sets say them, under Detectron2's names.
     """
 
     def __init__(self, cfg: CfgNode, batch_size: int = 8, channels: str = "BGR"):
         """
         Args:
-            cfg: of any detector of Detectron2; ``MODEL.WEIGHTS`` are loaded. Left as it is.
+            cfg: of any detector of Detectron2; loads ``MODEL.WEIGHTS``. Not changed.
             batch_size: the most images that run together.
-            channels: of arrays that are given: "BGR", as OpenCV reads them, or "RGB". Files and
-                videos know their own. All are converted to ``INPUT.FORMAT``.
+            channels: the order in arrays: "BGR", as OpenCV reads them, or "RGB". Files and videos
+                know their own. All are converted to ``INPUT.FORMAT``.
 
         Raises:
             ValueError: for a batch size below 1, another order of channels, and weights that do not
@@ -49,7 +48,7 @@ class Predictor:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if channels not in ("BGR", "RGB"):
             raise ValueError(f"channels must be 'BGR' or 'RGB', got {channels!r}")
-        # As DefaultPredictor, which would run code from a .pkl file of weights.
+        # Unlike DefaultPredictor, this does not run code from a .pkl file of weights.
         self.model = build_model(cfg.clone()).eval()
         checkpointer = AtomicCheckpointer(self.model)
         checkpointer.load(cfg.MODEL.WEIGHTS)
@@ -77,12 +76,12 @@ class Predictor:
         return list(self.stream(images))
 
     def stream(self, images: Iterable) -> Iterator[dict]:
-        """As the call with a list, but yields as it goes: ``images`` may be endless.
+        """Like the call with a list, but yields as it goes: ``images`` may be endless.
 
-        At most a few batches of images are held at a time. If one cannot be read, the detections
-        of all before it are yielded first.
+        It holds a few batches of images at a time. If one cannot be read, the detections of all
+        before it come first.
         """
-        return (detections for _, detections in self._run(images, self._load))
+        return (detections for _, detections in self._run(images, self.channels))
 
     def directory(self, folder: str | os.PathLike) -> Iterator[tuple[str, dict]]:
         """File and detections of each image in a folder, by name.
@@ -93,14 +92,14 @@ class Predictor:
         names = sorted(n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES))
         if not names:
             raise ValueError(f"No image in {folder}: no file ends with {IMAGE_SUFFIXES}")
-        return self._run((os.path.join(folder, name) for name in names), self._load)
+        return self._run((os.path.join(folder, name) for name in names), self.channels)
 
     def video(
         self, source: str | os.PathLike | int | cv2.VideoCapture
     ) -> Iterator[tuple[np.ndarray, dict]]:
-        """Frame, (H, W, 3) BGR, and detections of each frame of a file, camera or open capture.
+        """Each frame, (H, W, 3) BGR, of a file, camera or open capture, with its detections.
 
-        Frames come out a batch at a time; a live camera wants a ``batch_size`` of 1.
+        Frames come out a batch at a time; a live camera needs a ``batch_size`` of 1.
 
         Raises:
             OSError: at once, if OpenCV cannot open it.
@@ -110,34 +109,32 @@ class Predictor:
             capture = cv2.VideoCapture(source if isinstance(source, int) else os.fspath(source))
         if not capture.isOpened():
             raise OSError(f"OpenCV cannot open the video {source}")
-        return self._run(_frames(capture), lambda frame: (frame, "BGR"))
+        return self._run(_frames(capture), "BGR")
 
-    def _load(self, image: np.ndarray | str | os.PathLike) -> tuple[np.ndarray, str]:
-        """Pixels, and the order of their channels."""
-        if isinstance(image, str | os.PathLike):
-            return read_image(os.fspath(image), format="BGR"), "BGR"
-        return image, self.channels
+    def _run(self, items: Iterable, channels: str) -> Iterator[tuple[Any, dict]]:
+        """Each file or array with its detections, in order. ``channels`` is that of the arrays."""
 
-    def _run(
-        self, items: Iterable, load: Callable[[Any], tuple[np.ndarray, str]]
-    ) -> Iterator[tuple[Any, dict]]:
-        """Each item with the detections of its image, in order."""
-        inputs = ((item, self.model_input(*load(item), index)) for index, item in enumerate(items))
+        def model_input(index: int, item: np.ndarray | str | os.PathLike) -> dict:
+            if isinstance(item, str | os.PathLike):
+                return self.model_input(read_image(os.fspath(item), "BGR"), "BGR", index)
+            return self.model_input(item, channels, index)
+
+        inputs = ((item, model_input(index, item)) for index, item in enumerate(items))
         results = run_in_batches(
             inputs,
             kind_of=lambda pair: self._padded_size(pair[1]["image"]),
-            run=lambda pairs: self._detect([model_input for _, model_input in pairs]),
+            run=torch.no_grad()(lambda pairs: self.model([x for _, x in pairs])),
             batch_size=self.batch_size,
             max_held=_BATCHES_HELD * self.batch_size,
         )
         return ((item, detections) for (item, _), detections in results)
 
     def model_input(self, image: np.ndarray, channels: str, index: int = 0) -> dict:
-        """The model's input for an image, resized, as DefaultPredictor makes it.
+        """The model's input for an image, resized as by DefaultPredictor.
 
         Args:
-            image: (H, W, 3), as of the call.
-            channels: its order, "BGR" or "RGB".
+            image: (H, W, 3), as in the call.
+            channels: their order, "BGR" or "RGB".
             index: the image's number, for errors.
         """
         if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3:
@@ -149,7 +146,7 @@ class Predictor:
                 f"Image {index} must have pixels of uint8 or floating point, got {image.dtype} of "
                 f"shape {image.shape}"
             )
-        if floating:  # before it is resized, where a large image may lose the bad pixels
+        if floating:  # before resizing, which may lose the bad pixels of a large image
             check_finite(torch.from_numpy(np.array(image, dtype=np.float32)), f"number {index}")
         if channels != self.model_channels:
             image = image[:, :, ::-1]
@@ -164,10 +161,6 @@ class Predictor:
         backbone = getattr(self.model, "backbone", None)
         height, width = image.shape[1:]
         return (height, width) if backbone is None else padded_size(backbone, height, width)
-
-    @torch.no_grad()
-    def _detect(self, model_inputs: list[dict]) -> list[dict]:
-        return self.model(model_inputs)
 
 
 def _metadata(cfg: CfgNode, checkpointer: AtomicCheckpointer) -> Metadata:
@@ -184,8 +177,5 @@ def _metadata(cfg: CfgNode, checkpointer: AtomicCheckpointer) -> Metadata:
 
 
 def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    while True:
-        success, frame = capture.read()
-        if not success:
-            return
+    while (frame := capture.read()[1]) is not None:
         yield frame

@@ -95,8 +95,9 @@ def test_best_checkpoint_survives_a_resumed_run(cfg, monkeypatch):
 
 
 def test_best_checkpoint_hook_comes_right_after_evaluation(cfg):
-    kinds = [type(h) for h in Trainer(cfg)._hooks]
-    assert kinds.index(BestCheckpointer) == kinds.index(hooks.EvalHook) + 1
+    built = Trainer(cfg)._hooks
+    (evaluation,) = (i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+    assert isinstance(built[evaluation + 1], BestCheckpointer)
 
 
 def test_evaluates_by_the_type_of_the_data_set(cfg, tmp_path):
