@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from . import model_zoo
-from .analysis.plots import new_figure
+from .analysis.charts import new_figure
 from .data import make_shapes_dataset, register_custom_datasets
 from .data.image_files import read_image
 from .engine import Trainer

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase, hooks
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 
@@ -28,15 +29,16 @@ class EvalHook(hooks.EvalHook):
     def __init__(self, eval_period: int, evaluate: Callable[[], dict], metric: str):
         """Like Detectron2's. ``metric`` is a result of each evaluation, such as "bbox/AP"."""
         super().__init__(eval_period, evaluate)
-        self._metric = metric
+        self._eval_period, self._evaluate, self._metric = eval_period, evaluate, metric
 
     def before_train(self) -> None:
         done, end = self.trainer.start_iter, self.trainer.max_iter
-        is_due = self._period > 0 and done % self._period == 0 and 0 < done < end
+        is_due = self._eval_period > 0 and done % self._eval_period == 0 and 0 < done < end
         # The main process decides for all.
         if is_due and not comm.all_gather(self._was_evaluated(done - 1))[0]:
-            self.trainer.storage.iter = done - 1
-            self._do_eval()
+            results = flatten_results_dict(self._evaluate())
+            self.trainer.storage.put_scalars(**results, smoothing_hint=False, cur_iter=done - 1)
+            comm.synchronize()
 
     def _was_evaluated(self, iteration: int) -> bool:
         # Detectron2 logs the evaluation at the end of a run, here a shorter one, one too high.
@@ -66,10 +68,11 @@ class BestCheckpointer(hooks.BestCheckpointer):
                     f"{file} has no record of its metric, or is damaged ({error!r}). It is kept as "
                     f"{kept}, and the search for the best model starts anew"
                 )
-        if self._val_metric in self.trainer.storage.latest():  # by EvalHook.before_train
+        if self._val_metric in self.trainer.storage.latest():  # from EvalHook.before_train
             self._best_checking()
 
-    def _best_checking(self) -> None:  # the inherited hooks call it; there is no public name
+    # Private to Detectron2, whose after_step and after_train call it; there is no public name.
+    def _best_checking(self) -> None:
         value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, 0))
         if value > (-math.inf if self.best_metric is None else self.best_metric):  # NaN is not
             # After the last iteration Detectron2 counts one too many.
