@@ -11,7 +11,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
 from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
 from detectron2.structures import ImageList
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.flo
 class Runtime:
     """Runs the backbone and the head of one detector."""
 
-    @configurable
     def __init__(self, *, precision_test: str = "float32", compile: bool = False):
         """
         Args:
@@ -41,11 +39,6 @@ class Runtime:
         self.dtype_test = _PRECISIONS[precision_test]
         self.compile = compile
         self._is_compiled = False
-
-    @classmethod
-    def from_config(cls, cfg) -> dict:
-        fcos = cfg.MODEL.FCOS
-        return {"precision_test": fcos.PRECISION_TEST, "compile": fcos.COMPILE}
 
     def batches(self, images: ImageList) -> list[ImageList]:
         """The parts of a batch to detect one after the other.
@@ -167,11 +160,6 @@ class FoldedConv2d(Conv2d):
 
 
 def _is_fixed(norm: nn.Module | None) -> bool:
-    if isinstance(norm, FrozenBatchNorm2d):
-        return True
-    return (
-        isinstance(norm, nn.modules.batchnorm._BatchNorm)  # SyncBN is one, too
-        and not norm.training
-        and norm.affine
-        and norm.track_running_stats
-    )
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):  # SyncBN is one, too
+        return not norm.training and norm.affine and norm.track_running_stats
+    return isinstance(norm, FrozenBatchNorm2d)

@@ -18,7 +18,7 @@ from .losses import FCOSLoss
 from .points import Levels
 from .post_processing import FCOSPostProcessor
 from .target_assignment import LocationAssigner, Targets, check_classes, make_targets
-from .validation import check_same
+from .validation import check_same, values_of_keys
 
 
 @META_ARCH_REGISTRY.register()
@@ -86,20 +86,18 @@ class FCOS(DenseDetector):
     def from_config(cls, cfg) -> dict:
         backbone = build_backbone(cfg)
         fcos = cfg.MODEL.FCOS
-        return {
+        return values_of_keys(FCOS, cfg) | {
             "backbone": backbone,
             "head": FCOSHead(cfg, select_levels(backbone.output_shape(), fcos.IN_FEATURES)),
             "head_in_features": fcos.IN_FEATURES,
             "assigner": LocationAssigner(cfg),
             "loss": FCOSLoss(cfg),
             "post_processor": FCOSPostProcessor(cfg),
-            "num_classes": fcos.NUM_CLASSES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "location_offset": fcos.LOCATION_OFFSET,
             "input_format": cfg.INPUT.FORMAT,
             "vis_period": cfg.VIS_PERIOD,
-            "runtime": Runtime(cfg),
+            "runtime": Runtime(precision_test=fcos.PRECISION_TEST, compile=fcos.COMPILE),
         }
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
@@ -120,7 +118,12 @@ class FCOS(DenseDetector):
         detections = []
         for images in self.runtime.batches(self.preprocess_image(batched_inputs)):
             detections += self._detect(self.head_outputs(images), images)
-        return _at_output_size(detections, batched_inputs)
+        pairs = zip(detections, batched_inputs, strict=True)
+        return [{"instances": at_output_size(found, x)} for found, x in pairs]
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Check, normalise, pad and batch the images."""
+        return super().preprocess_image(checked_images(batched_inputs, self.device))
 
     def head_outputs(self, images: ImageList) -> HeadOutputs:
         """The head's predictions for preprocessed images."""
@@ -163,16 +166,10 @@ class FCOS(DenseDetector):
             "(--export-method tracing)"
         )
 
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Check, normalise, pad and batch the images."""
-        return super().preprocess_image(checked_images(batched_inputs, self.device))
 
-
-def _at_output_size(detections: list[Instances], batched_inputs: list[dict]) -> list[dict]:
-    """Scale the detections of each image to its "height" and "width" where the input has them."""
-    results = []
-    for instances, x in zip(detections, batched_inputs, strict=True):
-        height = x.get("height", instances.image_size[0])
-        width = x.get("width", instances.image_size[1])
-        results.append({"instances": detector_postprocess(instances, height, width)})
-    return results
+def at_output_size(detections: Instances, image_input: dict) -> Instances:
+    """Scale the detections of an image to the "height" and "width" of the input, if it has them."""
+    height, width = detections.image_size
+    return detector_postprocess(
+        detections, image_input.get("height", height), image_input.get("width", width)
+    )

@@ -36,9 +36,8 @@ def sparse_sigmoid_focal_loss(
         a scalar, connected to all logits even without positives.
     """
     dense = [_dense(x) for x in logits]
-    fields = (targets.image, targets.classes, targets.y, targets.x)
-    by_level = zip(*(field.split(targets.per_level) for field in fields), strict=True)
-    present = [_memory_index(x, *entries) for x, entries in zip(dense, by_level, strict=True)]
+    by_level = zip(dense, targets.by_level(), strict=True)
+    present = [_memory_index(x, *positives) for x, positives in by_level]
     return _SparseFocalLoss.apply(alpha, gamma, present, *dense)
 
 
@@ -115,12 +114,12 @@ def _flat(x: Tensor) -> Tensor:
     return x.view(-1) if x.is_contiguous() else x.permute(0, 2, 3, 1).view(-1)
 
 
-def _memory_index(logits: Tensor, image: Tensor, cls: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Indices into :func:`_flat` of the logits of the classes ``cls`` at the cells (x, y)."""
+def _memory_index(logits: Tensor, image: Tensor, y: Tensor, x: Tensor, classes: Tensor) -> Tensor:
+    """Indices into :func:`_flat` of the logits of the classes of these cells."""
     _, num_classes, height, width = logits.shape
     if logits.is_contiguous():
-        return ((image * num_classes + cls) * height + y) * width + x
-    return ((image * height + y) * width + x) * num_classes + cls
+        return ((image * num_classes + classes) * height + y) * width + x
+    return ((image * height + y) * width + x) * num_classes + classes
 
 
 def _chunk_size(x: Tensor) -> int:

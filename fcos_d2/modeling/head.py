@@ -39,19 +39,14 @@ class HeadOutputs(NamedTuple):
 class PerLevelNorm(nn.ModuleList):
     """One norm for each level, for norms that keep statistics (BN, SyncBN)."""
 
-    def forward(self, x: Tensor, level: int) -> Tensor:
-        return self[level](x)
-
 
 class Tower(nn.Sequential):
     """Convolutions that all levels share."""
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         for layer in self:
-            if isinstance(layer, PerLevelNorm):
-                features = [layer(x, level) for level, x in enumerate(features)]
-            else:
-                features = [layer(x) for x in features]
+            of_levels = layer if isinstance(layer, PerLevelNorm) else [layer] * len(features)
+            features = [module(x) for module, x in zip(of_levels, features, strict=True)]
         return features
 
 

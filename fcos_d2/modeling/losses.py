@@ -165,7 +165,5 @@ class FCOSLoss(nn.Module):
 
 def gather(maps: Sequence[Tensor], targets: Targets) -> Tensor:
     """(P, C) entries of the (N, C, Hi, Wi) maps at the positives."""
-    fields = (targets.image, targets.y, targets.x)
-    by_level = zip(*(field.split(targets.per_level) for field in fields), strict=True)
-    entries = [m[image, :, y, x] for m, (image, y, x) in zip(maps, by_level, strict=True)]
-    return torch.cat(entries)
+    by_level = zip(maps, targets.by_level(), strict=True)
+    return torch.cat([level_map[image, :, y, x] for level_map, (image, y, x, _) in by_level])

@@ -13,7 +13,7 @@ boxes times cells.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +54,7 @@ class Candidates:
 
     def __getitem__(self, mask: Tensor) -> "Candidates":
         """The candidates that a (C,) bool mask selects."""
-        return Candidates(
-            *(x[mask] for x in (self.image, self.level, self.x, self.y, self.gt, self.ltrb))
-        )
+        return Candidates(*(field[mask] for field in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,11 @@ class Targets:
 
     def __len__(self) -> int:
         return len(self.classes)
+
+    def by_level(self) -> Iterator[tuple[Tensor, ...]]:
+        """(image, y, x, classes) of the positives on each level."""
+        fields = (self.image, self.y, self.x, self.classes)
+        return zip(*(field.split(self.per_level) for field in fields), strict=True)
 
     def to(self, device: torch.device) -> "Targets":
         tensors = (self.image, self.x, self.y, self.classes, self.ltrb)
@@ -126,7 +129,6 @@ class LocationAssigner:
                 f"levels {list(names)}: they must be as many"
             )
 
-    @torch.no_grad()
     def __call__(
         self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
     ) -> Candidates:
@@ -187,7 +189,7 @@ class LocationAssigner:
         ranges = torch.tensor(self.regression_ranges, dtype=torch.float64, device=device)
         lower, upper = ranges[:, :, None].unbind(dim=1)  # (L, 1)
         stride = torch.tensor(levels.strides, dtype=torch.float64, device=device)[:, None]
-        num_cells = torch.tensor(level_shapes, device=device)[:, None].flip(2)  # (L, 1, 2) as W, H
+        size = torch.tensor(level_shapes, device=device)[:, None].flip(2)  # (L, 1, 2) as W, H
         begin_box, end_box = boxes.double().split(2, dim=1)  # (M, 2) as x, y
 
         # (L, M, 2) the interval of locations inside the box and within the upper bound of the
@@ -204,21 +206,21 @@ class LocationAssigner:
 
         first = torch.ceil(low / stride[..., None] - levels.offset - _WINDOW_MARGIN).clamp(min=0)
         last = torch.floor(high / stride[..., None] - levels.offset + _WINDOW_MARGIN)
-        last = torch.minimum(last, num_cells - 1.0)
+        last = torch.minimum(last, size - 1.0)
         count = (last - first + 1).clamp(min=0)  # (L, M, 2) cells per axis
         reachable = largest >= lower - _WINDOW_MARGIN * stride
-        cells_per_pair = (count.prod(dim=2) * reachable).long()
+        num_cells = (count.prod(dim=2) * reachable).long()  # (L, M) of each window
 
         # One row for each cell of each window.
-        level, gt = cells_per_pair.nonzero(as_tuple=True)
-        cells_per_pair = cells_per_pair[level, gt]
-        pair = torch.arange(len(level), device=device).repeat_interleave(cells_per_pair)
-        first_of_pair = cells_per_pair.cumsum(0) - cells_per_pair
-        number = torch.arange(len(pair), device=device) - first_of_pair[pair]
-        first, columns = first[level, gt].long()[pair], count[level, gt, 0].long()[pair]
+        level, gt = num_cells.nonzero(as_tuple=True)
+        num_cells = num_cells[level, gt]
+        window = torch.arange(len(level), device=device).repeat_interleave(num_cells)
+        level, gt = level[window], gt[window]
+        begin = (num_cells.cumsum(0) - num_cells)[window]
+        number = torch.arange(len(window), device=device) - begin  # in its window, row by row
+        first, columns = first[level, gt].long(), count[level, gt, 0].long()
         row = torch.div(number, columns, rounding_mode="floor")
-        x, y = first[:, 0] + number - row * columns, first[:, 1] + row
-        return level[pair], gt[pair], x, y
+        return level, gt, first[:, 0] + number - row * columns, first[:, 1] + row
 
     def _may_learn(
         self, levels: Levels, level: Tensor, locations: Tensor, boxes: Tensor, ltrb: Tensor
@@ -266,16 +268,15 @@ def _check_ranges(ranges: Sequence[tuple[float, float]]) -> list[tuple[float, fl
         raise ValueError(
             f"REGRESSION_RANGES must be [lower, upper] for each level, got {ranges}"
         ) from error
-    finer = (0.0, 0.0)
     for given, (lower, upper) in zip(ranges, pairs, strict=True):
         if not lower < upper:
             raise ValueError(f"REGRESSION_RANGES: lower must be below upper, got {list(given)}")
-        if lower < finer[0] or upper < finer[1]:
+    for bounds in zip((0.0, 0.0), *pairs, strict=True):
+        if list(bounds) != sorted(bounds):
             raise ValueError(
                 "REGRESSION_RANGES are not negative, and go from small to large as the levels do, "
                 f"got {list(map(list, ranges))}"
             )
-        finer = lower, upper
     return pairs
 
 
@@ -317,10 +318,8 @@ def make_targets(
 def check_classes(instances: Sequence[Instances], num_classes: int) -> None:
     """Raise a ValueError for class numbers outside [0, num_classes)."""
     for i, x in enumerate(instances):
-        lowest, highest = (
-            min(x.gt_classes.tolist(), default=0),
-            max(x.gt_classes.tolist(), default=0),
-        )
+        classes = x.gt_classes.tolist()
+        lowest, highest = min(classes, default=0), max(classes, default=0)
         if lowest < 0 or highest >= num_classes:
             raise ValueError(
                 f"Image number {i} of the batch has classes from {lowest} to {highest}, but the "

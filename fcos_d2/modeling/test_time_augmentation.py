@@ -6,13 +6,12 @@ from itertools import groupby
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import DatasetMapperTTA
-from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.image_files import read_image
-from .fcos import FCOS
+from .fcos import FCOS, at_output_size
 
 
 class FCOSWithTTA(nn.Module):
@@ -55,11 +54,14 @@ class FCOSWithTTA(nn.Module):
         return [{"instances": self._detect(x)} for x in batched_inputs]
 
     def _detect(self, image_input: dict) -> Instances:
-        image = self._image(image_input)
+        image = image_input.get("image")
+        if image is None:
+            pixels = read_image(image_input["file_name"], self.model.input_format)
+            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         height, width = image.shape[-2:]
         # The mapper's transforms start from this "height" and "width". With those of the image,
         # boxes come back to the frame of the model alone.
-        versions = self.tta_mapper({"image": image, "height": height, "width": width})
+        versions = self.tta_mapper({"image": image.cpu(), "height": height, "width": width})
         candidates_of_all = []
         # Only versions of one size, as an image and its mirror image, run at once: padding to a
         # common size would change the result.
@@ -77,12 +79,4 @@ class FCOSWithTTA(nn.Module):
                 fields["pred_boxes"] = Boxes(torch.as_tensor(back).to(boxes))
                 candidates_of_all.append(Instances((height, width), **fields))
         merged = self.model.post_processor.suppress(Instances.cat(candidates_of_all))
-        return detector_postprocess(
-            merged, image_input.get("height", height), image_input.get("width", width)
-        )
-
-    def _image(self, image_input: dict) -> Tensor:
-        if "image" in image_input:
-            return image_input["image"].cpu()
-        image = read_image(image_input["file_name"], self.model.input_format)
-        return torch.from_numpy(image.copy()).permute(2, 0, 1)
+        return at_output_size(merged, image_input)
