@@ -23,8 +23,8 @@ class PortableDeformConv(nn.Module):
         """
         Args:
             x: (N, C, H, W).
-            offset: (N, 2 * G * kernel cells, Ho, Wo) for G groups of channels.
-            mask: (N, G * kernel cells, Ho, Wo) for a modulated convolution.
+            offset: (N, 2 * G * k, Ho, Wo) for G groups of channels and k cells of the kernel.
+            mask: (N, G * k, Ho, Wo) for a modulated convolution.
         """
         # The operator needs one precision, and under autocast the inputs have several.
         tensors = (x, offset, self.weight, self.bias, mask)

@@ -113,7 +113,7 @@ class FCOSProposalGenerator(nn.Module):
         """
         outputs = self.head([features[f] for f in self.in_features])
         losses = self._losses(outputs, gt_instances) if self.training else {}
-        return self._proposals(outputs, images.image_sizes), losses
+        return self._proposals(outputs, images), losses
 
     def _losses(self, outputs: HeadOutputs, gt_instances: list[Instances]) -> dict[str, Tensor]:
         # On CPU, and only what the assignment reads; the caller's instances stay as they are.
@@ -129,9 +129,7 @@ class FCOSProposalGenerator(nn.Module):
         return self.loss(outputs, targets.to(outputs.ltrb[0].device))
 
     @torch.no_grad()
-    def _proposals(
-        self, outputs: HeadOutputs, image_sizes: list[tuple[int, int]]
-    ) -> list[Instances]:
+    def _proposals(self, outputs: HeadOutputs, images: ImageList) -> list[Instances]:
         boxes, objectness = [], []
         for level, logits in enumerate(outputs.class_logits):
             ltrb = outputs.ltrb[level]
@@ -146,7 +144,7 @@ class FCOSProposalGenerator(nn.Module):
         return find_top_rpn_proposals(
             boxes,
             objectness,
-            image_sizes,
+            images.image_sizes,
             self.nms_thresh,
             self.pre_nms_topk[0 if self.training else 1],
             self.post_nms_topk[0 if self.training else 1],

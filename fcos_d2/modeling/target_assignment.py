@@ -99,9 +99,7 @@ class LocationAssigner:
 
     @configurable
     def __init__(
-        self,
-        regression_ranges: Sequence[tuple[float, float]],
-        center_sampling_radius: float,
+        self, regression_ranges: Sequence[tuple[float, float]], center_sampling_radius: float
     ):
         """
         Args:
@@ -243,10 +241,9 @@ class LocationAssigner:
         level_shapes: Sequence[tuple[int, int]],
         boxes: Sequence[Tensor],
     ) -> Candidates:
-        """The positives: for each location of the candidates, the pair with the smallest box.
+        """The positives: for each location, its pair with the smallest box.
 
-        Args:
-            candidates: of :meth:`candidates` with the same levels and boxes.
+        Arguments are as in the call of :meth:`candidates` that returned the candidates.
         """
         cell = cell_numbers(candidates, level_shapes, len(boxes))
         # The smallest area wins, then the lowest box number. As integers, the bits of non-negative

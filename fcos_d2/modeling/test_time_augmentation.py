@@ -22,10 +22,7 @@ class FCOSWithTTA(nn.Module):
     """
 
     def __init__(
-        self,
-        cfg: CfgNode,
-        model: nn.Module,
-        tta_mapper: Callable[[dict], list[dict]] | None = None,
+        self, cfg: CfgNode, model: nn.Module, tta_mapper: Callable[[dict], list[dict]] | None = None
     ):
         """
         Args:
