@@ -11,19 +11,17 @@ and quotes the paper's.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from fcos_d2.analysis import analyze_assignment, load_coco_json, load_dataset
-from fcos_d2.analysis.plots import save_plots
+from fcos_d2.analysis import analyze_assignment
+from fcos_d2.analysis.assignment_charts import save_assignment_charts
+from fcos_d2.command_line import config_parser, exit_on_error
 from fcos_d2.config import load_cfg
+from fcos_d2.data import load_coco_json, load_dataset
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser = config_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--dataset", metavar="NAME", help="registered with Detectron2 or in DATASETS.CUSTOM"
@@ -34,16 +32,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--plot", metavar="DIR", type=Path, help="write plots as PNG files")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all numbers")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config"
-    )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
     args = parse_args()
-    cfg = load_cfg(args.config_file, args.opts)
-    try:
+    with exit_on_error():
+        cfg = load_cfg(args.config_file, args.opts)
         if args.dataset is not None:
             records = load_dataset(cfg, args.dataset)
         else:
@@ -51,14 +46,12 @@ def main() -> None:
         statistics = analyze_assignment(
             cfg, records, include_crowd=args.include_crowd, progress=True
         )
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
     print(statistics.table())
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(statistics.to_dict(), indent=2) + "\n")
     if args.plot is not None:
-        for file in save_plots(statistics, args.plot):
+        for file in save_assignment_charts(statistics, args.plot):
             print(f"wrote {file}")
 
 

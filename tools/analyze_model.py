@@ -7,18 +7,13 @@ RetinaNet is Detectron2's, with the same ResNet-FPN, classes and input. fcos_d2/
 says what is counted. Runs on CPU, without weights.
 """
 
-import argparse
-import sys
-
 from fcos_d2.analysis import compare_with_retinanet, comparison_table
+from fcos_d2.command_line import config_parser, exit_on_error
 from fcos_d2.config import load_cfg
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+def main() -> None:
+    parser = config_parser(__doc__)
     parser.add_argument(
         "--size",
         nargs=2,
@@ -27,20 +22,10 @@ def parse_args() -> argparse.Namespace:
         metavar=("H", "W"),
         help="height and width of the image in pixels (default: 800 1216)",
     )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config"
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    cfg = load_cfg(args.config_file, args.opts)
-    try:
-        fcos, retinanet = compare_with_retinanet(cfg, *args.size)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(comparison_table(fcos, retinanet))
+    args = parser.parse_intermixed_args()
+    with exit_on_error():
+        cfg = load_cfg(args.config_file, args.opts)
+        print(comparison_table(*compare_with_retinanet(cfg, *args.size)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import os
 import sys
 from pathlib import Path
 
-from fcos_d2.analysis.data_set import DataStatistics, assign, data_statistics, save_data_plots
+from fcos_d2.analysis.data_set import DataStatistics, data_statistics, save_data_charts
+from fcos_d2.command_line import config_parser
 from fcos_d2.config import load_cfg
 from fcos_d2.data.check import (
     Finding,
@@ -35,9 +36,7 @@ from fcos_d2.data.layouts import recognise
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = config_parser(__doc__, config_required=False)
     parser.add_argument("--data", metavar="PATH", help="a folder, a .json or a data.yaml")
     parser.add_argument(
         "--split", metavar="NAME", action="append", help="check this split alone (repeatable)"
@@ -48,7 +47,6 @@ def parse_args() -> argparse.Namespace:
         action="append",
         help="registered with Detectron2 or in DATASETS.CUSTOM (repeatable)",
     )
-    parser.add_argument("--config-file", metavar="FILE")
     parser.add_argument("--no-images", action="store_true", help="read no pixels")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all findings and numbers")
     parser.add_argument("--plot", metavar="DIR", type=Path, help="write plots as PNG files")
@@ -58,10 +56,7 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="write a cleaned COCO file, OUT_SPLIT.json for several sets; existing files stay",
     )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config"
-    )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.data is None and args.config_file is None:
         parser.error("name --data, or --config-file with data sets")
     if args.data is not None and args.dataset:
@@ -96,11 +91,9 @@ def find_all(
     hashes, statistics = {}, []
     for data in sets:
         found = [*data.findings, *check_annotations(data)]
-        boxes = None
-        if cfg is not None:
-            boxes, unowned = assign(cfg, data, found, progress=True)
-            found += unowned
-        statistics.append(data_statistics(data, boxes, found))
+        numbers, unowned = data_statistics(data, found, cfg, progress=True)
+        found += unowned
+        statistics.append(numbers)
         if not args.no_images:
             of_images, hashes[data.name] = check_images(data, progress=True)
             found += of_images
@@ -148,7 +141,7 @@ def main() -> int:
         content = {"counts": counts, "findings": listed, "statistics": numbers}
         args.json.write_text(json.dumps(content, indent=2) + "\n")
     if args.plot is not None:
-        for file in save_data_plots(statistics, args.plot):
+        for file in save_data_charts(statistics, args.plot):
             print(f"wrote {file}")
     if args.fix is not None:
         try:

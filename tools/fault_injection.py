@@ -67,8 +67,15 @@ class Run:
             **options,
         )
 
-    def finish(self) -> int:
-        return self.start().wait(timeout=600)
+    def finish(self, **options: object) -> int:
+        return self.start(**options).wait(timeout=600)
+
+    def start_and_kill(self, checkpoints: int) -> None:
+        """Killed as soon as it has written so many."""
+        process = self.start()
+        wait_for_checkpoints(self, process, checkpoints)
+        kill_all(process)
+        process.wait()
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.output.glob("model_0*.pth"), key=os.path.getmtime)
@@ -113,8 +120,9 @@ def random_kills(run: Run, count: int, seconds: float) -> str:
 
 
 def stop_signal(
-    run: Run, number: int, evaluating: bool, code: int, start_on: int = 1, resume_on: int = 1
+    run: Run, number: int, evaluating: bool, code: int, start_on: int, resume_on: int
 ) -> str:
+    """``start_on``, ``resume_on``: numbers of processes before the signal and after it."""
     run.processes = start_on
     process = run.start()
     if evaluating:
@@ -134,10 +142,7 @@ def stop_signal(
 
 
 def damaged_checkpoint(run: Run, damage: Callable[[bytes], bytes]) -> str:
-    process = run.start()
-    wait_for_checkpoints(run, process, 4)
-    kill_all(process)
-    process.wait()
+    run.start_and_kill(checkpoints=4)
     last = run.output / (run.output / "last_checkpoint").read_text()
     last.write_bytes(damage(last.read_bytes()))
     run.finish()
@@ -150,12 +155,9 @@ def full_disk(run: Run) -> str:
     def no_large_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
-    process = run.start()
-    wait_for_checkpoints(run, process, 2)
-    kill_all(process)
-    process.wait()
+    run.start_and_kill(checkpoints=2)
     before = [p.name for p in run.checkpoints()]
-    code = run.start(preexec_fn=no_large_files).wait(timeout=600)
+    code = run.finish(preexec_fn=no_large_files)
     if code == 0 or list(run.output.glob("*.partial")):
         raise RuntimeError(f"exit code {code}, left: {list(run.output.glob('*.partial'))}")
     if [p.name for p in run.checkpoints()] != before:
@@ -171,7 +173,7 @@ def read_only_folder(run: Run) -> str:
         run.output.mkdir()
         run.output.chmod(0o555)
     begin = time.monotonic()
-    code = run.start().wait(timeout=600)
+    code = run.finish()
     seconds = time.monotonic() - begin
     if os.geteuid() == 0:
         run.output.unlink()
@@ -209,7 +211,7 @@ def payload(run: Run, name: str) -> str:
         torch.save({"model": Payload(ran)}, file)
     if name.startswith("weights"):
         options["weights"] = file
-    code = run.start(**options).wait(timeout=600)
+    code = run.finish(**options)
     if ran.exists() or code == 0 or "Nothing was run" not in run.log.read_text():
         raise RuntimeError(f"exit code {code}, the code has run: {ran.exists()}")
     file.unlink()
@@ -236,30 +238,27 @@ def main() -> None:
     # Each process pads its own images: with another number of them the weights cannot be the same.
     undisturbed[MIXED] = undisturbed[1]
 
-    zeros = {"cut short": lambda x: x[: len(x) // 2],
-             "64 bytes zeroed": lambda x: x[: len(x) // 2] + bytes(64) + x[len(x) // 2 + 64 :],
-             "empty": lambda x: b""}  # fmt: skip
+    stops = {
+        "SIGTERM in training": (1, signal.SIGTERM, False, 143, 1, 1),
+        "SIGINT in training": (1, signal.SIGINT, False, 130, 1, 1),
+        "SIGUSR1 in training": (1, signal.SIGUSR1, False, 143, 1, 1),
+        "SIGTERM in evaluation": (1, signal.SIGTERM, True, 143, 1, 1),
+        "SIGTERM in evaluation, 2 processes": (2, signal.SIGTERM, True, 143, 2, 2),
+        "SIGTERM, from 2 processes to 1": (MIXED, signal.SIGTERM, False, 143, 2, 1),
+        "SIGTERM, from 1 process to 2": (MIXED, signal.SIGTERM, False, 143, 1, 2),
+    }
+    damages = {
+        "cut short": lambda x: x[: len(x) // 2],
+        "64 bytes zeroed": lambda x: x[: len(x) // 2] + bytes(64) + x[len(x) // 2 + 64 :],
+        "empty": lambda x: b"",
+    }
     faults: dict[str, tuple[int | str, Callable[[Run], str]]] = {
         "killed at random moments": (1, lambda r: random_kills(r, args.kills, seconds)),
         "killed at random moments, 2 processes": (2, lambda r: random_kills(r, 5, seconds)),
-        "SIGTERM in training": (1, lambda r: stop_signal(r, signal.SIGTERM, False, 143)),
-        "SIGINT in training": (1, lambda r: stop_signal(r, signal.SIGINT, False, 130)),
-        "SIGUSR1 in training": (1, lambda r: stop_signal(r, signal.SIGUSR1, False, 143)),
-        "SIGTERM in evaluation": (1, lambda r: stop_signal(r, signal.SIGTERM, True, 143)),
-        "SIGTERM in evaluation, 2 processes": (
-            2,
-            lambda r: stop_signal(r, signal.SIGTERM, True, 143, start_on=2, resume_on=2),
-        ),
-        "SIGTERM, from 2 processes to 1": (
-            MIXED,
-            lambda r: stop_signal(r, signal.SIGTERM, False, 143, start_on=2),
-        ),
-        "SIGTERM, from 1 process to 2": (
-            MIXED,
-            lambda r: stop_signal(r, signal.SIGTERM, False, 143, resume_on=2),
-        ),
+        **{name: (kind, lambda r, stop=stop: stop_signal(r, *stop))
+           for name, (kind, *stop) in stops.items()},
         **{f"last checkpoint {name}": (1, lambda r, damage=damage: damaged_checkpoint(r, damage))
-           for name, damage in zeros.items()},
+           for name, damage in damages.items()},
         "disk full while saving": (1, full_disk),
         "folder that cannot be written to": (1, read_only_folder),
         **{f"code in {name}": (1, lambda r, name=name: payload(r, name))

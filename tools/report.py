@@ -10,22 +10,17 @@ It is made of the detections that the last evaluation left in OUTPUT_DIR; with -
 weights are evaluated first. The page is OUTPUT_DIR/report/index.html.
 """
 
-import argparse
-import sys
-
 from detectron2.utils.logger import setup_logger
 
 from fcos_d2 import load_cfg
+from fcos_d2.command_line import config_parser, exit_on_error
 from fcos_d2.data import check_test_sets
 from fcos_d2.engine import coco_evaluator, evaluate
 from fcos_d2.report import write_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser = config_parser(__doc__)
     parser.add_argument(
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST first"
     )
@@ -33,9 +28,8 @@ def main() -> None:
         "--compare", nargs="+", default=[], metavar="RUN", help="folders of other runs"
     )
     parser.add_argument("--output", metavar="DIR", help="in place of OUTPUT_DIR/report")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the config")
     args = parser.parse_intermixed_args()
-    try:
+    with exit_on_error():
         cfg = load_cfg(args.config_file, args.opts)
         if not len(cfg.DATASETS.TEST):
             raise ValueError("The config names no data set to report on: add DATASETS.TEST")
@@ -47,8 +41,6 @@ def main() -> None:
             evaluate(cfg, evaluators=[coco_evaluator(cfg, name) for name in cfg.DATASETS.TEST])
         for page in write_report(cfg, args.output, args.compare):
             print(f"wrote {page}")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ which box. Of a data set: scores.png, scores against IoU without and with qualit
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -22,23 +21,19 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from fcos_d2 import Predictor, load_cfg
-from fcos_d2.analysis import inspect_image, load_dataset, locate_positives, scores_and_ious
+from fcos_d2.analysis import inspect_image, locate_positives, scores_and_ious
 from fcos_d2.analysis.assignment import check_is_fcos
+from fcos_d2.analysis.box_figures import origins_figure, positives_figure
 from fcos_d2.analysis.heat_maps import class_figure, quality_figure
 from fcos_d2.analysis.inspection import Inspection
-from fcos_d2.analysis.pictures import origins_figure, positives_figure
-from fcos_d2.analysis.plots import scores_figure
-from fcos_d2.analysis.records import find_record
-from fcos_d2.analysis.score_quality import read_record_image
-from fcos_d2.data import check_names_of_detector, check_num_classes
+from fcos_d2.analysis.score_quality import read_record_image, scores_figure
+from fcos_d2.command_line import config_parser, exit_on_error
+from fcos_d2.data import check_names_of_detector, check_num_classes, find_record, load_dataset
 from fcos_d2.data.image_files import read_image
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser = config_parser(__doc__)
     parser.add_argument("--input", metavar="IMAGE", help="an image file")
     parser.add_argument(
         "--dataset", metavar="NAME", help="registered with Detectron2 or in DATASETS.CUSTOM"
@@ -53,34 +48,29 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--max-images", type=int, metavar="N", help="of a data set only the first N images"
     )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config"
-    )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
     args = parse_args()
-    try:
+    with exit_on_error():
         _check(args)
         cfg = load_cfg(args.config_file, args.opts)
         check_is_fcos(cfg)
         if not cfg.MODEL.WEIGHTS:
             raise ValueError("The config names no weights: add MODEL.WEIGHTS FILE at the end")
-        records = load_dataset(cfg, args.dataset) if args.dataset else []
-        if args.dataset:
-            check_num_classes(cfg, args.dataset)
+        if not args.dataset:
+            _draw_image(args, cfg, Predictor(cfg), None)
+            return
+        records = load_dataset(cfg, args.dataset)
+        check_num_classes(cfg, args.dataset)
         record = find_record(records, args.image_id) if args.image_id else None
         predictor = Predictor(cfg)
-        if args.dataset:
-            names = predictor.metadata.get("thing_classes", None)
-            check_names_of_detector(names, args.dataset)
-        if args.dataset and record is None:
+        check_names_of_detector(predictor.metadata.get("thing_classes", None), args.dataset)
+        if record is None:
             _draw_scores(args, cfg, predictor, records[: args.max_images])
         else:
             _draw_image(args, cfg, predictor, record)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -144,24 +134,18 @@ def _table(inspection: Inspection, threshold: float) -> str:
     """The detections as text, best first, in pixels of the image."""
     detections = inspection.detections
     detections = detections[detections.scores >= threshold]
-    strides = inspection.levels.strides
-    rows = [
-        (
-            inspection.class_names[d.pred_classes[0]],
-            *(f"{x[0]:.2f}" for x in (d.scores, d.class_probability, d.quality)),
-            f"{inspection.level_names[d.level[0]]} ({strides[d.level[0]]})",
-            *(
-                " ".join(f"{v:.1f}" for v in x[0].tolist())
-                for x in (d.locations, d.ltrb, d.pred_boxes.tensor)
-            ),
-        )
-        for d in (detections[i] for i in range(len(detections)))
-    ]
+    levels = list(zip(inspection.level_names, inspection.levels.strides, strict=True))
+    columns = [[inspection.class_names[i] for i in detections.pred_classes]]
+    for numbers in (detections.scores, detections.class_probability, detections.quality):
+        columns.append([f"{x:.2f}" for x in numbers])
+    columns.append(["{} ({})".format(*levels[i]) for i in detections.level])
+    for points in (detections.locations, detections.ltrb, detections.pred_boxes.tensor):
+        columns.append([" ".join(f"{x:.1f}" for x in point) for point in points.tolist()])
     header = (
         "class", "score", "class prob.", "quality", "level (stride)", "location",
         "left top right bottom", "box",
     )  # fmt: skip
-    return tabulate(rows, header, disable_numparse=True)
+    return tabulate(zip(*columns, strict=True), header, disable_numparse=True)
 
 
 if __name__ == "__main__":

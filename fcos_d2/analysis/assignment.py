@@ -21,36 +21,18 @@ The paper takes all locations in a box: CENTER_SAMPLING_RADIUS 0. With centre sa
 of 2006.09214, the numbers are others. So take configs/Ablations/iccv_R_50_FPN_1x.yaml for the first
 column and p4_only_R_50_1x.yaml beside it for the second.
 
-Shapes: M boxes in a batch of images, P positives, C candidates (location and box), L levels.
+Shapes: M boxes, P positives, L levels.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import transform_instance_annotations
-from detectron2.data.transforms import NoOpTransform, ResizeShortestEdge, ResizeTransform, Transform
-from detectron2.modeling import Backbone
-from detectron2.structures import Boxes, BoxMode
-from torch import Tensor
 from tqdm import tqdm
 
-from ..data.mapper import with_float_coordinates
-from ..modeling import FCOS, Levels, LocationAssigner
-from ..modeling.backbone import padded_size
-from ..modeling.target_assignment import cell_numbers
-from .statistics import AssignmentStatistics, BoxStatistics, LevelStatistics, SizeStatistics
-
-# COCO's sizes, and the areas in pixels of the original image that the second and third begin at.
-# The area is the box's: COCO's own evaluation takes the mask's, which not every data set has.
-SIZES = ("small", "medium", "large")
-_SIZE_BEGINS = (32**2, 96**2)
-
-# Images of one padded size that are assigned at once: enough to hide the cost of a call.
-_BATCH = 32
+from ..modeling import FCOS
+from .positives import assign, boxes_at_test_resize
+from .statistics import SIZES, AssignmentStatistics, BoxStatistics, LevelStatistics, SizeStatistics
 
 
 def analyze_assignment(
@@ -75,17 +57,41 @@ def analyze_assignment(
     Raises:
         ValueError: for another meta architecture, and for a record without height and width.
     """
-    counts, left_out, settings = _count(cfg, records, include_crowd, progress)
-    names = cfg.MODEL.FCOS.IN_FEATURES
-    by_level = zip(names, counts.levels.strides, *counts.by_level.tolist(), strict=True)
-    by_size = zip(SIZES, *counts.by_size.tolist(), strict=True)
+    check_is_fcos(cfg)
+    # The detector itself, so that its own checks, strides and assigner are used. On the meta
+    # device it has shapes but no weights, and takes no time.
+    with torch.device("meta"):
+        detector = FCOS(cfg)
+    names, num_levels = tuple(detector.head_in_features), len(detector.levels)
+    sizes, sides, numbers = [torch.zeros(0)], [torch.zeros(0)], []
+    owned = [torch.zeros(0, num_levels, dtype=torch.int64)]
+    ambiguous = torch.zeros(2, num_levels, dtype=torch.int64)
+    crowds = no_areas = 0
+    for number, record in enumerate(tqdm(records, unit=" images", disable=not progress)):
+        image, crowd, no_area = boxes_at_test_resize(cfg, record, include_crowd)
+        positives, *is_ambiguous = assign(detector, image)
+        box_and_level = positives.gt * num_levels + positives.level
+        counts = box_and_level.bincount(minlength=len(image) * num_levels)
+        owned.append(counts.view(len(image), num_levels))
+        for row, chosen in enumerate(is_ambiguous):
+            ambiguous[row] += positives.level[chosen].bincount(minlength=num_levels)
+        sizes.append(image.coco_size)
+        sides.append(image.gt_boxes.area().sqrt())
+        numbers += [(number, i) for i in image.annotation.tolist()]
+        crowds, no_areas = crowds + crowd, no_areas + no_area
+    sizes, owned = torch.cat(sizes), torch.cat(owned)
+    by_level = owned.sum(dim=0).tolist(), *ambiguous.tolist()
+    by_size = zip(SIZES, (owned[sizes == i].sum(dim=1) for i in range(len(SIZES))), strict=True)
     return AssignmentStatistics(
         images=len(records),
-        crowd_left_out=left_out[0],
-        no_area_left_out=left_out[1],
-        levels=tuple(LevelStatistics(*level) for level in by_level),
-        sizes=tuple(SizeStatistics(*size) for size in by_size),
-        settings=settings,
+        crowd_left_out=crowds,
+        no_area_left_out=no_areas,
+        levels=tuple(map(LevelStatistics, names, detector.levels.strides, *by_level)),
+        sizes=tuple(
+            SizeStatistics(name, len(n), int((n > 0).sum()), int(n.sum())) for name, n in by_size
+        ),
+        settings=_settings(cfg, detector),
+        of_boxes=BoxStatistics(names, tuple(numbers), torch.cat(sides), owned),
     )
 
 
@@ -93,43 +99,7 @@ def analyze_boxes(
     cfg: CfgNode, records: Sequence[dict], *, progress: bool = False
 ) -> BoxStatistics:
     """As :func:`analyze_assignment`, but for each box: the locations that it owns on each level."""
-    counts, _, _ = _count(cfg, records, include_crowd=False, progress=progress)
-    levels = len(counts.levels)
-    return BoxStatistics(
-        level_names=tuple(cfg.MODEL.FCOS.IN_FEATURES),
-        boxes=tuple(box for image in counts.images for box in image.numbers),
-        sides=torch.cat([Boxes(i.boxes).area().sqrt() for i in counts.images] or [torch.empty(0)]),
-        positives=torch.cat(counts.by_box or [torch.zeros(0, levels, dtype=torch.int64)]),
-    )
-
-
-def _count(
-    cfg: CfgNode, records: Sequence[dict], include_crowd: bool, progress: bool
-) -> tuple["_Counts", tuple[int, int], dict]:
-    """Counts, the boxes left out as crowds and without area, and the settings."""
-    check_is_fcos(cfg)
-    # The detector itself, so that its own checks, strides and assigner are used. On the meta
-    # device it has shapes but no weights, and takes no time.
-    with torch.device("meta"):
-        detector = FCOS(cfg)
-    levels = detector.levels
-    counts = _Counts(detector.assigner, levels)
-    crowd = no_area = 0
-    waiting: dict[tuple, list[ResizedBoxes]] = defaultdict(list)
-    for number, record in enumerate(tqdm(records, unit=" images", disable=not progress)):
-        image = boxes_at_test_resize(cfg, record, include_crowd, number)
-        crowd += image.crowd_left_out
-        no_area += image.no_area_left_out
-        shapes = level_shapes(detector.backbone, levels, *image.size)
-        group = waiting[shapes]
-        group.append(image)
-        if len(group) == _BATCH:
-            counts.add(shapes, group)
-            group.clear()
-    for shapes, group in waiting.items():
-        if group:
-            counts.add(shapes, group)
-    return counts, (crowd, no_area), _settings(cfg, detector)
+    return analyze_assignment(cfg, records, progress=progress).of_boxes
 
 
 def check_is_fcos(cfg: CfgNode) -> None:
@@ -138,144 +108,6 @@ def check_is_fcos(cfg: CfgNode) -> None:
         raise ValueError(
             f"MODEL.META_ARCHITECTURE must be 'FCOS', got {cfg.MODEL.META_ARCHITECTURE!r}"
         )
-
-
-def level_shapes(
-    backbone: Backbone, levels: Levels, height: int, width: int
-) -> tuple[tuple[int, int], ...]:
-    """(height, width) in cells of each level, for an image of (height, width) pixels.
-
-    Exact for ResNet and FPN: their strided convolutions and poolings halve, rounding up.
-    """
-    height, width = padded_size(backbone, height, width)
-    return tuple((-(-height // stride), -(-width // stride)) for stride in levels.strides)
-
-
-@dataclass(frozen=True)
-class ResizedBoxes:
-    """The boxes of an image at the test resize.
-
-    Attributes:
-        size: (height, width) in pixels, before padding.
-        boxes: (M, 4) as x0, y0, x1, y1 in pixels.
-        classes: (M,) int64.
-        sizes: (M,) int64 number of the COCO size of the original box, into SIZES.
-        numbers: of each box, those of its record and of its annotation in there.
-    """
-
-    size: tuple[int, int]
-    boxes: Tensor
-    classes: Tensor
-    sizes: Tensor
-    numbers: list[tuple[int, int]]
-    crowd_left_out: int
-    no_area_left_out: int
-
-
-def boxes_at_test_resize(
-    cfg: CfgNode, record: dict, include_crowd: bool = False, number: int = 0
-) -> ResizedBoxes:
-    """The boxes that training would see if it resized as in tests.
-
-    Args:
-        number: of the record in its data set.
-
-    Raises:
-        ValueError: for a record without height and width.
-    """
-    if "height" not in record or "width" not in record:
-        name = record.get("file_name", record.get("image_id"))
-        raise ValueError(f"The record of the image {name!r} has no height and width")
-    resize, size = resize_for_test(cfg, record["height"], record["width"])
-    annotations = with_float_coordinates(record).get("annotations", [])
-    numbers = [i for i, a in enumerate(annotations) if include_crowd or not a.get("iscrowd", 0)]
-    kept = [annotations[i] for i in numbers]
-    boxes = [
-        transform_instance_annotations(
-            {"bbox": a["bbox"], "bbox_mode": a["bbox_mode"]}, resize, size
-        )["bbox"]
-        for a in kept
-    ]
-    boxes = Boxes(torch.from_numpy(np.array(boxes, np.float32).reshape(-1, 4)))
-    # What training leaves out too, after resizing and clipping (filter_empty_instances).
-    has_area = boxes.nonempty(threshold=1e-5)
-    classes = torch.tensor([a["category_id"] for a in kept], dtype=torch.int64)
-    sizes = torch.tensor([_coco_size(a) for a in kept], dtype=torch.int64)
-    return ResizedBoxes(
-        size=size,
-        boxes=boxes.tensor[has_area],
-        classes=classes[has_area],
-        sizes=sizes[has_area],
-        numbers=[(number, numbers[i]) for i in has_area.nonzero()[:, 0].tolist()],
-        crowd_left_out=len(annotations) - len(kept),
-        no_area_left_out=len(kept) - int(has_area.sum()),
-    )
-
-
-def resize_for_test(cfg: CfgNode, height: int, width: int) -> tuple[Transform, tuple[int, int]]:
-    """INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST for an image, and its new (height, width)."""
-    if cfg.INPUT.MIN_SIZE_TEST == 0:  # Detectron2's way to say: as it is
-        return NoOpTransform(), (height, width)
-    size = ResizeShortestEdge.get_output_shape(
-        height, width, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    )
-    return ResizeTransform(height, width, *size), size
-
-
-def _coco_size(annotation: dict) -> int:
-    _, _, width, height = BoxMode.convert(
-        annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS
-    )
-    return sum(width * height >= begin for begin in _SIZE_BEGINS)
-
-
-class _Counts:
-    """Sums over batches of images.
-
-    Attributes:
-        by_level: (3, L) positives, ambiguous ones, those ambiguous between classes.
-        by_size: (3, 3) boxes, those that own a location, and their locations; columns are SIZES.
-        images: in the order in which they were counted.
-        by_box: (M, L) locations of each box, for each batch.
-    """
-
-    def __init__(self, assigner: LocationAssigner, levels: Levels):
-        self.assigner = assigner
-        self.levels = levels
-        self.by_level = torch.zeros(3, len(levels), dtype=torch.int64)
-        self.by_size = torch.zeros(3, len(SIZES), dtype=torch.int64)
-        self.images: list[ResizedBoxes] = []
-        self.by_box: list[Tensor] = []
-
-    def add(self, shapes: Sequence[tuple[int, int]], images: Sequence[ResizedBoxes]) -> None:
-        """Count images that share (height, width) in cells of each level."""
-        boxes = [image.boxes for image in images]
-        classes = torch.cat([image.classes for image in images])  # (M,)
-        sizes = torch.cat([image.sizes for image in images])  # (M,)
-        candidates = self.assigner.candidates(self.levels, shapes, boxes)
-        positives = self.assigner.resolve(candidates, shapes, boxes)
-        cell = cell_numbers(positives, shapes, len(images))  # (P,)
-        candidate_cell = cell_numbers(candidates, shapes, len(images))  # (C,)
-
-        num_cells = len(images) * sum(height * width for height, width in shapes)
-        eligible = torch.bincount(candidate_cell, minlength=num_cells)
-        # A location is ambiguous between classes if any box is of another class than the owner.
-        owner_class = torch.zeros(num_cells, dtype=torch.int64)
-        owner_class[cell] = classes[positives.gt]
-        differs = classes[candidates.gt] != owner_class[candidate_cell]
-        others = torch.bincount(candidate_cell[differs], minlength=num_cells)
-        level, num_levels = positives.level, len(shapes)
-        for row, chosen in enumerate((level, level[eligible[cell] > 1], level[others[cell] > 0])):
-            self.by_level[row] += torch.bincount(chosen, minlength=num_levels)
-
-        box_and_level = positives.gt * num_levels + level
-        by_box = torch.bincount(box_and_level, minlength=len(classes) * num_levels)
-        by_box = by_box.view(len(classes), num_levels)
-        self.images += images
-        self.by_box.append(by_box)
-        owned = by_box.sum(dim=1)
-        for row, chosen in enumerate((sizes, sizes[owned > 0], sizes[positives.gt])):
-            self.by_size[row] += torch.bincount(chosen, minlength=len(SIZES))
 
 
 def _settings(cfg: CfgNode, detector: FCOS) -> dict:

@@ -1,5 +1,6 @@
 """Classes and sizes of the boxes of a data set, and the levels that the sizes go to."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,7 @@ from tabulate import tabulate
 from ..data.check import Finding, RawData, to_records
 from ..inference.drawing import plain_text
 from .assignment import analyze_boxes
-from .plots import COLORS, grouped_bars, new_figure
-from .statistics import BoxStatistics
+from .charts import COLORS, grouped_bars, save_charts
 
 # Sides of boxes, the square roots of their areas, in pixels, that the bins of the tables begin at.
 _BINS = (0, 16, 32, 64, 128, 256, 512)
@@ -26,21 +26,14 @@ _NONE = "no location"
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """Of one data set; crowds and boxes with an error are left out of ``sizes``.
+    """Of one data set; crowds and boxes with an error are left out of ``sizes``."""
 
-    Attributes:
-        name: of the data set.
-        images: number of images that the annotations list.
-        boxes: by class, in the order of the class numbers.
-        images_with: number of images with the class, by class.
-        sizes: by the name of the level where a box owns most locations, or "no location": the
-            sides of the boxes in pixels. Without a config there is one level, "boxes".
-    """
-
-    name: str
-    images: int
-    boxes: dict[str, int]
-    images_with: dict[str, int]
+    name: str  # of the data set
+    images: int  # that the annotations list
+    boxes: dict[str, int]  # by class, in the order of the class numbers
+    images_with: dict[str, int]  # number of images with the class, by class
+    # The sides of boxes in pixels, by the name of the level where a box owns most locations, or
+    # "no location". Without a config there is one level, "boxes".
     sizes: dict[str, list[float]]
 
     def to_dict(self) -> dict:
@@ -66,64 +59,48 @@ class DataStatistics:
         )
 
 
-def data_statistics(data: RawData, boxes: BoxStatistics | None, findings: list) -> DataStatistics:
-    """
+def data_statistics(
+    data: RawData, findings: list[Finding], cfg: CfgNode | None = None, progress: bool = False
+) -> tuple[DataStatistics, list[Finding]]:
+    """The numbers of a data set, and a finding for each of its sound boxes that owns no location.
+
     Args:
-        boxes: of :func:`assign`, or None without a config: then sizes are those in the files.
         findings: of ``check_annotations``.
+        cfg: of the detector that assigns the boxes. Without one, no box is found to own none, and
+            sizes are those in the files.
     """
     names = {c["id"]: c["name"] for c in data.categories}
-    known = [a for a in data.annotations if a["category_id"] in names]
-    counts = Counter(a["category_id"] for a in known)
-    images = Counter(c for _, c in {(a["image_id"], a["category_id"]) for a in known})
-    if boxes is None:
-        records, _ = to_records(data, findings)
+    known = [(a["image_id"], a["category_id"]) for a in data.annotations]
+    counts, images = (Counter(c for _, c in pairs) for pairs in (known, set(known)))
+    records, indices = to_records(data, findings)
+    unowned = []
+    if cfg is None:
         areas = [a["bbox"][2] * a["bbox"][3] for r in records for a in r["annotations"]]
         sizes = {"boxes": [area**0.5 for area in areas]}
     else:
-        main = torch.where(boxes.positives.sum(1) > 0, boxes.positives.argmax(1), -1)
-        levels = {name: i for i, name in enumerate(boxes.level_names)} | {_NONE: -1}
-        sizes = {name: boxes.sides[main == i].tolist() for name, i in levels.items()}
-    return DataStatistics(
-        data.name,
-        len(data.images),
-        {name: counts[i] for i, name in names.items()},
-        {name: images[i] for i, name in names.items()},
-        sizes,
+        assigned = analyze_boxes(cfg, records, progress=progress)
+        main = torch.where(assigned.positives.sum(1) > 0, assigned.positives.argmax(1), -1)
+        levels = {name: i for i, name in enumerate(assigned.level_names)} | {_NONE: -1}
+        sizes = {name: assigned.sides[main == i].tolist() for name, i in levels.items()}
+        for record, number in assigned.unowned:
+            index = indices[record][number]
+            _, _, width, height = data.annotations[index]["bbox"]
+            size = f"{width:g} x {height:g} pixels in the file"
+            unowned.append(data.finding("box owns no location", index, size))
+    boxes, images_with = (
+        {name: of_class[i] for i, name in names.items()} for of_class in (counts, images)
     )
+    return DataStatistics(data.name, len(data.images), boxes, images_with, sizes), unowned
 
 
-def assign(
-    cfg: CfgNode, data: RawData, findings: list[Finding], progress: bool = False
-) -> tuple[BoxStatistics, list[Finding]]:
-    """The locations of the sound boxes of a data set, and a finding for each box without one."""
-    records, indices = to_records(data, findings)
-    statistics = analyze_boxes(cfg, records, progress=progress)
-    unowned = [
-        data.finding("box owns no location", indices[record][number], _size_text(data, i))
-        for record, number in statistics.unowned
-        for i in [indices[record][number]]
-    ]
-    return statistics, unowned
-
-
-def save_data_plots(sets: list[DataStatistics], folder: str | Path) -> list[Path]:
+def save_data_charts(sets: list[DataStatistics], folder: str | Path) -> list[Path]:
     """Write ``classes.png``, and ``sizes_NAME.png`` for each data set; returns the paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     longest = max((len(s.boxes) for s in sets), default=1)
     height = 2 + 0.22 * min(longest, _MOST_CLASSES) * len(sets)
-    plots = {"classes.png": (partial(_classes, sets=sets), height)}
-    for data in sets:
-        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in data.name)
-        plots[f"sizes_{name}.png"] = (partial(_sizes, data=data), 4.4)
-    for name, (draw, height) in plots.items():
-        figure = new_figure(6.4, height)
-        axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        draw(axes)
-        figure.savefig(folder / name)
-    return [folder / name for name in plots]
+    names = [re.sub(r"[^\w-]", "_", data.name) for data in sets]
+    sizes = {f"sizes_{n}.png": partial(_sizes, data=d) for n, d in zip(names, sets, strict=True)}
+    classes = save_charts({"classes.png": partial(_classes, sets=sets)}, folder, height)
+    return classes + save_charts(sizes, folder)
 
 
 def _classes(axes: Axes, sets: list[DataStatistics]) -> None:
@@ -175,8 +152,3 @@ def _binned(sides: list[float]) -> dict[str, int]:
         f"{low}-{high}" if high < float("inf") else f"{low}-": sum(low <= x < high for x in sides)
         for low, high in zip(_BINS, ends, strict=True)
     }
-
-
-def _size_text(data: RawData, index: int) -> str:
-    _, _, width, height = data.annotations[index]["bbox"]
-    return f"{width:g} x {height:g} pixels in the file"

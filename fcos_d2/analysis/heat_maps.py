@@ -4,8 +4,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .charts import new_figure
 from .inspection import Inspection
-from .plots import new_figure
 
 # Rows of the classes' heat maps: more would not be legible.
 _MAX_CLASSES = 4
@@ -58,7 +58,7 @@ def _heat_figure(inspection: Inspection, rows: dict[str, list[Tensor]], label: s
             heat = axes.imshow(
                 values, cmap="YlOrRd", vmin=0, vmax=1, interpolation="nearest",
                 alpha=0.15 + 0.7 * values.nan_to_num().numpy(),  # the image shows where it is low
-                extent=cells_extent(inspection, level, *values.shape),
+                extent=_extent(inspection, level),
             )  # fmt: skip
             axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
             axes.set_xlabel(f"highest {values.nan_to_num().max():.2f}", fontsize=8)
@@ -69,20 +69,11 @@ def _heat_figure(inspection: Inspection, rows: dict[str, list[Tensor]], label: s
     return figure
 
 
-def cells_extent(
-    inspection: Inspection, level: int, height: int, width: int
-) -> tuple[float, float, float, float]:
-    """Left, right, bottom, top of a level's cells, each cell around its location.
-
-    Args:
-        height, width: of the level, in cells.
-    """
+def _extent(inspection: Inspection, level: int) -> tuple[float, float, float, float]:
+    """Left, right, bottom, top of a level's cells, each cell around its location."""
     stride = inspection.levels.strides[level]
     shift = (inspection.levels.offset - 0.5) * stride
-    scale_x, scale_y = inspection.scale
-    return (
-        shift * scale_x,
-        (shift + width * stride) * scale_x,
-        (shift + height * stride) * scale_y,
-        shift * scale_y,
-    )
+    height, width = inspection.class_probability[level].shape[1:]
+    x, y = inspection.scale
+    left, top = shift * x, shift * y
+    return left, (shift + width * stride) * x, (shift + height * stride) * y, top

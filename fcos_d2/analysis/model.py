@@ -7,13 +7,13 @@ Only the backbone and the head are counted: no preprocessing, decoding or NMS.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
+from detectron2.export.flatten import flatten_to_tuple
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from fvcore.nn import FlopCountAnalysis
@@ -23,30 +23,24 @@ from torch import Tensor, nn
 
 from ..modeling.backbone import padded_size
 from ..modeling.deform_conv import use_portable_deform_convs
+from .assignment import check_is_fcos
 
 _RESNET_FPNS = ("build_fcos_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
 
 
 @dataclass(frozen=True)
 class ModelStatistics:
-    """What a dense detector costs for one image.
+    """What a dense detector costs for one image."""
 
-    Attributes:
-        parameters: number of parameters, including frozen ones, without running statistics.
-        multiply_adds: as fvcore counts them: a multiply-add of a convolution is one.
-            Normalisation and upsampling add a few per element. FCOS's backbones fold their batch
-            norms into the convolutions, which makes 0.2 % less for R-50.
-        outputs: number of values that the head returns.
-        not_counted: how often each operator occurs that ``multiply_adds`` leaves out; these work
-            element by element.
-        input_size: (height, width) in pixels, padded.
-    """
-
-    parameters: int
+    parameters: int  # including frozen ones, without running statistics
+    # As fvcore counts them: a multiply-add of a convolution is one. Normalisation and upsampling
+    # add a few per element. FCOS's backbones fold their batch norms into the convolutions, which
+    # makes 0.2 % less for R-50.
     multiply_adds: int
-    outputs: int
+    outputs: int  # number of values that the head returns
+    # How often each operator occurs that multiply_adds leaves out: they work element by element.
     not_counted: dict[str, int]
-    input_size: tuple[int, int]
+    input_size: tuple[int, int]  # (height, width) in pixels, padded
 
 
 def analyze_model(cfg: CfgNode, height: int, width: int) -> ModelStatistics:
@@ -119,10 +113,7 @@ def compare_with_retinanet(
     Raises:
         ValueError: if the config is not of FCOS, and as :func:`retinanet_cfg`.
     """
-    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
-        raise ValueError(
-            f"MODEL.META_ARCHITECTURE must be 'FCOS', got {cfg.MODEL.META_ARCHITECTURE!r}"
-        )
+    check_is_fcos(cfg)
     retinanet = retinanet_cfg(cfg)  # first, since it may raise
     return analyze_model(cfg, height, width), analyze_model(retinanet, height, width)
 
@@ -153,27 +144,19 @@ def comparison_table(fcos: ModelStatistics, retinanet: ModelStatistics) -> str:
 class _Network(nn.Module):
     """Backbone and head of a dense detector, from an image (1, 3, H, W) to all output maps."""
 
+    outputs: int  # number of values in the maps of the last call
+
     def __init__(self, model: DenseDetector):
         super().__init__()
-        self.backbone = model.backbone
-        self.head = model.head
+        self.backbone, self.head = model.backbone, model.head
         self.head_in_features = model.head_in_features
-        self.outputs = 0  # number of values in the maps of the last call
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         features = self.backbone(image)
-        maps = tuple(_tensors(self.head([features[f] for f in self.head_in_features])))
-        self.outputs = sum(prod(int(n) for n in x.shape) for x in maps)
+        maps, _ = flatten_to_tuple(self.head([features[f] for f in self.head_in_features]))
+        maps = tuple(x for x in maps if x is not None)  # a branch that does not exist
+        self.outputs = sum(prod(map(int, x.shape)) for x in maps)
         return maps
-
-
-def _tensors(nested) -> Iterator[Tensor]:
-    """The tensors in nested lists and tuples, in which None is a branch that does not exist."""
-    if isinstance(nested, Tensor):
-        yield nested
-    elif nested is not None:
-        for element in nested:
-            yield from _tensors(element)
 
 
 def _deform_conv_flops(inputs: list, outputs: list) -> Counter:

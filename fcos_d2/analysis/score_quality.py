@@ -6,33 +6,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import pairwise_iou
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 from ..data.image_files import read_image
 from ..inference import Predictor
-from .assignment import boxes_at_test_resize
+from .charts import BLUE, new_figure
 from .inspection import inspect_image
+from .positives import boxes_at_test_resize
 
 
 @dataclass(frozen=True)
 class ScoresAndIoUs:
-    """The candidates of a data set: locations and classes above the threshold, before NMS.
+    """The candidates of a data set: locations and classes above the threshold, before NMS."""
 
-    Attributes:
-        images: number of images.
-        class_probability: (C,)
-        quality: (C,) in [0, 1]; 1 with QUALITY "none".
-        score: (C,) what the detector makes of the two (SCORE_FUSION).
-        iou: (C,) with the ground-truth box of the candidate's class that it overlaps most; 0 if
-            the image has none.
-    """
-
-    images: int
-    class_probability: Tensor
-    quality: Tensor
-    score: Tensor
+    images: int  # how many they are of
+    class_probability: Tensor  # (C,)
+    quality: Tensor  # (C,) in [0, 1]; 1 with QUALITY "none"
+    score: Tensor  # (C,) what the detector makes of the two (SCORE_FUSION)
+    # (C,) with the ground-truth box of the candidate's class that it overlaps most; 0 without one.
     iou: Tensor
 
     @property
@@ -58,15 +52,45 @@ def scores_and_ious(
     parts = []
     for record in tqdm(records, unit=" images", disable=not progress):
         found = inspect_image(predictor, read_record_image(record)).candidates
-        truth = boxes_at_test_resize(cfg, record)
+        truth, _, _ = boxes_at_test_resize(cfg, record)
         boxes = found.pred_boxes.clone()
         boxes.clip(found.image_size)
-        ious = pairwise_iou(boxes, Boxes(truth.boxes))  # (C, M)
-        ious[found.pred_classes[:, None] != truth.classes] = 0
-        iou = ious.amax(dim=1) if len(truth.boxes) else torch.zeros(len(found))
+        ious = pairwise_iou(boxes, truth.gt_boxes)  # (C, M)
+        ious[found.pred_classes[:, None] != truth.gt_classes] = 0
+        iou = ious.amax(dim=1) if len(truth) else torch.zeros(len(found))
         parts.append(torch.stack([found.class_probability, found.quality, found.scores, iou]))
     columns = torch.cat(parts, dim=1) if parts else torch.zeros(4, 0)
     return ScoresAndIoUs(len(records), *columns)
+
+
+def scores_figure(points: ScoresAndIoUs, quality: str, score_fusion: str) -> Figure:
+    """Scores of candidates against the IoU of their boxes, without and with quality.
+
+    Args:
+        quality, score_fusion: the keys of MODEL.FCOS. With QUALITY "none" there is one panel, with
+            SCORE_FUSION "sqrt" a third one, of the detector's own scores.
+    """
+    panels = {"class probability": points.class_probability}
+    if quality != "none":
+        panels["class probability · quality"] = points.product
+        if score_fusion == "sqrt":
+            panels["score: sqrt(class probability · quality)"] = points.score
+    figure = new_figure(4.4 * len(panels), 4.9)
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    # Fainter where there are many, so that dense places still differ.
+    alpha = min(0.25, max(0.02, 8000 / max(len(points.iou), 1)))
+    for axes, (name, scores) in zip(grid, panels.items(), strict=True):
+        axes.scatter(scores, points.iou, s=5, alpha=alpha, linewidths=0, color=BLUE)
+        axes.plot([0, 1], [0, 1], "--", color="black", linewidth=1)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=name)
+        axes.set_ylabel("IoU with the ground truth of the class")
+        found = points.iou >= 0.5
+        pairs = (scores, points.iou), (scores[found], points.iou[found])
+        correlations = (rank_correlation(*pair) for pair in pairs)
+        numbers = ("-" if c is None else f"{c:.2f}" for c in correlations)
+        axes.set_title("rank correlation {}, of IoU ≥ 0.5: {}".format(*numbers), fontsize=10)
+    figure.suptitle(f"{len(points.iou):,} candidates (before NMS), {points.images:,} image(s)")
+    return figure
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float | None:
@@ -96,7 +120,7 @@ def read_record_image(record: dict, file: str | None = None) -> np.ndarray:
         ValueError: if the image has another size than the record says.
         OSError: for a file that cannot be read.
     """
-    file = record["file_name"] if file is None else file
+    file = file or record["file_name"]
     image = read_image(file, "BGR")
     size = (record.get("height"), record.get("width"))
     if image.shape[:2] != size:

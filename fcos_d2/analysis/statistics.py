@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from tabulate import tabulate
 from torch import Tensor
 
+SIZES = ("small", "medium", "large")  # COCO's
+
 
 @dataclass(frozen=True)
 class LevelStatistics:
@@ -34,19 +36,13 @@ class SizeStatistics:
 
 @dataclass(frozen=True)
 class BoxStatistics:
-    """The locations that each of M boxes owns on each of L levels.
+    """The locations that each of M boxes owns on each of L levels."""
 
-    Attributes:
-        level_names: finest first.
-        boxes: of each box, the number of its record and that of its annotation in there.
-        sides: (M,) square roots of the boxes' areas, in pixels at the test resize.
-        positives: (M, L) int64 number of locations.
-    """
-
-    level_names: tuple[str, ...]
+    level_names: tuple[str, ...]  # finest first
+    # Of each box, the number of its record and that of its annotation in there.
     boxes: tuple[tuple[int, int], ...]
-    sides: Tensor
-    positives: Tensor
+    sides: Tensor  # (M,) square roots of the boxes' areas, in pixels at the test resize
+    positives: Tensor  # (M, L) int64 number of locations
 
     @property
     def unowned(self) -> list[tuple[int, int]]:
@@ -57,24 +53,15 @@ class BoxStatistics:
 
 @dataclass(frozen=True)
 class AssignmentStatistics:
-    """How a config assigns the boxes of a data set to locations.
+    """How a config assigns the boxes of a data set to locations."""
 
-    Attributes:
-        images: number of images, including those without boxes.
-        crowd_left_out: number of boxes left out because they are crowds.
-        no_area_left_out: number of boxes left out because they have no area inside the image at
-            the test resize.
-        levels: finest first.
-        sizes: small, medium, large.
-        settings: the values of the config that the numbers depend on.
-    """
-
-    images: int
-    crowd_left_out: int
-    no_area_left_out: int
-    levels: tuple[LevelStatistics, ...]
-    sizes: tuple[SizeStatistics, ...]
-    settings: dict
+    images: int  # including those without boxes
+    crowd_left_out: int  # boxes left out because they are crowds
+    no_area_left_out: int  # those that have no area inside the image at the test resize
+    levels: tuple[LevelStatistics, ...]  # finest first
+    sizes: tuple[SizeStatistics, ...]  # of SIZES
+    settings: dict  # the values of the config that the numbers depend on
+    of_boxes: BoxStatistics  # what the others sum up
 
     @property
     def boxes(self) -> int:
@@ -105,14 +92,11 @@ class AssignmentStatistics:
 
     def to_dict(self) -> dict:
         """All numbers, ready for JSON; shares are in [0, 1], or None if the whole is 0."""
-        return {
-            "images": self.images,
-            "boxes": self.boxes,
-            "recalled": self.recalled,
-            "positives": self.positives,
-            "best_possible_recall": self.best_possible_recall,
-            "ambiguous": self.ambiguous,
-            "ambiguous_classes": self.ambiguous_classes,
+        names = (
+            "images", "boxes", "recalled", "positives", "best_possible_recall", "ambiguous",
+            "ambiguous_classes",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names} | {
             "left_out": {"crowd": self.crowd_left_out, "no_area": self.no_area_left_out},
             "levels": [asdict(level) for level in self.levels],
             "sizes": [asdict(size) | {"recall": size.recall} for size in self.sizes],
@@ -133,13 +117,12 @@ class AssignmentStatistics:
         ]
         by_level = [
             (
-                f"{level.name} (stride {level.stride})",
-                level.positives,
-                _percent(_share(level.positives, self.positives)),
-                _percent(_share(level.ambiguous, level.positives)),
-                _percent(_share(level.ambiguous_classes, level.positives)),
+                f"{x.name} (stride {x.stride})",
+                x.positives,
+                _percent(_share(x.positives, self.positives)),
+                *(_percent(_share(n, x.positives)) for n in (x.ambiguous, x.ambiguous_classes)),
             )
-            for level in self.levels
+            for x in self.levels
         ]
         by_size = [
             (size.name, size.boxes, size.recalled, _percent(size.recall), size.positives)
@@ -147,13 +130,10 @@ class AssignmentStatistics:
         ]
         level_header = ("level", "positives", "share", "ambiguous", "between classes")
         size_header = ("box size", "boxes", "recalled", "recall", "positives")
-        alignment = ("left", *["right"] * 4)
+        tables = (total, ()), (by_level, level_header), (by_size, size_header)
         return "\n\n".join(
-            (
-                tabulate(total, colalign=alignment[:2]),
-                tabulate(by_level, level_header, colalign=alignment),
-                tabulate(by_size, size_header, colalign=alignment),
-            )
+            tabulate(rows, header, colalign=("left", *["right"] * (len(rows[0]) - 1)))
+            for rows, header in tables
         )
 
 

@@ -1,9 +1,14 @@
-"""The classes of data sets, configs and detectors: whether they are the same."""
+"""What is compared before a training: the classes of data sets, configs and detectors.
+
+Also whether the data sets to test on are there.
+"""
 
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 # The section of MODEL with each meta architecture's NUM_CLASSES; ProposalNetwork has none.
 SECTIONS = {"FCOS": "FCOS", "RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
@@ -107,6 +112,36 @@ def check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
                 f"The data set {name!r} has the classes {names}, {how} {first!r}, which has "
                 f"{classes[first]}. A detector knows classes by their number: make the names and "
                 "their order the same (in a COCO file the order is that of the category ids)"
+            )
+
+
+def check_test_sets(cfg: CfgNode) -> None:
+    """Load every data set of DATASETS.TEST, before a training that ends with its evaluation.
+
+    Raises:
+        ValueError: for a name that is not registered, a data set without images, another number of
+            classes than the model's, and images that are not there.
+        OSError: for annotations that are not there.
+    """
+    for name in cfg.DATASETS.TEST:
+        if name not in DatasetCatalog:
+            raise ValueError(
+                f"DATASETS.TEST: there is no data set {name!r}. Known are, besides "
+                f"DATASETS.CUSTOM {sorted(cfg.DATASETS.CUSTOM)}: {sorted(DatasetCatalog.list())}"
+            )
+        records = DatasetCatalog.get(name)
+        check_num_classes(cfg, name)
+        if not isinstance(records, list) or not comm.is_main_process():
+            continue
+        if not records:
+            raise ValueError(f"The data set {name!r} of DATASETS.TEST has no images")
+        files = [record["file_name"] for record in records]
+        # Detectron2 reads addresses, too, which cannot be looked at.
+        missing = [f for f in files if "://" not in f and not PathManager.isfile(f)]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(files)} images of the data set {name!r} are not there, "
+                f"the first one: {missing[0]}"
             )
 
 

@@ -18,18 +18,19 @@ DETECTRON2_DATASETS, or else at ``datasets``, as for Detectron2's built-in data 
 
 import hashlib
 import os
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
+from detectron2.data.datasets import load_coco_json
 
-from .classes import check_num_classes
-from .coco import coco_loader
+from .coco import read_coco, training_file
 from .mapper import with_float_coordinates
-from .voc import check_readable_by_pascal_voc_evaluator, load_voc
-from .yolo import load_yolo
+from .raw_data import RawData
+from .voc import check_readable_by_pascal_voc_evaluator, read_voc
+from .yolo import read_yolo
 
 # The required and the optional keys of each format.
 _KEYS = {
@@ -37,6 +38,7 @@ _KEYS = {
     "voc": ({"FORMAT", "ROOT", "SPLIT", "CLASSES"}, {"EVALUATOR", "PART"}),
     "yolo": ({"FORMAT", "DATA", "SPLIT"}, {"CLASSES", "PART"}),
 }
+_PATHS = ("JSON", "IMAGES", "ROOT", "DATA")
 _PARTS = ("train", "test")
 # The entry of each registered data set, and the folder that its relative paths start from.
 _registered: dict[str, tuple[dict, str]] = {}
@@ -63,40 +65,47 @@ def register_custom_datasets(cfg: CfgNode) -> None:
                     "Choose another name"
                 )
             DatasetCatalog.remove(name)
-        if name in MetadataCatalog.list():
-            MetadataCatalog.remove(name)
-        _REGISTER[entry["FORMAT"]](name, entry)
+        MetadataCatalog.pop(name, None)
+        _register(name, registration[0])
         _registered[name] = registration
 
 
-def check_test_sets(cfg: CfgNode) -> None:
-    """Load every data set of DATASETS.TEST, before a training that ends with its evaluation.
+def read_entry(name: str, entry: dict) -> RawData:
+    """A data set of DATASETS.CUSTOM as it is.
 
     Raises:
-        ValueError: for a name that is not registered, a data set without images, another number of
-            classes than the model's, and images that are not there.
-        OSError: for annotations that are not there.
+        OSError, ValueError: for what cannot be read at all.
     """
-    for name in cfg.DATASETS.TEST:
-        if name not in DatasetCatalog:
-            raise ValueError(
-                f"DATASETS.TEST: there is no data set {name!r}. Known are, besides "
-                f"DATASETS.CUSTOM {sorted(cfg.DATASETS.CUSTOM)}: {sorted(DatasetCatalog.list())}"
-            )
-        records = DatasetCatalog.get(name)
-        check_num_classes(cfg, name)
-        if not isinstance(records, list) or not comm.is_main_process():
-            continue
-        if not records:
-            raise ValueError(f"The data set {name!r} of DATASETS.TEST has no images")
-        files = [record["file_name"] for record in records]
-        # Detectron2 reads addresses, too, which cannot be looked at.
-        missing = [f for f in files if "://" not in f and not PathManager.isfile(f)]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(files)} images of the data set {name!r} are not there, "
-                f"the first one: {missing[0]}"
-            )
+    return _read(name, _with_resolved_paths(entry))
+
+
+def load_dataset(cfg: CfgNode, name: str) -> list[dict]:
+    """The records of a data set that is registered with Detectron2 or in DATASETS.CUSTOM.
+
+    Raises:
+        ValueError: if no data set has this name, with a list of the registered ones.
+    """
+    register_custom_datasets(cfg)
+    if name not in DatasetCatalog:
+        names = sorted(DatasetCatalog)
+        raise ValueError(f"No data set {name!r} is registered. The registered ones are: {names}")
+    return DatasetCatalog.get(name)
+
+
+def find_record(records: list[dict], image_id: str) -> dict:
+    """The record of a data set with an ``image_id``, which may be a number or text.
+
+    Raises:
+        ValueError: if there is none, with the first ones that there are.
+    """
+    for record in records:
+        if str(record.get("image_id")) == image_id:
+            return record
+    known = [record.get("image_id") for record in records[:5]]
+    raise ValueError(
+        f"The data set has no image with the image_id {image_id!r}. The first ones of its "
+        f"{len(records)} images are: {known}"
+    )
 
 
 def _check_entry(name: str, entry: dict) -> None:
@@ -106,6 +115,13 @@ def _check_entry(name: str, entry: dict) -> None:
             f"{where}.FORMAT must be one of {list(_KEYS)}, got {entry.get('FORMAT')!r}"
         )
     required, optional = _KEYS[entry["FORMAT"]]
+    if sum(keys <= entry.keys() for keys, _ in _KEYS.values()) > 1:
+        others = ", ".join(sorted(entry.keys() - required - optional))
+        raise ValueError(
+            f"{where} has keys of several formats (FORMAT {entry['FORMAT']!r}, but also {others}): "
+            f"a base config declares {name} with another FORMAT. Give the data set another name, "
+            "and put this name into DATASETS.TRAIN or TEST"
+        )
     if not required <= entry.keys() <= required | optional:
         raise ValueError(
             f"{where} must have the keys {sorted(required)} and may have {sorted(optional)}, "
@@ -120,75 +136,100 @@ def _check_entry(name: str, entry: dict) -> None:
         )
 
 
-def is_in_part(file_name: str, part: str | None) -> bool:
-    """Whether an image is in a part of a data set: "train", "test" (about a tenth), or None: all.
+def is_in_part(file_name: str, part: str) -> bool:
+    """Whether an image is in a part of a data set: "train", or "test", which is about a tenth.
 
     It depends on the file's name alone, so that an image stays in its part when others come.
     """
-    if part is None:
-        return True
     digest = hashlib.sha256(os.path.basename(file_name).encode(errors="replace")).digest()
     return (digest[0] % 10 == 0) == (part == "test")
 
 
-def _register_coco(name: str, entry: dict) -> None:
-    images = resolved_path(entry["IMAGES"])
+def _read(name: str, entry: dict) -> RawData:
+    if entry["FORMAT"] == "coco":
+        data = read_coco(name, entry["JSON"], entry["IMAGES"])
+    elif entry["FORMAT"] == "voc":
+        data = read_voc(name, entry["ROOT"], str(entry["SPLIT"]), entry["CLASSES"])
+    else:
+        data = read_yolo(name, entry["DATA"], str(entry["SPLIT"]))
+    if entry.get("PART") is not None:
+        _keep_part(data, entry["PART"])
+    return data
+
+
+def _keep_part(data: RawData, part: str) -> None:
+    left_out = {i["id"] for i in data.images if not is_in_part(i["file_name"], part)}
+    data.images = [image for image in data.images if image["id"] not in left_out]
+    kept = [i for i, a in enumerate(data.annotations) if a["image_id"] not in left_out]
+    index = {old: new for new, old in enumerate(kept)}
+    data.annotations = [data.annotations[i] for i in kept]
+    data.places = [data.places[i] for i in kept]
+    data.findings = [
+        f if f.index is None else replace(f, index=index[f.index])
+        for f in data.findings
+        if f.image not in left_out and (f.index is None or f.index in index)
+    ]
+
+
+def _register(name: str, entry: dict) -> None:
+    entry = _with_resolved_paths(entry)
+    is_coco = entry["FORMAT"] == "coco"
+    DatasetCatalog.register(name, (_coco_loader if is_coco else _loader)(name, entry))
+    metadata = MetadataCatalog.get(name).set(evaluator_type=entry.get("EVALUATOR", "coco"))
+    if entry.get("CLASSES") is not None:
+        metadata.set(thing_classes=list(entry["CLASSES"]))
+    if is_coco:
+        metadata.set(image_root=entry["IMAGES"])
+    if entry["FORMAT"] == "voc":
+        # Average precision as in VOC 2010 and later: the area under the curve.
+        metadata.set(dirname=entry["ROOT"], split=str(entry["SPLIT"]), year=2012)
+
+
+def _loader(name: str, entry: dict) -> Callable[[], list[dict]]:
+    def load() -> list[dict]:
+        data = _read(name, entry)
+        records = data.training_records()
+        _check_classes(name, entry, data)
+        MetadataCatalog.get(name).set(thing_classes=data.classes)
+        if entry.get("EVALUATOR") == "pascal_voc":
+            check_readable_by_pascal_voc_evaluator(entry["ROOT"], records)
+        return records
+
+    return load
+
+
+def _coco_loader(name: str, entry: dict) -> Callable[[], list[dict]]:
+    @cache
+    def checked_file() -> str:
+        data = _read(name, entry)
+        file = training_file(data, is_part=entry.get("PART") is not None)
+        _check_classes(name, entry, data)
+        return file
+
+    def load() -> list[dict]:
+        # The COCO evaluator reads this file.
+        MetadataCatalog.get(name).set(json_file=checked_file())
+        # For those who do not use our mapper the coordinates are made floating point here.
+        records = load_coco_json(checked_file(), entry["IMAGES"], name)
+        return [with_float_coordinates(record) for record in records]
+
+    return load
+
+
+def _check_classes(name: str, entry: dict, data: RawData) -> None:
     classes = entry.get("CLASSES")
-    keep = partial(is_in_part, part=entry["PART"]) if "PART" in entry else None
-    load_records = coco_loader(resolved_path(entry["JSON"]), images, name, classes, keep)
-    # For those who do not use our mapper the coordinates are made floating point here.
-    DatasetCatalog.register(name, lambda: [with_float_coordinates(x) for x in load_records()])
-    metadata = MetadataCatalog.get(name).set(image_root=images, evaluator_type="coco")
-    if classes is not None:
-        metadata.set(thing_classes=list(classes))
+    if classes is not None and data.classes != list(classes):
+        raise ValueError(
+            f"{data.source} has the classes {data.classes}, but CLASSES of the data set {name!r} "
+            f"are {list(classes)}. Remove CLASSES, or take the file that they are of"
+        )
 
 
-def _register_voc(name: str, entry: dict) -> None:
-    root, split, classes = resolved_path(entry["ROOT"]), str(entry["SPLIT"]), list(entry["CLASSES"])
-    evaluator = entry.get("EVALUATOR", "coco")
-
-    def load() -> list[dict]:
-        records = load_voc(root, split, classes)
-        if evaluator == "pascal_voc":
-            check_readable_by_pascal_voc_evaluator(root, records)
-        return [r for r in records if is_in_part(r["file_name"], entry.get("PART"))]
-
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(
-        thing_classes=classes,
-        dirname=root,
-        split=split,
-        year=2012,  # average precision as in VOC 2010 and later: the area under the curve
-        evaluator_type=evaluator,
-    )
-
-
-def _register_yolo(name: str, entry: dict) -> None:
-    data, split, classes = resolved_path(entry["DATA"]), str(entry["SPLIT"]), entry.get("CLASSES")
-
-    def load() -> list[dict]:
-        records, found = load_yolo(data, split)
-        if classes is not None and found != list(classes):
-            raise ValueError(
-                f"{data} has the classes {found}, but CLASSES of the data set {name!r} are "
-                f"{list(classes)}. Remove CLASSES, or take the data set that they are of"
-            )
-        MetadataCatalog.get(name).set(thing_classes=found)
-        return [r for r in records if is_in_part(r["file_name"], entry.get("PART"))]
-
-    DatasetCatalog.register(name, load)
-    metadata = MetadataCatalog.get(name).set(evaluator_type="coco")
-    if classes is not None:
-        metadata.set(thing_classes=list(classes))
-
-
-_REGISTER = {"coco": _register_coco, "voc": _register_voc, "yolo": _register_yolo}
+def _with_resolved_paths(entry: dict) -> dict:
+    """Relative paths of an entry start at the folder of the data sets."""
+    root = _root()
+    return {k: os.path.join(root, v) if k in _PATHS else v for k, v in entry.items()}
 
 
 def _root() -> str:
     return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-
-
-def resolved_path(path: str) -> str:
-    """Where a path of DATASETS.CUSTOM is."""
-    return os.path.join(_root(), path)

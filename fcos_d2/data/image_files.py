@@ -49,22 +49,16 @@ def image_size(file: str) -> tuple[int, int]:
         OSError: for a file that cannot be read.
         ValueError: for one that is larger than PIL's limit.
     """
-    (width, height), turn = _header(file)
-    return (width, height) if turn in _TURNED else (height, width)
+    return size_and_orientation(file)[0]
 
 
-def orientation(file: str) -> int:
-    """EXIF's orientation of an image: 1 is upright. For errors see :func:`image_size`."""
-    return _header(file)[1]
-
-
-def _header(file: str) -> tuple[tuple[int, int], int]:
-    """(width, height) as stored, and EXIF's orientation."""
+def size_and_orientation(file: str) -> tuple[tuple[int, int], int]:
+    """The same, and EXIF's orientation, of which 1 is upright."""
     try:
         with PathManager.open(file, "rb") as f, Image.open(f) as image:
             # Of the base class: that of PNG files would read the pixels.
-            exif = Image.Image.getexif(image)
-            return image.size, exif.get(ExifTags.Base.Orientation, 1)
+            turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+            return (image.size if turn in _TURNED else image.size[::-1]), turn
     except Image.DecompressionBombError as error:
         raise ValueError(f"The image {file} is too large: {error}") from error
     except SyntaxError as error:  # PIL's, for some broken headers

@@ -8,11 +8,10 @@ from glob import escape, glob
 
 from detectron2.config import CfgNode
 
-from .check.reading import read_voc
 from .classes import SECTIONS
 from .coco import parse_coco_json
-from .voc import split_names
-from .yolo_files import read_data_yaml
+from .data_yaml import read_data_yaml
+from .voc import names_of_objects
 
 SPLITS = ("train", "trainval", "val", "test")
 # Files that COCO's own data set has beside those of boxes.
@@ -126,16 +125,10 @@ def _voc_in(folder: str) -> dict[str, dict]:
             continue
         root = os.path.normpath(root)
         splits = [s for s in SPLITS if os.path.isfile(os.path.join(root, parts[1], f"{s}.txt"))]
-        classes = _voc_classes(root, splits)
+        classes = sorted({name for split in splits for name in names_of_objects(root, split)})
         common = {"FORMAT": "voc", "ROOT": root, "CLASSES": classes}
         return {split: common | {"SPLIT": split} for split in splits}
     return {}
-
-
-def _voc_classes(root: str, splits: list[str]) -> list[str]:
-    """All names of objects in the splits, sorted."""
-    sets = [read_voc(split, root, split) for split in splits if split_names(root, split)]
-    return sorted({c["name"] for data in sets for c in data.categories})
 
 
 def _coco_in(folder: str) -> dict[str, dict]:

@@ -1,65 +1,67 @@
 """Data sets in PASCAL VOC layout, with the irregularities that they have in practice."""
 
-import logging
 import math
 import os
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
-from detectron2.structures import BoxMode
 
+from .findings import Finding
 from .image_files import IMAGE_SUFFIXES, image_size
+from .raw_data import RawData
 
 
-def load_voc(root: str, split: str, classes: Sequence[str]) -> list[dict]:
-    """Records of a split, as Detectron2's loader gives them.
+def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = None) -> RawData:
+    """A split in VOC layout.
 
-    Unlike that loader it reads a split of one image, names with spaces, images in other formats
-    than JPEG, and files without ``<size>``, for which it reads the image's header. Boxes without
-    area are left out with one warning that names them.
+    Unlike Detectron2's loader it reads a split of one image, names with spaces, images in other
+    formats than JPEG, and files without ``<size>``, for which it reads the image's header.
 
     Args:
         root: the folder with ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
         split: a file of ``ImageSets/Main`` without ".txt"; each line names an image.
-        classes: all names of objects; their order is that of the class numbers.
+        classes: all names of objects, in the order of the class numbers. Without them they are
+            those of the split, sorted.
 
     Raises:
-        OSError: for a missing file.
-        ValueError: for a file that cannot be parsed or lacks something, for coordinates that are
-            no numbers, and for a class that is not listed; it names the file.
+        OSError: for a missing list of the split.
     """
-    image_files = find_image_files(root)
-    records, left_out = [], []
-    for name in split_names(root, split):
-        xml_file, image_file, tree = parse_xml(root, name, image_files)
-        height, width = image_size_of(xml_file, tree, image_file)
-        annotations = []
+    classes = names_of_objects(root, split) if classes is None else list(classes)
+    data = RawData(
+        name, os.path.join(root, "JPEGImages"), source=f"{root}, split {split}", label=_label
+    )
+    data.categories = [{"id": i + 1, "name": str(c)} for i, c in enumerate(classes)]
+    numbers = {c: i + 1 for i, c in enumerate(classes)}
+    image_files = _find_image_files(data.image_root)
+    for image in dict.fromkeys(split_names(root, split)):
+        xml_file = annotation_file(root, image)
+        file_name = image_files.get(image, f"{image}.jpg")
+        try:
+            tree = _parse_xml(xml_file)
+            height, width = _image_size(xml_file, tree, os.path.join(data.image_root, file_name))
+        except (OSError, ValueError) as error:
+            data.refuse(error, file=xml_file, image=image)
+            continue
+        data.images.append({"id": image, "file_name": file_name, "height": height, "width": width})
         for i, element in enumerate(tree.findall("object")):
-            category_id, (x0, y0, x1, y1) = parse_object(xml_file, i, element, classes)
-            if x1 > x0 and y1 > y0:
-                # Corners are pixel numbers from 1, and both pixels belong to the box.
-                bbox = [x0 - 1, y0 - 1, x1, y1]
-                annotations.append(
-                    {"category_id": category_id, "bbox": bbox, "bbox_mode": BoxMode.XYXY_ABS}
+            where, place = f"{xml_file}: <object> number {i + 1}", f"object {i + 1}"
+            category = element.findtext("name")
+            try:
+                bbox = _coco_box(*_corners(where, element))
+            except ValueError as error:
+                data.refuse(error, file=xml_file, image=image, annotation=place)
+                continue
+            # An unknown name is a category that is not listed.
+            annotation = {"image_id": image, "category_id": numbers.get(category, category)}
+            error = None
+            if category not in numbers:
+                error = ValueError(
+                    f"{where} has the <name> {category!r}, which CLASSES does not list: {classes}. "
+                    "It must list every <name> of the annotations, with the same spelling"
                 )
-            else:
-                left_out.append(f"{name} ({x0:g}, {y0:g}, {x1:g}, {y1:g})")
-        records.append(
-            {
-                "file_name": image_file,
-                "image_id": name,
-                "height": height,
-                "width": width,
-                "annotations": annotations,
-            }
-        )
-    if left_out:
-        logging.getLogger(__name__).warning(
-            f"{root}, split {split}: dropped {len(left_out)} box(es) without area, as image "
-            f"(xmin, ymin, xmax, ymax): {'; '.join(left_out)}"
-        )
-    return records
+            data.add(annotation | {"bbox": bbox}, xml_file, place, error)
+    return data
 
 
 def check_readable_by_pascal_voc_evaluator(root: str, records: Sequence[dict]) -> None:
@@ -86,6 +88,18 @@ def check_readable_by_pascal_voc_evaluator(root: str, records: Sequence[dict]) -
             ) from error
 
 
+def names_of_objects(root: str, split: str) -> list[str]:
+    """The names of the objects in a split, sorted; without the files that cannot be read."""
+    names = set()
+    for image in split_names(root, split):
+        try:
+            tree = _parse_xml(annotation_file(root, image))
+        except (OSError, ValueError):
+            continue
+        names |= {element.findtext("name") or "" for element in tree.findall("object")}
+    return sorted(names)
+
+
 def split_names(root: str, split: str) -> list[str]:
     """The images of a split. For a missing file there is an OSError."""
     with open(os.path.join(root, "ImageSets", "Main", f"{split}.txt"), encoding="utf-8") as file:
@@ -97,27 +111,15 @@ def annotation_file(root: str, name: str) -> str:
     return os.path.join(root, "Annotations", f"{name}.xml")
 
 
-def parse_xml(
-    root: str, name: str, image_files: Mapping[str, str]
-) -> tuple[str, str, ET.ElementTree]:
-    """The annotation file of an image, the image's file, and the content of the first.
-
-    Raises:
-        OSError: for a missing annotation file.
-        ValueError: for a file that cannot be parsed.
-    """
-    xml_file = annotation_file(root, name)
+def _parse_xml(file: str) -> ET.ElementTree:
     try:
-        tree = ET.parse(xml_file)
+        return ET.parse(file)
     except ET.ParseError as error:
-        raise ValueError(f"{xml_file} is not an XML file, or is cut short: {error}") from error
-    image_file = os.path.join(root, "JPEGImages", image_files.get(name, f"{name}.jpg"))
-    return xml_file, image_file, tree
+        raise ValueError(f"{file} is not an XML file, or is cut short: {error}") from error
 
 
-def find_image_files(root: str) -> dict[str, str]:
+def _find_image_files(folder: str) -> dict[str, str]:
     """File of each image by its name without suffix; JPEG files come before others."""
-    folder = os.path.join(root, "JPEGImages")
     files = os.listdir(folder) if os.path.isdir(folder) else []
     order = {suffix: i for i, suffix in enumerate(IMAGE_SUFFIXES)}
     images = [f for f in files if os.path.splitext(f)[1].lower() in order]
@@ -125,7 +127,7 @@ def find_image_files(root: str) -> dict[str, str]:
     return {os.path.splitext(f)[0]: f for f in images}
 
 
-def image_size_of(xml_file: str, tree: ET.ElementTree, image_file: str) -> tuple[int, int]:
+def _image_size(xml_file: str, tree: ET.ElementTree, image_file: str) -> tuple[int, int]:
     """(height, width) of an image."""
     try:
         return int(tree.findtext("size/height")), int(tree.findtext("size/width"))
@@ -140,24 +142,33 @@ def image_size_of(xml_file: str, tree: ET.ElementTree, image_file: str) -> tuple
         ) from error
 
 
-def parse_object(
-    xml_file: str, index: int, element: ET.Element, classes: Sequence[str]
-) -> tuple[int, list[float]]:
-    """Class number and corners as in the file."""
-    where = f"{xml_file}: <object> number {index + 1}"
-    name = element.findtext("name")
-    if name not in classes:
-        raise ValueError(
-            f"{where} has the <name> {name!r}, which CLASSES does not list: {list(classes)}. It "
-            "must list every <name> of the annotations, with the same spelling"
-        )
+def _corners(where: str, element: ET.Element) -> list[float]:
+    """xmin, ymin, xmax, ymax as in the file."""
     corners = [element.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
     try:
         numbers = [float(x) for x in corners]
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError("not finite")
-        return classes.index(name), numbers
-    except (TypeError, ValueError) as error:  # TypeError: no such element
+    except (TypeError, ValueError):  # TypeError: no such element
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
         raise ValueError(
             f"{where} has no <bndbox> with four numbers: xmin, ymin, xmax, ymax are {corners}"
-        ) from error
+        )
+    return numbers
+
+
+def _coco_box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
+    """[x, y, width, height] of a box, whose corners are pixel numbers from 1.
+
+    Both pixels belong to the box, but where they are the same it has no area.
+    """
+    return [x0 - 1, y0 - 1, x1 - x0 + (x1 > x0), y1 - y0 + (y1 > y0)]
+
+
+def _label(data: RawData, finding: Finding) -> str:
+    corners = _voc_corners(*data.annotations[finding.index]["bbox"])
+    return f"{finding.image} ({', '.join(f'{x:g}' for x in corners)})"
+
+
+def _voc_corners(x: float, y: float, width: float, height: float) -> list[float]:
+    """The inverse of :func:`_coco_box`."""
+    return [x + 1, y + 1, x + 1 + width - (width > 0), y + 1 + height - (height > 0)]

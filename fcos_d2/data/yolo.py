@@ -1,69 +1,72 @@
 """Data sets in YOLO layout: a data.yaml, images, and a text file of normalised boxes for each."""
 
-import logging
 import os
 from collections.abc import Sequence
 
-from detectron2.structures import BoxMode
-
+from .data_yaml import image_files, label_file, label_lines, read_data_yaml
 from .image_files import image_size
-from .yolo_files import image_files, label_file, label_lines, read_data_yaml
+from .raw_data import RawData
 
 
-def load_yolo(data: str, split: str) -> tuple[list[dict], list[str]]:
-    """Records of a split, in Detectron2's format, and the classes.
+def read_yolo(name: str, data_yaml: str, split: str) -> RawData:
+    """A split in YOLO layout.
 
-    Polygons become boxes with a segmentation. An image without a label file has no boxes. Boxes
-    without area are left out with one warning that names them. Of images only headers are read.
+    Polygons become boxes with a segmentation. An image without a label file has no boxes. Of images
+    only headers are read.
 
     Args:
-        data: a data.yaml, or the folder that it is in.
+        data_yaml: a data.yaml, or the folder that it is in.
         split: a key of data.yaml, such as "train" or "val".
 
     Raises:
-        OSError: for a missing or unreadable file.
-        ValueError: for what is wrong in a file, with its name and line; for a split without images,
-            or with no label file at all.
+        OSError: for a missing data.yaml, or a missing folder or list of images.
+        ValueError: for what is wrong in data.yaml, and for a split without images.
     """
-    described = read_data_yaml(data)
-    records, left_out, labelled = [], [], 0
-    for image_file in image_files(described, split):
-        height, width = image_size(image_file)
-        file = label_file(described, image_file)
-        labelled += os.path.exists(file)
-        annotations = []
+    described = read_data_yaml(data_yaml)
+    data = RawData(name, described.folders[-1], source=f"{described.file}, split {split}")
+    data.categories = [{"id": i + 1, "name": c} for i, c in enumerate(described.classes)]
+    label_files = []
+    found, missing = image_files(described, split)
+    for text in missing:
+        data.refuse(FileNotFoundError(text), "no image", file=described.file)
+    for image_file in found:
+        image = os.path.relpath(image_file, data.image_root)
+        try:
+            height, width = image_size(image_file)
+        except (OSError, ValueError) as error:
+            data.refuse(error, "unreadable image", file=image_file, image=image)
+            continue
+        # Joined to a folder that is a link, ".." would lead to another place.
+        file_name = os.path.abspath(image_file) if image.startswith("..") else image
+        data.images.append({"id": image, "file_name": file_name, "height": height, "width": width})
+        label_files.append(label_file(described, image_file))
+        _read_labels(data, label_files[-1], described.classes)
+    if label_files and not any(map(os.path.exists, label_files)):
+        error = ValueError(
+            f"None of the {len(label_files)} images of the split {split!r} of {described.file} has "
+            f"a label file. The one of the first image would be {label_files[0]}"
+        )
+        data.refuse(error, file=described.file)
+    return data
+
+
+def _read_labels(data: RawData, file: str, classes: Sequence[str]) -> None:
+    """Add what the label file of the last image has."""
+    image, height, width = (data.images[-1][key] for key in ("id", "height", "width"))
+    try:
         for number, line in label_lines(file):
-            where = f"{file}, line {number}"
-            annotation = parse_line(where, line, described.classes, height, width)
-            x0, y0, x1, y1 = annotation["bbox"]
-            if x1 > x0 and y1 > y0:
-                annotations.append(annotation)
+            place = f"line {number}"
+            try:
+                box = _parse_line(f"{file}, {place}", line, classes, height, width)
+            except ValueError as error:
+                data.refuse(error, file=file, image=image, annotation=place)
             else:
-                left_out.append(where)
-        records.append(
-            {
-                "file_name": image_file,
-                "image_id": os.path.relpath(image_file, described.folders[-1]),
-                "height": height,
-                "width": width,
-                "annotations": annotations,
-            }
-        )
-    if records and not labelled:
-        raise ValueError(
-            f"None of the {len(records)} images of the split {split!r} of {described.file} has a "
-            "label file. The one of the first image would be "
-            f"{label_file(described, records[0]['file_name'])}"
-        )
-    if left_out:
-        logging.getLogger(__name__).warning(
-            f"{described.file}, split {split}: dropped {len(left_out)} box(es) without area: "
-            f"{'; '.join(left_out)}"
-        )
-    return records, described.classes
+                data.add({"image_id": image} | box, file, place)
+    except (OSError, ValueError) as error:  # no text
+        data.refuse(error, file=file, image=image)
 
 
-def parse_line(where: str, line: str, classes: Sequence[str], height: int, width: int) -> dict:
+def _parse_line(where: str, line: str, classes: Sequence[str], height: int, width: int) -> dict:
     """The annotation of a line: "class x y width height" or "class x0 y0 x1 y1 x2 y2 ...".
 
     Args:
@@ -71,7 +74,8 @@ def parse_line(where: str, line: str, classes: Sequence[str], height: int, width
         height, width: of the image, in pixels.
 
     Returns:
-        an annotation in Detectron2's format, in pixels; its box may have no area.
+        "category_id", "bbox" and for a polygon "segmentation", as in COCO, in pixels. The box may
+        have no area.
 
     Raises:
         ValueError: for a line of another form, an unknown class, and values outside of [0, 1].
@@ -97,7 +101,7 @@ def parse_line(where: str, line: str, classes: Sequence[str], height: int, width
             f"{where} has {bad[0]:g}, which is not in [0, 1]: coordinates are divided by the width "
             "and height of the image"
         )
-    annotation = {"category_id": int(number), "bbox_mode": BoxMode.XYXY_ABS}
+    annotation = {"category_id": int(number) + 1}
     if len(values) == 4:
         x, y, w, h = values
         corners = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
@@ -105,7 +109,8 @@ def parse_line(where: str, line: str, classes: Sequence[str], height: int, width
         xs, ys = values[0::2], values[1::2]
         corners = (min(xs), min(ys), max(xs), max(ys))
         annotation["segmentation"] = [_in_pixels(values, height, width)]
-    return annotation | {"bbox": _in_pixels(corners, height, width)}
+    x0, y0, x1, y1 = _in_pixels(corners, height, width)
+    return annotation | {"bbox": [x0, y0, x1 - x0, y1 - y0]}
 
 
 def _in_pixels(values: Sequence[float], height: int, width: int) -> list[float]:

@@ -8,7 +8,6 @@ kept. docs/export.md says how to run it.
 """
 
 import argparse
-import sys
 from contextlib import suppress
 
 from detectron2.config import CfgNode
@@ -16,19 +15,15 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
 from ..checkpoint import AtomicCheckpointer
+from ..command_line import config_parser, exit_on_error
 from ..config import load_cfg
 from ..data import class_names
 from ..modeling import FCOS
-from .onnx import LIMIT, ExportError, to_onnx
+from .onnx import LIMIT, ExportError, check_is_fcos, to_onnx
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m fcos_d2.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser = config_parser(__doc__, prog="python -m fcos_d2.export")
     parser.add_argument("--format", choices=["onnx"], default="onnx", help="(default: onnx)")
     parser.add_argument("--output", required=True, metavar="FILE", help="such as model.onnx")
     parser.add_argument(
@@ -46,13 +41,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="of ONNX (default: 18; with deformable convolutions 19)",
     )
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="changes to the config, such as MODEL.WEIGHTS FILE",
-    )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def load_model(cfg: CfgNode) -> tuple[FCOS, list[str] | None]:
@@ -64,11 +53,7 @@ def load_model(cfg: CfgNode) -> tuple[FCOS, list[str] | None]:
         ValueError: for another detector than FCOS, for weights that do not fill the model, and for
             other numbers of names than of classes.
     """
-    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
-        raise ValueError(
-            f"Only META_ARCHITECTURE 'FCOS' can be exported, not {cfg.MODEL.META_ARCHITECTURE!r}. "
-            "For other detectors use Detectron2's tools/deploy/export_model.py"
-        )
+    check_is_fcos(cfg.MODEL.META_ARCHITECTURE)
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("Name the weights to export: MODEL.WEIGHTS FILE")
     cfg = cfg.clone()
@@ -98,7 +83,8 @@ def _names_of_data(cfg: CfgNode) -> list[str] | None:
 
 def main() -> None:
     args = parse_args()
-    try:
+    # Detectron2 refuses weights that do not exist by AssertionError.
+    with exit_on_error(AssertionError, ExportError, ImportError):
         cfg = load_cfg(args.config_file, args.opts)
         model, names = load_model(cfg)
         difference = to_onnx(
@@ -111,9 +97,6 @@ def main() -> None:
             min_size=cfg.INPUT.MIN_SIZE_TEST,
             max_size=cfg.INPUT.MAX_SIZE_TEST,
         )
-    except (AssertionError, ExportError, ImportError, OSError, ValueError) as error:
-        # Detectron2 refuses weights that do not exist by AssertionError.
-        sys.exit(f"error: {error}")
     print(f"Exported to {args.output}")
     print(f"Class names: {', '.join(names) if names else 'none'}")
     print(f"Largest difference to PyTorch in ONNX Runtime: {difference:.1e} (limit {LIMIT})")

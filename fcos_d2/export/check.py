@@ -1,11 +1,15 @@
 """An exported file beside PyTorch, in ONNX Runtime."""
 
+import sys
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from ..modeling import FCOS
+from .graph import DetectionGraph
 
 # (N, H, W) of the batches: from less than a cell to many, one image and several.
 _SHAPES = ((1, 1, 1), (1, 64, 97), (3, 130, 201), (1, 320, 480))
@@ -23,7 +27,7 @@ def largest_difference(model: FCOS, file: str) -> float:
     unless rounding decides whether it is there: at the limit of detections or of the IoU in NMS.
 
     Args:
-        model: on CPU, in evaluation mode. Its post-processor is changed during the call.
+        model: on CPU, in evaluation mode. The threshold of its post-processor is changed.
         file: of :func:`fcos_d2.export.to_onnx`.
 
     Returns:
@@ -35,18 +39,18 @@ def largest_difference(model: FCOS, file: str) -> float:
 
     proto = onnx.load(file)
     batches = [_images(*shape) for shape in _SHAPES]
-    if all(output.name != "boxes" for output in proto.graph.output):
-        return max(_raw_difference(model, _session(proto), batch) for batch in batches)
-    post = model.post_processor
-    before = post.score_thresh
-    differences = [_detections_difference(model, _session(proto), batch) for batch in batches]
-    try:
-        post.score_thresh = _threshold(model, batches)
-        _set_thresholds(proto, post)
+    is_raw = all(output.name != "boxes" for output in proto.graph.output)
+    compare_batch = _raw_difference if is_raw else _detections_difference
+    session = _session(proto)
+    differences = [compare_batch(model, session, batch) for batch in batches]
+    if not is_raw:
+        model.post_processor.score_thresh = _threshold(model, batches)
+        thresholds = dict(DetectionGraph(model).named_buffers(recurse=False))
+        for initializer in proto.graph.initializer:
+            if initializer.name in thresholds:
+                initializer.raw_data = thresholds[initializer.name].numpy().tobytes()
         session = _session(proto)
-        differences += [_detections_difference(model, session, batch) for batch in batches]
-    finally:
-        post.score_thresh = before
+        differences += [compare_batch(model, session, batch) for batch in batches]
     return float(np.max(differences))  # Python's max may lose NaN
 
 
@@ -84,19 +88,14 @@ def _raw_difference(model: FCOS, session, images: Tensor) -> float:
 
 @torch.no_grad()
 def _detections_difference(model: FCOS, session, images: Tensor) -> float:
-    outputs = _run(session, images)
-    largest = 0.0
-    for number, image in enumerate(images):
-        instances = model([{"image": image}])[0]["instances"]
-        expected = (
-            instances.pred_boxes.tensor.numpy(),
-            instances.scores.numpy(),
-            instances.pred_classes.numpy(),
-        )
-        boxes, scores, classes, count = (x[number] for x in outputs)
-        actual = (boxes[:count], scores[:count], classes[:count])
-        largest = np.maximum(largest, compare(expected, actual, model.post_processor))
-    return float(largest)
+    differences = []
+    for image, *actual, count in zip(images, *_run(session, images), strict=True):
+        found = model([{"image": image}])[0]["instances"]
+        expected = found.pred_boxes.tensor, found.scores, found.pred_classes
+        actual = tuple(x[:count] for x in actual)
+        expected = tuple(x.numpy() for x in expected)
+        differences.append(compare(expected, actual, model.post_processor))
+    return float(np.max(differences))
 
 
 def compare(expected: tuple, actual: tuple, post_processor) -> float:
@@ -125,18 +124,10 @@ def _left_to_rounding(detections: tuple, others: tuple, post_processor) -> np.nd
     clipped = post_processor.clip_boxes == "after_nms"
     if len(scores) == post_processor.max_detections_per_image or (clipped and len(scores)):
         is_open |= scores < scores.min() + _ROUNDING
-    ious = _ious(boxes, others[0])
+    ious = box_iou(torch.from_numpy(boxes), torch.from_numpy(others[0])).numpy()
     near = np.abs(ious - post_processor.nms_thresh) < _ROUNDING
     near &= classes[:, None] == others[2][None]
     return is_open | near.any(axis=1)
-
-
-def _ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    intersection = (high - low).clip(min=0).prod(axis=2)
-    areas = [(x[:, 2:] - x[:, :2]).prod(axis=1) for x in (a, b)]
-    return intersection / (areas[0][:, None] + areas[1][None] - intersection)
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -148,26 +139,14 @@ def _threshold(model: FCOS, batches: list[Tensor]) -> float:
     """A score threshold that leaves some candidates, in a gap between two scores."""
     post = model.post_processor
     post.score_thresh = 0.0
+    compared = "class_probability" if post.score_thresh_on == "class" else "scores"
     values = []
     for batch in batches:
         images = model.preprocess_image([{"image": x} for x in batch])
-        outputs = model.head_outputs(images)
-        if post.score_thresh_on == "class":
-            values += [x.flatten().sigmoid() for x in outputs.class_logits]
-        else:
-            candidates = post.candidates(outputs, model.levels, images.image_sizes)
-            values += [x.scores for x in candidates]
+        found = model.head_outputs(images), model.levels, images.image_sizes
+        candidates = post.candidates(*found, topk=sys.maxsize, with_cells=True)
+        values += [x.get(compared) for x in candidates]
     best = torch.cat(values).topk(_CANDIDATES + 1).values
     best = best[len(best) // 2 :]
     gap = (best[:-1] - best[1:]).argmax()
     return ((best[gap] + best[gap + 1]) / 2).item()
-
-
-def _set_thresholds(proto, post_processor) -> None:
-    """Write the post-processor's thresholds into a graph."""
-    thresholds = {"logit_thresh": post_processor.logit_thresh}
-    if post_processor.score_thresh_on == "score":
-        thresholds["score_thresh"] = post_processor.score_thresh
-    initializers = {x.name: x for x in proto.graph.initializer}
-    for name, value in thresholds.items():
-        initializers[name].raw_data = np.float32(value).tobytes()

@@ -21,13 +21,9 @@ _LEAST_SCORE = 1e-30
 
 
 class RawGraph(nn.Module):
-    """The dense part alone: images to the maps of the head."""
+    """The dense part alone, of a model in evaluation mode: images to the maps of the head."""
 
     def __init__(self, model: FCOS):
-        """
-        Args:
-            model: in evaluation mode.
-        """
         super().__init__()
         self.model = model
 
@@ -48,9 +44,9 @@ class RawGraph(nn.Module):
         model = self.model
         height, width = images.shape[-2:]
         stride = max(model.backbone.size_divisibility, 1)
+        # Not -n // stride: ONNX rounds towards zero.
+        right, below = ((n + stride - 1) // stride * stride - n for n in (width, height))
         pixels = (images.float() - model.pixel_mean) / model.pixel_std
-        right = (width + stride - 1) // stride * stride - width
-        below = (height + stride - 1) // stride * stride - height
         pixels = F.pad(pixels, (0, right, 0, below))
         features = model.backbone(pixels)
         return model.head([features[f] for f in model.head_in_features])
@@ -93,10 +89,7 @@ class DetectionGraph(RawGraph):
         scores = torch.where(valid, scores, 0.0)
 
         scores = self._suppress(boxes, scores, classes)
-        limit = post.max_detections_per_image  # which may be more than the candidates
-        boxes, scores, classes = (
-            F.pad(boxes, (0, 0, 0, limit)), F.pad(scores, (0, limit)), F.pad(classes, (0, limit))
-        )  # fmt: skip
+        limit = post.max_detections_per_image
         boxes, scores, classes = _best(boxes, scores, classes, limit)
         if not clip_first:
             boxes = _clip(boxes, height, width)
@@ -150,10 +143,8 @@ class DetectionGraph(RawGraph):
 
 
 def _clip(boxes: Tensor, height: int, width: int) -> Tensor:
-    x0, y0, x1, y1 = boxes.unbind(dim=2)
-    x0, x1 = x0.clamp(min=0, max=width), x1.clamp(min=0, max=width)
-    y0, y1 = y0.clamp(min=0, max=height), y1.clamp(min=0, max=height)
-    return torch.stack([x0, y0, x1, y1], dim=2)
+    x, y = boxes[..., 0::2].clamp(min=0, max=width), boxes[..., 1::2].clamp(min=0, max=height)
+    return torch.stack([x, y], dim=3).flatten(2)  # x0, y0, x1, y1
 
 
 def _nonempty(boxes: Tensor) -> Tensor:
@@ -165,8 +156,9 @@ def _take(boxes: Tensor, index: Tensor) -> Tensor:
 
 
 def _best(boxes: Tensor, scores: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    scores, index = scores.topk(k, dim=1)
-    return _take(boxes, index), scores, classes.gather(1, index)
+    """The k best of each image; where there are fewer, what fills up has a score of 0."""
+    scores, index = F.pad(scores, (0, k)).topk(k, dim=1)
+    return _take(F.pad(boxes, (0, 0, 0, k)), index), scores, F.pad(classes, (0, k)).gather(1, index)
 
 
 @torch.library.custom_op("fcos_d2::class_wise_nms", mutates_args=())

@@ -92,15 +92,22 @@ def to_onnx(
     if os.path.isdir(file):
         raise IsADirectoryError(f"{file} is a folder: name the file to write, such as model.onnx")
     os.makedirs(os.path.dirname(file), exist_ok=True)
-    model = _plain_copy(model)
+    model = copy.deepcopy(model).cpu().float().eval()
+    model.runtime = Runtime()  # not compiled
     graph = (RawGraph if raw else DetectionGraph)(model).eval()
     # Opened first: what cannot be written shall fail now, not in a minute.
     with replacing(file, own=True) as partial:
         proto = _export(graph, getattr(torch, input_type), opset)
-        metadata = _metadata(model, raw, input_type, class_names, min_size, max_size)
+        metadata = _metadata(
+            model,
+            outputs="raw" if raw else "detections",
+            input_type=input_type,
+            class_names=None if class_names is None else list(class_names),
+            min_size=min_size,
+            max_size=max_size,
+        )
         for key, value in metadata.items():
-            entry = proto.metadata_props.add()
-            entry.key, entry.value = key, value
+            proto.metadata_props.add(key=key, value=value)
         partial.write(proto.SerializeToString())
         partial.flush()
         difference = largest_difference(model, partial.name)
@@ -112,12 +119,18 @@ def to_onnx(
     return difference
 
 
+def check_is_fcos(meta_architecture: str) -> None:
+    """Raise a ValueError for another detector."""
+    if meta_architecture != "FCOS":
+        raise ValueError(
+            f"Only META_ARCHITECTURE 'FCOS' can be exported, not {meta_architecture!r}. For other "
+            "detectors use Detectron2's tools/deploy/export_model.py"
+        )
+
+
 def _check_model(model: FCOS) -> None:
     if not isinstance(model, FCOS):
-        raise ValueError(
-            f"Only META_ARCHITECTURE 'FCOS' can be exported, not {type(model).__name__!r}. For "
-            "other detectors use Detectron2's tools/deploy/export_model.py"
-        )
+        check_is_fcos(type(model).__name__)
     limit = model.post_processor.max_detections_per_image
     if limit < 1:
         raise ValueError(
@@ -132,8 +145,7 @@ def _check_model(model: FCOS) -> None:
 def _check_opset(model: FCOS, opset: int | None) -> int:
     deformable = any(isinstance(m, PortableDeformConv) for m in model.modules())
     lowest = _DEFORMABLE_OPSET if deformable else _OPSET
-    if opset is None:
-        return lowest
+    opset = lowest if opset is None else opset
     if opset < lowest:
         reason = " with deformable convolutions" if deformable else ""
         raise ValueError(f"The opset must be {lowest} or higher{reason}, got {opset}")
@@ -150,13 +162,6 @@ def _check_packages() -> None:
             f"Exporting needs onnx, onnxscript and onnxruntime ({error}): pip install onnx "
             "onnxscript onnxruntime, or pip install -e '.[onnx]' in a clone of fcos_d2"
         ) from error
-
-
-def _plain_copy(model: FCOS) -> FCOS:
-    """On CPU, in evaluation mode and float32, not compiled."""
-    model = copy.deepcopy(model).cpu().float().eval()
-    model.runtime = Runtime()
-    return model
 
 
 def _export(graph: RawGraph, dtype: torch.dtype, opset: int) -> "onnx.ModelProto":
@@ -203,35 +208,20 @@ def _quiet():
         logger.setLevel(level)
 
 
-def _metadata(
-    model: FCOS,
-    raw: bool,
-    input_type: str,
-    class_names: Sequence[str] | None,
-    min_size: int,
-    max_size: int,
-) -> dict[str, str]:
+def _metadata(model: FCOS, **settings) -> dict[str, str]:
     """What a file says of itself. All values are JSON."""
     post = model.post_processor
+    of_post = ("quality", "score_fusion", "score_thresh", "score_thresh_on")
+    of_post += ("topk_candidates", "nms_thresh", "clip_boxes")
     values = {
         "fcos_d2_version": __version__,
-        "outputs": "raw" if raw else "detections",
-        "input_type": input_type,
+        **settings,
         "channel_order": model.input_format,
-        "min_size": min_size,
-        "max_size": max_size,
         "num_classes": model.num_classes,
-        "class_names": None if class_names is None else list(class_names),
         "levels": list(model.head_in_features),
         "strides": list(model.levels.strides),
         "location_offset": model.levels.offset,
-        "quality": post.quality,
-        "score_fusion": post.score_fusion,
-        "score_thresh": post.score_thresh,
-        "score_thresh_on": post.score_thresh_on,
-        "topk_candidates": post.topk_candidates,
-        "nms_thresh": post.nms_thresh,
-        "clip_boxes": post.clip_boxes,
+        **{name: getattr(post, name) for name in of_post},
         "detections_per_image": post.max_detections_per_image,
     }
     return {key: json.dumps(value) for key, value in values.items()}

@@ -16,19 +16,12 @@ from PIL import Image, ImageOps
 
 @dataclass
 class Detections:
-    """Detections of an image, best first: the fields of Detectron2's Instances as arrays.
+    """Detections of an image, best first: the fields of Detectron2's Instances as arrays."""
 
-    Attributes:
-        image_size: (height, width) of the image.
-        pred_boxes: (D, 4) float32, x0, y0, x1, y1 in pixels of the image.
-        scores: (D,) float32.
-        pred_classes: (D,) int64.
-    """
-
-    image_size: tuple[int, int]
-    pred_boxes: np.ndarray
-    scores: np.ndarray
-    pred_classes: np.ndarray
+    image_size: tuple[int, int]  # (height, width) of the image
+    pred_boxes: np.ndarray  # (D, 4) float32, x0, y0, x1, y1 in pixels of the image
+    scores: np.ndarray  # (D,) float32
+    pred_classes: np.ndarray  # (D,) int64
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -112,10 +105,9 @@ class OnnxPredictor:
         If an image cannot be read, the detections of all before it are yielded first.
         """
         batch: list[tuple[np.ndarray, tuple[int, int]]] = []
-        items = enumerate(images)
-        while (item := next(items, None)) is not None:
+        for index, image in enumerate(images):
             try:
-                pixels, size = self._prepare(item[1], item[0])
+                pixels, size = self._prepare(image, index)
             except Exception:
                 yield from self._detect(batch)
                 raise
@@ -128,9 +120,7 @@ class OnnxPredictor:
                 batch = []
         yield from self._detect(batch)
 
-    def _prepare(
-        self, image: np.ndarray | str | os.PathLike, index: int
-    ) -> tuple[np.ndarray, tuple[int, int]]:
+    def _prepare(self, image, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """The network's pixels, (3, h, w), and (height, width) of the image."""
         channels = self.channels
         if isinstance(image, str | os.PathLike):
@@ -144,15 +134,13 @@ class OnnxPredictor:
         if channels != self.settings["channel_order"]:
             image = image[:, :, ::-1]
         size = image.shape[:2]
-        new_size = _resized(size, self.settings["min_size"], self.settings["max_size"])
+        height, width = _resized(size, self.settings["min_size"], self.settings["max_size"])
         if image.dtype == np.uint8:
-            height, width = new_size
             resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
             pixels = np.asarray(resized)
         else:
-            pixels = _interpolate(_interpolate(image, new_size[0], 0), new_size[1], 1)
-        pixels = pixels.transpose(2, 0, 1).astype(self.settings["input_type"])
-        return pixels, size
+            pixels = _interpolate(_interpolate(image, height, 0), width, 1)
+        return pixels.transpose(2, 0, 1).astype(self.settings["input_type"]), size
 
     def _detect(self, batch: list[tuple[np.ndarray, tuple[int, int]]]) -> Iterator[dict]:
         if not batch:
@@ -165,11 +153,8 @@ class OnnxPredictor:
             scale = np.array([width / images.shape[3], height / images.shape[2]] * 2, np.float32)
             boxes = (boxes[:n] * scale).clip(0, np.array([width, height] * 2, np.float32))
             full = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-            yield {
-                "instances": Detections(
-                    (height, width), boxes[full], scores[:n][full], classes[:n][full]
-                )
-            }
+            found = boxes[full], scores[:n][full], classes[:n][full]
+            yield {"instances": Detections((height, width), *found)}
 
 
 def _read(file: str | os.PathLike) -> np.ndarray:
@@ -203,10 +188,8 @@ def _resized(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, i
         return size
     scale = shortest / min(size)
     sides = [shortest if side == min(size) else side * scale for side in size]
-    if max(sides) > longest:
-        scale = longest / max(sides)
-        sides = [side * scale for side in sides]
-    return int(sides[0] + 0.5), int(sides[1] + 0.5)
+    scale = min(longest / max(sides), 1)
+    return int(sides[0] * scale + 0.5), int(sides[1] * scale + 0.5)
 
 
 def _interpolate(image: np.ndarray, length: int, axis: int) -> np.ndarray:

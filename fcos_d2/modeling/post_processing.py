@@ -104,12 +104,24 @@ class FCOSPostProcessor:
         return [self.suppress(x) for x in self.candidates(outputs, levels, image_sizes)]
 
     def candidates(
-        self, outputs: HeadOutputs, levels: Levels, image_sizes: Sequence[tuple[int, int]]
+        self,
+        outputs: HeadOutputs,
+        levels: Levels,
+        image_sizes: Sequence[tuple[int, int]],
+        topk: int | None = None,
+        with_cells: bool = False,
     ) -> list[Instances]:
         """The steps that look at each location alone. Arguments as of the call.
 
+        Args:
+            topk: of each image and level; by default ``TOPK_CANDIDATES_TEST``.
+            with_cells: add what the head says at the cell of each candidate. :meth:`suppress`
+                keeps these fields.
+
         Returns:
-            for each image, with the fields of the call; boxes may reach beyond the image.
+            for each image, with the fields of the call; boxes may reach beyond the image. With
+            ``with_cells`` also ``level`` (C,) int64, ``locations`` (C, 2) and ``ltrb`` (C, 4) in
+            pixels, ``class_probability`` (C,), and ``quality`` (C,), 1 with QUALITY "none".
         """
         if (outputs.quality_logits is not None) != (self.quality in ("centerness", "iou")):
             raise ValueError(f"The head's outputs do not fit the quality {self.quality!r}")
@@ -126,17 +138,25 @@ class FCOSPostProcessor:
         # 3. Top-k of each image and level.
         group = (cells.image * len(levels) + cells.level)[cell]
         num_groups = len(image_sizes) * len(levels)
-        best = top_k_per_group(scores, group, num_groups, self.topk_candidates)
+        topk = self.topk_candidates if topk is None else topk
+        best = top_k_per_group(scores, group, num_groups, topk)
         cell, classes, scores = cell[best], classes[best], scores[best]
 
         # 4. Decode.
-        image, boxes = cells.image[cell], ltrb_to_boxes(cells.locations[cell], cells.ltrb[cell])
+        boxes = ltrb_to_boxes(cells.locations[cell], cells.ltrb[cell])
         finite = _where(boxes.isfinite().all(dim=1))
-        image, boxes, scores, classes = (x[finite] for x in (image, boxes, scores, classes))
-        return [
-            _instances(image_size, _where(image == i), boxes, scores, classes)
-            for i, image_size in enumerate(image_sizes)
-        ]
+        cell, classes = cell[finite], classes[finite]
+        fields = {
+            "pred_boxes": Boxes(boxes[finite]),
+            "scores": scores[finite],
+            "pred_classes": classes,
+        }
+        if with_cells:
+            names = ("level", "locations", "ltrb", "quality")
+            fields |= {name: getattr(cells, name)[cell] for name in names}
+            fields["class_probability"] = cells.class_logits[cell, classes].sigmoid()
+        image = cells.image[cell]
+        return [_instances(size, fields, _where(image == i)) for i, size in enumerate(image_sizes)]
 
     def suppress(self, candidates: Instances) -> Instances:
         """Clipping and NMS of the candidates of one image; keeps the best of what is left."""
@@ -212,24 +232,17 @@ class FCOSPostProcessor:
 
 
 def _instances(
-    image_size: tuple[int, int], index: Tensor, boxes: Tensor, scores: Tensor, classes: Tensor
+    image_size: tuple[int, int], fields: dict[str, Tensor | Boxes], index: Tensor
 ) -> Instances:
-    return Instances(
-        image_size,
-        pred_boxes=Boxes(boxes[index]),
-        scores=scores[index],
-        pred_classes=classes[index],
-    )
+    return Instances(image_size, **{name: values[index] for name, values in fields.items()})
 
 
 def _clip(instances: Instances) -> Instances:
     """Clip the boxes of one image to it, and leave out those that are empty then."""
     boxes = instances.pred_boxes.clone()
     boxes.clip(instances.image_size)
-    inside = _where(boxes.nonempty())
-    return _instances(
-        instances.image_size, inside, boxes.tensor, instances.scores, instances.pred_classes
-    )
+    fields = instances.get_fields() | {"pred_boxes": boxes}
+    return _instances(instances.image_size, fields, _where(boxes.nonempty()))
 
 
 def _where(mask: Tensor) -> Tensor:

@@ -20,26 +20,16 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Error:
-    """A false positive or a missed box.
+    """A false positive or a missed box."""
 
-    Attributes:
-        kind: one of ``KINDS``.
-        image_id: of COCO's file.
-        box: (4,) x0, y0, x1, y1 in pixels of the image.
-        category: the detection's, or that of the missed box.
-        score: None for a missed box.
-        iou: with the box that it overlaps most, or of the detection that overlaps the missed box
-            most.
-        other: the category of that one; None if there is no overlap.
-    """
-
-    kind: str
-    image_id: int | str
-    box: tuple[float, float, float, float]
-    category: int
-    score: float | None
+    kind: str  # one of KINDS
+    image_id: int | str  # of COCO's file
+    box: tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the image
+    category: int  # the detection's, or that of the missed box
+    score: float | None  # None for a missed box
+    # With the box that it overlaps most, or of the detection that overlaps the missed box most.
     iou: float
-    other: int | None
+    other: int | None  # the category of that one; None if there is no overlap
 
 
 def confusion_matrix(evaluation: BoxEvaluation, threshold: float) -> np.ndarray:
@@ -111,18 +101,19 @@ def _errors_of_image(
     found = [evaluation.detections.anns[i] for i in image["dtIds"]]
     ious = np.asarray(evaluation.agnostic.ious[image["image_id"], -1])
     ious = ious.reshape(len(found), len(boxes)) * [not g["iscrowd"] for g in boxes]
-    of_class = np.array([d["category_id"] for d in found])
-    true_class = np.array([g["category_id"] for g in boxes])
-    errors = []
-    for row, detection in enumerate(found):
-        if detection["id"] in wrong:
-            kind = _kind(ious[row], true_class == of_class[row])
-            errors.append(_error(kind, detection, boxes, ious[row]))
-    kept = np.array([d["score"] >= threshold for d in found], dtype=bool)
-    for column, box in enumerate(boxes):
-        if box["id"] in missed:
-            errors.append(_error("missed", box, found, ious[:, column] * kept))
-    return errors
+    categories = ([x["category_id"] for x in side] for side in (found, boxes))
+    same_class = np.equal.outer(*categories)
+    errors = [
+        _error(_kind(ious[row], same_class[row]), detection, boxes, ious[row])
+        for row, detection in enumerate(found)
+        if detection["id"] in wrong
+    ]
+    ious[[i for i, d in enumerate(found) if d["score"] < threshold]] = 0
+    return errors + [
+        _error("missed", box, found, ious[:, column])
+        for column, box in enumerate(boxes)
+        if box["id"] in missed
+    ]
 
 
 def _kind(ious: np.ndarray, same_class: np.ndarray) -> str:

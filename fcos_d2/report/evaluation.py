@@ -20,21 +20,13 @@ _EVERY_AREA, _MOST_DETECTIONS = 0, -1  # indices of COCOeval's parameters
 
 @dataclass(frozen=True)
 class ScoreCurve:
-    """What is found, and how much of it is right, with detections of at least each score.
+    """What is found, and how much of it is right, with detections of at least each score."""
 
-    Attributes:
-        name: of the class; None for all of them together.
-        boxes: number of ground-truth boxes.
-        scores: (S,) descending.
-        precision, recall, f1: (S,)
-    """
-
-    name: str | None
-    boxes: int
-    scores: np.ndarray
-    precision: np.ndarray
-    recall: np.ndarray
-    f1: np.ndarray
+    boxes: int  # of the ground truth
+    scores: np.ndarray  # (S,) descending
+    precision: np.ndarray  # (S,)
+    recall: np.ndarray  # (S,)
+    f1: np.ndarray  # (S,)
 
     @property
     def best(self) -> int | None:
@@ -47,6 +39,10 @@ class ScoreCurve:
         if self.best is None:
             return None
         return float(self.scores[self.best : self.best + 2].mean())
+
+    def at_best(self, name: str) -> float | None:
+        """ "precision", "recall" or "f1" at the best score; None if nothing is found."""
+        return None if self.best is None else float(getattr(self, name)[self.best])
 
 
 class BoxEvaluation:
@@ -123,9 +119,7 @@ class BoxEvaluation:
         # Detections with equal scores are kept or dropped together.
         last = np.flatnonzero(np.diff(scores, append=-np.inf))
         scores, found = scores[last], found[last]
-        name = None if category is None else self.class_names[category]
         return ScoreCurve(
-            name,
             boxes,
             scores,
             precision=found / (last + 1),
@@ -151,11 +145,8 @@ class BoxEvaluation:
 
 
 def _load_results(truth: COCO, results: Sequence[dict]) -> COCO:
-    boxes = [
-        {k: r[k] for k in ("image_id", "category_id", "bbox", "score")}
-        for r in results
-        if "bbox" in r
-    ]
+    keys = ("image_id", "category_id", "bbox", "score")
+    boxes = [{key: result[key] for key in keys} for result in results if "bbox" in result]
     with contextlib.redirect_stdout(io.StringIO()):
         if boxes:
             return truth.loadRes(boxes)

@@ -21,18 +21,12 @@ from .evaluation import BoxEvaluation
 
 @dataclass(frozen=True)
 class Run:
-    """
-    Attributes:
-        name: what its folder is called.
-        written: when its detections were.
-        evaluation: of them.
-        metrics: the rows of its metrics.json, with the data set's AP as "AP".
-    """
+    """A run's detections on a data set, and its training."""
 
-    name: str
-    written: datetime
-    evaluation: BoxEvaluation
-    metrics: list[dict]
+    name: str  # what its folder is called
+    written: datetime  # when its detections were
+    evaluation: BoxEvaluation  # of them
+    metrics: list[dict]  # the rows of its metrics.json, with the data set's AP as "AP"
 
 
 def read_runs(folders: Sequence[str | os.PathLike], dataset: str, truth: COCO) -> list[Run]:
@@ -44,10 +38,8 @@ def read_runs(folders: Sequence[str | os.PathLike], dataset: str, truth: COCO) -
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     if len(set(names)) < len(names):
         names = [os.fspath(folder) for folder in folders]
-    return [
-        _read_run(Path(folder), name, dataset, truth)
-        for folder, name in zip(folders, names, strict=True)
-    ]
+    pairs = zip(map(Path, folders), names, strict=True)
+    return [_read_run(folder, name, dataset, truth) for folder, name in pairs]
 
 
 def _read_run(folder: Path, name: str, dataset: str, truth: COCO) -> Run:

@@ -2,24 +2,23 @@
 
 import json
 import logging
-import math
 from collections.abc import Sequence
 from datetime import datetime
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
 from PIL import Image
 
-from ..analysis.records import load_dataset
 from ..checkpoint import replacing
+from ..data import load_dataset
 from ..data.image_files import read_image
-from . import figures
+from . import run_charts
+from .error_pictures import draw_error
 from .errors import KINDS, Error, confusion_matrix, find_errors
-from .evaluation import AREAS, CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
-from .pictures import ErrorPictures
+from .evaluation import AREAS, CURVE_IOUS, MATCH_IOU, BoxEvaluation
 from .runs import Run, ground_truth, read_runs
 
 _PICTURES = 6  # of each kind of error
@@ -97,75 +96,85 @@ class _Report:
 
     def write(self, records: Sequence[dict]) -> Path:
         """Write all files, the page last; returns its path."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "errors").mkdir(parents=True, exist_ok=True)
         numbers = self._numbers()
         self._write_json("report.json", numbers)
-        if self.curve.threshold is None:
-            (self.folder / "thresholds.json").unlink(missing_ok=True)
-        else:
-            self._write_json("thresholds.json", self._thresholds())
+        (self.folder / "thresholds.json").unlink(missing_ok=True)
+        if self.curve.threshold is not None:
+            # What ``fcos_d2.predict --threshold`` reads.
+            found = {row["name"]: row["threshold"] for row in numbers["classes"]}
+            best = {name: self.threshold if t is None else t for name, t in found.items()}
+            content = {"iou": MATCH_IOU, "threshold": self.threshold, "classes": best}
+            self._write_json("thresholds.json", content)
         widths = {}  # in pixels of a page
-        for name, figure in self._figures().items():
+        for name, figure in self._charts().items():
             if figure is not None:
                 figure.savefig(self.folder / name)
                 widths[name] = round(96 * figure.get_figwidth())
         pictures, problem = self._write_pictures(records)
+        environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True)
+        environment.filters["number"] = _number
+        text = environment.get_template("page.html.j2").render(
+            report=self,
+            numbers=numbers,
+            now=datetime.now(),
+            iou=MATCH_IOU,
+            kinds=KINDS,
+            widths=widths,
+            pictures=pictures,
+            pictures_problem=problem,
+        )
         page = self.folder / "index.html"
         with replacing(str(page), "wb") as file:
-            # Names may hold what is no character.
-            file.write(self._page(numbers, widths, pictures, problem).encode(errors="replace"))
+            file.write(text.encode(errors="replace"))  # names may hold what is no character
         return page
 
     def _write_json(self, name: str, content: dict) -> None:
         with replacing(str(self.folder / name), "w") as file:
             json.dump(content, file, indent=1)
 
-    def _figures(self) -> dict:
+    def _charts(self) -> dict[str, Figure | None]:
+        """By the name of the file; None is not drawn."""
         evaluations = {run.name: run.evaluation for run in self.runs}
-        class_names = list(self.evaluation.class_names.values())
+        names = self.evaluation.class_names
         sizes, classes = (
-            {name: of(evaluation) for name, evaluation in evaluations.items()}
-            for of in (_ap_of_sizes, _ap_of_classes)
+            {run: [e.average_precision(**{key: x}) for x in of] for run, e in evaluations.items()}
+            for key, of in (("area", AREAS), ("category", names))
         )
+        names = list(names.values())
         return {
-            "training.png": figures.training_figure({r.name: r.metrics for r in self.runs}),
-            "precision_recall.png": figures.precision_recall_figure(evaluations),
-            "thresholds.png": figures.score_figure(self.curve),
-            "sizes.png": figures.bars_figure(AREAS, sizes, "AP by size"),
-            "classes.png": figures.bars_figure(class_names, classes, "AP by class"),
-            "confusion.png": figures.confusion_figure(self.confusion, class_names),
-        }
-
-    def _thresholds(self) -> dict:
-        """What ``fcos_d2.predict --threshold`` reads."""
-        of_classes = {c.name: c.threshold for c in self.curves.values()}
-        return {
-            "iou": MATCH_IOU,
-            "threshold": self.threshold,
-            "classes": {
-                n: self.threshold if threshold is None else threshold
-                for n, threshold in of_classes.items()
-            },
+            "training.png": run_charts.training_figure({r.name: r.metrics for r in self.runs}),
+            "precision_recall.png": run_charts.precision_recall_figure(evaluations),
+            "thresholds.png": run_charts.score_figure(self.curve),
+            "sizes.png": run_charts.bars_figure(AREAS, sizes, "AP by size"),
+            "classes.png": run_charts.bars_figure(names, classes, "AP by class"),
+            "confusion.png": run_charts.confusion_figure(self.confusion, names),
         }
 
     def _numbers(self) -> dict:
         """All that the page says, for programs."""
-        curve_ap = {
-            run.name: {
-                str(iou): 100 * float(run.evaluation.precision_recall(iou)[1].mean())
-                for iou in CURVE_IOUS
-            }
-            for run in self.runs
-        }
+        evaluations = {run.name: run.evaluation for run in self.runs}
         return {
             "dataset": self.dataset,
             "ap": {
-                run.name: {k: run.evaluation.average_precision(**of) for k, of in _AP.items()}
-                for run in self.runs
+                run: {name: e.average_precision(**of) for name, of in _AP.items()}
+                for run, e in evaluations.items()
             },
-            "class_agnostic_ap": curve_ap,
+            "class_agnostic_ap": {
+                run: {str(i): 100 * float(e.precision_recall(i)[1].mean()) for i in CURVE_IOUS}
+                for run, e in evaluations.items()
+            },
             "threshold": self.curve.threshold,
-            "classes": self._class_rows(),
+            "classes": [
+                {
+                    "name": self.evaluation.class_names[category],
+                    "boxes": curve.boxes,
+                    "ap": self.evaluation.average_precision(category=category),
+                    "threshold": curve.threshold,
+                    **{name: curve.at_best(name) for name in ("f1", "precision", "recall")},
+                }
+                for category, curve in self.curves.items()
+            ],
             "confusion": {
                 "classes": [*self.evaluation.class_names.values(), "background"],
                 "counts": self.confusion.tolist(),
@@ -173,51 +182,27 @@ class _Report:
             "errors": {kind: sum(e.kind == kind for e in self.errors) for kind in KINDS},
         }
 
-    def _class_rows(self) -> list[dict]:
-        rows = []
-        for category, curve in self.curves.items():
-            precision, recall, f1 = _at_best(curve)
-            rows.append(
-                {
-                    "name": curve.name,
-                    "boxes": curve.boxes,
-                    "ap": self.evaluation.average_precision(category=category),
-                    "threshold": curve.threshold,
-                    "f1": f1,
-                    "precision": precision,
-                    "recall": recall,
-                }
-            )
-        return rows
-
     def _write_pictures(self, records: Sequence[dict]) -> tuple[dict[str, list[dict]], str]:
         """Pictures of the largest errors of each kind, and what is to be said of missing ones."""
-        (self.folder / "errors").mkdir(exist_ok=True)
+        sources = {record["image_id"]: record["file_name"] for record in records}
+        pictures, problem = {kind: [] for kind in KINDS}, ""
         for kind in KINDS:
+            largest = [e for e in self.errors if e.kind == kind][:_PICTURES]
             for number in range(_PICTURES):
-                (self.folder / _picture_file(kind, number)).unlink(missing_ok=True)
-        draw = ErrorPictures(
-            self.evaluation.truth,
-            self.evaluation.detections,
-            self.evaluation.class_names,
-            self.threshold,
-        )
-        files = {record["image_id"]: record["file_name"] for record in records}
-        pictures, problem = {}, ""
-        for kind in KINDS:
-            pictures[kind] = []
-            largest = islice((e for e in self.errors if e.kind == kind), _PICTURES)
-            for number, error in enumerate(largest):
-                source = files.get(error.image_id, "")
+                name = f"errors/{kind.replace(' ', '_')}_{number + 1}.png"
+                (self.folder / name).unlink(missing_ok=True)
+                if number >= len(largest):
+                    continue
+                source = sources.get(largest[number].image_id, "")
                 try:
                     image = read_image(source, "BGR")
                 except Exception as unread:  # PIL raises many kinds
                     problem = f"Some pictures are missing. {source} could not be read: {unread}"
                     continue
-                file = _picture_file(kind, number)
-                Image.fromarray(draw.draw(image, error)[:, :, ::-1]).save(self.folder / file)
-                caption = f"{self._caption(error)}. {Path(source).name}"
-                pictures[kind].append({"file": file, "caption": caption})
+                picture = draw_error(image, largest[number], self.evaluation, self.threshold)
+                Image.fromarray(picture[:, :, ::-1]).save(self.folder / name)
+                caption = f"{self._caption(largest[number])}. {Path(source).name}"
+                pictures[kind].append({"file": name, "caption": caption})
         return pictures, problem
 
     def _caption(self, error: Error) -> str:
@@ -232,54 +217,6 @@ class _Report:
             overlap += f" with a {whose} of {names[error.other]}"
         return f"{names[error.category]} {said}{overlap}"
 
-    def _page(
-        self, numbers: dict, widths: dict[str, int], pictures: dict[str, list[dict]], problem: str
-    ) -> str:
-        environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True)
-        environment.filters["number"] = _number
-        truth = self.evaluation.truth
-        return environment.get_template("page.html.j2").render(
-            run=self.runs[0].name,
-            dataset=self.dataset,
-            images=len(truth.imgs),
-            boxes=self.curve.boxes,
-            detections=len(self.evaluation.detections.anns),
-            date=f"{datetime.now():%Y-%m-%d %H:%M}",
-            detections_date=f"{self.runs[0].written:%Y-%m-%d %H:%M}",
-            ap_names=list(_AP),
-            ap={name: values.values() for name, values in numbers["ap"].items()},
-            widths=widths,
-            iou=MATCH_IOU,
-            threshold=self.curve.threshold,
-            f1=0.0 if self.curve.best is None else self.curve.f1[self.curve.best],
-            shown_threshold=self.threshold,
-            classes=numbers["classes"],
-            kinds=[
-                {"name": k, "means": m, "count": numbers["errors"][k], "pictures": pictures[k]}
-                for k, m in KINDS.items()
-            ],
-            pictures_problem=problem,
-        )
-
-
-def _picture_file(kind: str, number: int) -> str:
-    return f"errors/{kind.replace(' ', '_')}_{number + 1}.png"
-
-
-def _at_best(curve: ScoreCurve) -> tuple[float | None, float | None, float | None]:
-    """Precision, recall and F1 at the best threshold."""
-    if curve.best is None:
-        return None, None, None
-    return tuple(float(x[curve.best]) for x in (curve.precision, curve.recall, curve.f1))
-
-
-def _ap_of_sizes(evaluation: BoxEvaluation) -> list[float | None]:
-    return [evaluation.average_precision(area=area) for area in AREAS]
-
-
-def _ap_of_classes(evaluation: BoxEvaluation) -> list[float | None]:
-    return [evaluation.average_precision(category=c) for c in evaluation.class_names]
-
 
 def _number(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -14,9 +14,11 @@ from detectron2.structures import BoxMode
 from helpers import LEVELS, RANGES, STRIDES, assign_by_loops, tiny_cfg
 from helpers import level_shapes as expected_level_shapes
 
-from fcos_d2.analysis import AssignmentStatistics, analyze_assignment, load_coco_json, load_dataset
-from fcos_d2.analysis.assignment import SIZES, level_shapes, resize_for_test
-from fcos_d2.analysis.plots import save_plots
+from fcos_d2.analysis import AssignmentStatistics, analyze_assignment
+from fcos_d2.analysis.assignment_charts import save_assignment_charts
+from fcos_d2.analysis.positives import level_shapes, resize_for_test
+from fcos_d2.analysis.statistics import SIZES
+from fcos_d2.data import load_coco_json, load_dataset
 
 
 def one_level_cfg(**fcos_keys):
@@ -137,7 +139,7 @@ def test_nothing_to_count(tmp_path):
     numbers = json.loads(json.dumps(statistics.to_dict(), allow_nan=False))
     assert numbers["best_possible_recall"] is None and numbers["ambiguous"] is None
     assert "best possible recall" in statistics.table()
-    assert len(save_plots(statistics, tmp_path)) == 3
+    assert len(save_assignment_charts(statistics, tmp_path)) == 3
 
 
 @pytest.mark.parametrize("short, longest", [(128, 1333), (800, 1333), (600, 640), (0, 1333)])

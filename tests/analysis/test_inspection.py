@@ -12,11 +12,16 @@ from helpers import RANGES, STRIDES, assign_by_loops, level_shapes, make_detecto
 from torchvision.ops import box_iou
 
 from fcos_d2 import Predictor
-from fcos_d2.analysis import find_record, inspect_image, locate_positives, scores_and_ious
+from fcos_d2.analysis import inspect_image, locate_positives, scores_and_ious
+from fcos_d2.analysis.box_figures import origins_figure, positives_figure
 from fcos_d2.analysis.heat_maps import class_figure, quality_figure
-from fcos_d2.analysis.pictures import origins_figure, positives_figure
-from fcos_d2.analysis.plots import scores_figure
-from fcos_d2.analysis.score_quality import ScoresAndIoUs, rank_correlation, read_record_image
+from fcos_d2.analysis.score_quality import (
+    ScoresAndIoUs,
+    rank_correlation,
+    read_record_image,
+    scores_figure,
+)
+from fcos_d2.data import find_record
 from fcos_d2.modeling import HeadOutputs
 
 # The shorter side becomes 128: (50, 61) is (128, 156) to the network, and (128, 160) with padding.

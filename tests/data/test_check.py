@@ -13,7 +13,7 @@ from test_yolo import write_yolo
 
 from fcos_d2.config import get_cfg
 from fcos_d2.data import check
-from fcos_d2.data.coco import read_coco_json
+from fcos_d2.data.coco import read_coco, training_file
 from fcos_d2.data.layouts import recognise
 
 # Annotation 1 is good; the kinds of the others, in an image of 40 x 30 pixels.
@@ -113,8 +113,9 @@ def test_cleaned(tmp_path):
     data = check.read_coco("pets", str(file), str(tmp_path))
     clean = tmp_path / "clean.json"
     clean.write_text(json.dumps(check.cleaned(data, found_in(data))))
-    content, is_changed = read_coco_json(clean)  # which the loader need not repair
-    assert not is_changed
+    # The loader need not repair it.
+    assert training_file(read_coco("pets", str(clean), str(tmp_path))) == str(clean)
+    content = json.loads(clean.read_text())
     boxes = {tuple(a["bbox"]) for a in content["annotations"] if a["image_id"] == 1}
     # Clipped is 9, from 35 to 40.
     assert boxes == {(2, 2, 10, 10), (2, 2, 10, 10.2), (30.5, 20, 10, 10.5), (35, 20, 5, 5)}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 
-from fcos_d2.analysis import load_coco_json
-from fcos_d2.data.coco import coco_loader, read_coco_json
+from fcos_d2.config import get_cfg
+from fcos_d2.data import load_coco_json, register_custom_datasets
+from fcos_d2.data.coco import read_coco, training_file
 
 
 def make_data(*boxes, **annotation_keys):
@@ -31,8 +33,10 @@ def file(tmp_path):
 
 
 def read(file, data):
+    """What training takes of a file, and whether it is a copy."""
     file.write_text(json.dumps(data))
-    return read_coco_json(file)
+    taken = Path(training_file(read_coco("a", str(file), "")))
+    return json.loads(taken.read_text()), taken != file
 
 
 def test_a_good_file_is_left_as_it_is(file, caplog):
@@ -118,6 +122,8 @@ def change(data, path, value):
         (("images", 0, "id"), {}, r"images\[0\] has the id \{\}"),
         (("images", 0, "height"), 0, r"images\[0\] has the height 0: it must be in whole pixels"),
         (("images", 0, "width"), "80", r"images\[0\] has the width '80'"),
+        (("images", 0, "file_name"), 7, r"images\[0\] has the file_name 7, which is no text"),
+        (("categories", 0, "name"), 5, r"categories\[0\] has the name 5, which is no text: put it"),
         (("annotations", 0, "category_id"), 9, r"annotation 1 has category_id 9, .*list: \[3\]"),
         (("annotations", 0), "text", r"annotations\[0\] has no image_id, category_id, bbox"),
         (("images",), [{"id": 1, "file_name": "a", "height": 1, "width": 1}] * 2,
@@ -134,7 +140,7 @@ def test_faults_are_errors_that_name_the_entry(file, path, value, message):
 
 def test_a_file_that_is_cut_short(file):
     file.write_text(json.dumps(make_data())[:-20])
-    for function in (read_coco_json, load_coco_json):
+    for function in (lambda file: read_coco("a", file, ""), load_coco_json):
         with pytest.raises(ValueError, match=r"a\.json is not a JSON file, or is cut short"):
             function(file)
 
@@ -146,7 +152,10 @@ def test_repaired_file_is_loaded_and_evaluated(file, tmp_path):
         del annotation["area"], annotation["iscrowd"], annotation["id"]
     file.write_text(json.dumps(data))
     before = file.read_text()
-    DatasetCatalog.register("repaired", coco_loader(str(file), str(tmp_path), "repaired"))
+    cfg = get_cfg()
+    entry = {"FORMAT": "coco", "JSON": str(file), "IMAGES": str(tmp_path)}
+    cfg.DATASETS.CUSTOM.repaired = type(cfg)(entry)
+    register_custom_datasets(cfg)
     try:
         (record,) = DatasetCatalog.get("repaired")
         assert [a["bbox"] for a in record["annotations"]] == [[10, 10, 30, 40]]

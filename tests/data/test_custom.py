@@ -81,7 +81,7 @@ def test_boxes_without_area_are_dropped_with_one_warning(register, datasets_fold
     register(pets=voc())
     dicts = DatasetCatalog.get("pets")
     assert [len(d["annotations"]) for d in dicts] == [1, 1]
-    (record,) = [r for r in caplog.records if r.name == "fcos_d2.data.voc"]
+    (record,) = [r for r in caplog.records if r.name == "fcos_d2.data.raw_data"]
     assert "dropped 2 box(es)" in record.message
     assert "a (7, 8, 7, 8); b (7, 8, 7, 8)" in record.message
 
@@ -144,7 +144,8 @@ def test_another_datasets_folder(register, datasets_folder, monkeypatch):
 
 def test_a_split_of_one_image_and_a_split_that_is_a_number(register, datasets_folder):
     write_voc(datasets_folder / "pets", [(1, 1, 10, 20)])
-    (datasets_folder / "pets" / "ImageSets" / "Main" / "2007.txt").write_text("b\n")
+    listed = datasets_folder / "pets" / "ImageSets" / "Main" / "2007.txt"
+    listed.write_text("b\nb\n")  # an image that is listed twice is taken once
     register(pets=voc(SPLIT=2007))
     assert [r["image_id"] for r in DatasetCatalog.get("pets")] == ["b"]
 
@@ -237,6 +238,12 @@ def test_classes_of_train_and_test_are_compared(register, datasets_folder):
         ({"FORMAT": "csv"}, r"pets\.FORMAT must be one of \['coco', 'voc', 'yolo'\], got 'csv'"),
         ({"FORMAT": "voc", "ROOT": "x"}, r"must have the keys \['CLASSES', 'FORMAT'"),
         (voc(JSON="x"), r"may have \['EVALUATOR', 'PART'\], got .*'JSON'"),
+        (
+            voc(FORMAT="coco", JSON="x", IMAGES="x"),  # a base config declares it as voc
+            r"pets has keys of several formats \(FORMAT 'coco', but also ROOT, SPLIT\): a base "
+            "config declares pets with another FORMAT. Give the data set another name, and put",
+        ),
+        (voc(FORMAT="yolo", DATA="x"), r"several formats \(FORMAT 'yolo', but also ROOT\)"),
         (voc(EVALUATOR="lvis"), "EVALUATOR must be 'coco' or 'pascal_voc'"),
     ],
 )
@@ -291,6 +298,6 @@ def test_bccd(register, bccd_root, split, images, dropped, evaluator, caplog):
     classes = ["RBC", "WBC", "Platelets"]
     register(bccd=voc(ROOT=bccd_root, SPLIT=split, CLASSES=classes, EVALUATOR=evaluator))
     assert len(DatasetCatalog.get("bccd")) == images
-    warnings = [r.message for r in caplog.records if r.name == "fcos_d2.data.voc"]
+    warnings = [r.message for r in caplog.records if r.name == "fcos_d2.data.raw_data"]
     assert len(warnings) == (dropped is not None)
     assert all(dropped in w for w in warnings)

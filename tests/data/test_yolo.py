@@ -11,7 +11,7 @@ from PIL import Image
 from fcos_d2.config import get_cfg, load_cfg
 from fcos_d2.data import custom, with_class_names
 from fcos_d2.data.image_files import image_size
-from fcos_d2.data.yolo import load_yolo
+from fcos_d2.data.yolo import read_yolo
 
 HEIGHT, WIDTH = 30, 40
 
@@ -34,6 +34,12 @@ def write_yolo(root, labels="0 0.5 0.5 0.25 0.5\n", yaml=None):
 
 def write_yaml(root, text):
     (root / "data.yaml").write_text(text, encoding="utf-8")
+
+
+def load_yolo(root, split):
+    """What training takes."""
+    data = read_yolo("pets", root, split)
+    return data.training_records(), data.classes
 
 
 def boxes(records):
@@ -145,7 +151,7 @@ def test_a_label_file_that_is_no_text(tmp_path):
 def test_boxes_without_area_are_dropped_with_one_warning(tmp_path, caplog):
     root = write_yolo(tmp_path, "0 0.5 0.5 0 0.1\n0 0.5 0.5 1 1\n1 0 0 0.5 0 1 0\n")
     assert boxes(load_yolo(root, "train")[0]) == [[[0, 0, 40, 30]], []]
-    (record,) = [r for r in caplog.records if r.name == "fcos_d2.data.yolo"]
+    (record,) = [r for r in caplog.records if r.name == "fcos_d2.data.raw_data"]
     assert "split train: dropped 2 box(es) without area" in record.message
     assert "a.txt, line 1; " in record.message and "a.txt, line 3" in record.message
 

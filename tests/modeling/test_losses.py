@@ -15,7 +15,7 @@ from fcos_d2.modeling import FCOSLoss, HeadOutputs, LocationAssigner
 from fcos_d2.modeling.box_losses import box_losses, iou_of_ltrb
 from fcos_d2.modeling.losses import gather
 from fcos_d2.modeling.points import centerness
-from fcos_d2.modeling.target_assignment import make_targets
+from fcos_d2.modeling.target_assignment import Targets, make_targets
 
 NUM_CLASSES = 3
 SIZE = (64, 96)
@@ -210,6 +210,28 @@ def test_logged_centerness_loss_can_reach_zero():
         above_floor = storage.latest()["fcos/loss_fcos_ctr_above_floor"][0]
     assert losses["loss_fcos_ctr"].item() > 0.3
     assert above_floor == pytest.approx(0, abs=1e-5)
+
+
+def test_logged_centerness_loss_by_hand():
+    # Centerness is sqrt(2/8 * 3/12) = 1/4, that of equal distances 1. With logits of 0 the
+    # cross entropy of each is ln 2, whatever the target. The floors are the entropies:
+    # -(1/4 ln 1/4 + 3/4 ln 3/4) = 1/2 ln 2 - 3/4 (ln 3 - 2 ln 2) = 2 ln 2 - 3/4 ln 3, and 0.
+    # So the loss is above its floor by 2 ln 2 - (2 ln 2 - 3/4 ln 3) = 3/4 ln 3, and with two
+    # positives by 3/8 ln 3 = 0.412.
+    targets = Targets(
+        image=torch.tensor([0, 0]),
+        x=torch.tensor([0, 1]),
+        y=torch.tensor([0, 0]),
+        classes=torch.tensor([0, 1]),
+        ltrb=torch.tensor([[2.0, 3, 8, 12], [5, 5, 5, 5]]),
+        per_level=[2],
+    )
+    outputs = HeadOutputs(*([torch.zeros(1, c, 1, 2)] for c in (NUM_CLASSES, 4, 1)))
+    for weight in (1.0, 3.0):  # the weight of the loss is no part of it
+        with EventStorage(0) as storage:
+            FCOSLoss(quality_loss_weight=weight)(outputs, targets)
+            above_floor = storage.latest()["fcos/loss_fcos_ctr_above_floor"][0]
+        assert above_floor == pytest.approx(3 / 8 * math.log(3), rel=1e-5)
 
 
 def test_errors_name_key_and_choices():

@@ -255,6 +255,64 @@ def test_threshold_at_its_ends(thresh, all_candidates):
     assert len(detections) == (everything if all_candidates else 0)
 
 
+# sigmoid(0) is 1/2 exactly. So with a quality of 1/2 a class logit of 0 has the score 1/4 as a
+# product, and 1/2 as its square root.
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score_thresh": 0.5},
+        {"score_thresh": 0.25, "score_thresh_on": "score", "score_fusion": "product"},
+        {"score_thresh": 0.5, "score_thresh_on": "score", "score_fusion": "sqrt"},
+    ],
+    ids=str,
+)
+def test_what_is_at_the_threshold_is_not_above_it(options):
+    process, levels = FCOSPostProcessor(**options), Levels((8,))
+    for logits, classes in (([0.0, -9.0], []), ([1e-6, 0.0], [0]), ([3.0, 0.0], [0])):
+        outputs = HeadOutputs(
+            class_logits=[torch.tensor(logits).view(1, 2, 1, 1)],
+            ltrb=[torch.full((1, 4, 1, 1), 4.0)],
+            quality_logits=[torch.zeros(1, 1, 1, 1)],
+        )
+        (detections,) = process(outputs, levels, [(8, 8)])
+        assert detections.pred_classes.tolist() == classes
+        # A cell is gathered only if it has such a class.
+        assert len(process._select_cells(outputs, levels).image) == len(classes)
+
+
+def test_a_limit_of_no_detections():
+    outputs = make_maps()
+    assert all(len(x) > 5 for x in FCOSPostProcessor()(outputs, LEVELS, [(96, 128)] * 2))
+    process = FCOSPostProcessor(max_detections_per_image=0)
+    for clip_boxes in ("before_nms", "after_nms"):
+        process.clip_boxes = clip_boxes
+        assert [len(x) for x in process(outputs, LEVELS, [(96, 128)] * 2)] == [0, 0]
+
+
+@pytest.mark.parametrize("clip_boxes", ["before_nms", "after_nms"])
+def test_detections_bring_their_cells_where_asked_for(clip_boxes):
+    outputs, process = make_maps(), FCOSPostProcessor(clip_boxes=clip_boxes, topk_candidates=30)
+    plain = process(outputs, LEVELS, [(96, 128)] * 2)
+    candidates = process.candidates(outputs, LEVELS, [(96, 128)] * 2, with_cells=True)
+    names = {"pred_boxes", "scores", "pred_classes"}
+    for image, (a, b) in enumerate(zip(plain, map(process.suppress, candidates), strict=True)):
+        assert set(a.get_fields()) == names
+        cells = {"level", "locations", "ltrb", "class_probability", "quality"}
+        assert set(b.get_fields()) == names | cells
+        assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
+        assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_classes, b.pred_classes)
+        for d in (b[i] for i in range(len(b))):
+            level, k = int(d.level), int(d.pred_classes)
+            x, y = ((d.locations[0] / STRIDES[level]) - 0.5).long().tolist()
+            assert torch.equal(d.ltrb[0], outputs.ltrb[level][image, :, y, x])
+            p, q = outputs.class_logits[level][image, k, y, x], outputs.quality_logits[level]
+            assert d.class_probability.item() == pytest.approx(p.sigmoid().item())
+            assert d.quality.item() == pytest.approx(q[image, 0, y, x].sigmoid().item())
+        assert len(b) > 10 and len(b.level.unique()) > 2
+    everything = process.candidates(outputs, LEVELS, [(96, 128)] * 2, topk=10**6)
+    assert sum(map(len, everything)) > sum(map(len, candidates))
+
+
 def test_images_are_independent():
     outputs = make_maps(images=3)
     process = FCOSPostProcessor()

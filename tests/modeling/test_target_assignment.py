@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcos_d2.modeling import Levels, LocationAssigner
-from fcos_d2.modeling.target_assignment import cell_numbers, make_targets
+from fcos_d2.modeling.target_assignment import cell_numbers, check_classes, make_targets
 
 
 def assign(boxes, radius=0.0, shapes=((4, 4),), strides=(8,), ranges=((0, math.inf),)):
@@ -201,6 +201,15 @@ def test_errors_say_what_is_wrong():
     boxes = [torch.zeros(0, 4), torch.tensor([[0.0, 0, math.nan, 1]])]
     with pytest.raises(ValueError, match=r"must be finite; not so in .* \[1\]"):
         LocationAssigner([(0, 64)], 1.5)(Levels((8,)), [(2, 2)], boxes)
+
+
+@pytest.mark.parametrize("wrong, found", [(3, "from 1 to 3"), (-1, "from -1 to 1")])
+def test_a_wrong_class_beside_a_right_one_is_found(wrong, found):
+    right = make_instances([[0, 0, 9, 9]], [2])
+    both = make_instances([[0, 0, 9, 9]] * 2, [1, wrong])
+    check_classes([right, make_instances([], [])], 3)
+    with pytest.raises(ValueError, match=f"Image number 1 of the batch has classes {found}, but"):
+        check_classes([right, both], 3)
 
 
 def test_targets_are_those_of_the_owners():

@@ -4,10 +4,15 @@ Reading makes :class:`RawData` of any format; ``check_annotations`` and ``check_
 pixels, ``check_images`` and ``check_same_images`` do.
 """
 
-from .annotations import check_annotations, check_sets, cleaned, summary, to_records
-from .findings import KINDS, Finding, RawData, count, table
+from ..coco import cleaned, read_coco
+from ..custom import read_entry
+from ..findings import KINDS, Finding, count, table
+from ..raw_data import RawData
+from ..voc import read_voc
+from ..yolo import read_yolo
+from .annotations import check_annotations, check_sets, summary, to_records
 from .images import check_images, check_same_images
-from .reading import read_coco, read_entry, read_records, read_registered, read_voc, read_yolo
+from .registered import read_records, read_registered
 
 __all__ = [
     "KINDS",

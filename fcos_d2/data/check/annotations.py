@@ -1,15 +1,14 @@
-"""Checks that need no pixels, and the cleaned copy of a data set."""
+"""Checks that need no pixels."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from detectron2.structures import BoxMode
 
 from ..classes import how_they_differ
-from ..coco import fault_of_box, has_good_ids
-from .findings import KINDS, Finding, RawData
-from .reading import read_records
+from ..findings import Finding, unsound
+from ..raw_data import RawData, box_text
+from .registered import read_records
 
 # Pixels by which a box may reach beyond the image: corners are rounded in many ways.
 _TOLERANCE = 1.0
@@ -26,19 +25,23 @@ def check_annotations(data: RawData, nearly_twice: bool = True) -> list[Finding]
     """
     images = {image["id"]: image for image in data.images}
     names = {category["id"]: category["name"] for category in data.categories}
-    findings = []
+    findings = data.unlearnable()
+    bad = unsound([*data.findings, *findings])
     first: dict[tuple, int] = {}
     sound = defaultdict(list)  # by image, without those that are there twice
     for i, annotation in enumerate(data.annotations):
-        kind, text = _fault(annotation, images, names)
+        if i in bad:
+            continue
+        bbox, image = annotation["bbox"], images[annotation["image_id"]]
+        kind = _fault_of_place(bbox, image)
         if kind:
-            findings.append(data.finding(kind, i, text))
-        if KINDS[kind].repair == "annotation" if kind else False:
+            findings.append(data.finding(kind, i, box_text(bbox, image)))
+        if kind and kind != "box beyond the edge":
             continue
         is_crowd = annotation.get("iscrowd", 0)
         if is_crowd:
             findings.append(data.finding("crowd", i, "left out of training"))
-        box = (annotation["image_id"], *(round(x, 2) for x in annotation["bbox"]))
+        box = (annotation["image_id"], *(round(x, 2) for x in bbox))
         other = first.setdefault(box, i)
         if other != i:
             of_class = data.annotations[other]["category_id"]
@@ -67,7 +70,7 @@ def summary(name: str, records: Sequence[dict], classes: Sequence[str]) -> str:
         numbers = {a["category_id"] for r in records for a in r.get("annotations", ())}
         classes = range(max(numbers, default=-1) + 1)
     data = read_records(name, records, classes)
-    findings = check_annotations(data, nearly_twice=False)
+    findings = [*data.findings, *check_annotations(data, nearly_twice=False)]
     kinds = Counter(f.kind for f in findings if f.severity != "note")
     found = ", ".join(f"{kind} ({number})" for kind, number in kinds.most_common())
     return f"{name}: {len(data.images)} images, {len(data.annotations)} boxes; " + (
@@ -78,80 +81,19 @@ def summary(name: str, records: Sequence[dict], classes: Sequence[str]) -> str:
 def check_sets(sets: Sequence[RawData]) -> list[Finding]:
     """Data sets that are to be trained and tested with together: whether classes are the same."""
     findings = []
-    names = [[c["name"] for c in sorted(d.categories, key=_order)] for d in sets]
-    for data, theirs in zip(sets[1:], names[1:], strict=True):
-        if theirs != names[0]:
-            how = how_they_differ(theirs, names[0])
-            text = f"{data.name} has {theirs}, {how} {sets[0].name}: {names[0]}"
+    for data in sets[1:]:
+        theirs, first = data.classes, sets[0].classes
+        if theirs != first:
+            how = how_they_differ(theirs, first)
+            text = f"{data.name} has {theirs}, {how} {sets[0].name}: {first}"
             findings.append(Finding("other classes than the first set", data.name, text[:1000]))
     return findings
 
 
-def cleaned(data: RawData, findings: Sequence[Finding]) -> dict:
-    """The content of a COCO annotation file without what the findings say is wrong.
-
-    Images and annotations with an error are left out, boxes beyond the edge are clipped, boxes that
-    are there twice are kept once, and annotations are numbered anew if their ids are not unique.
-    """
-    repairs = [(KINDS[f.kind].repair, f) for f in findings]
-    bad_images = {f.image for repair, f in repairs if repair == "image"}
-    bad = {f.index for repair, f in repairs if repair == "annotation"}
-    clip = {f.index for repair, f in repairs if repair == "clip"}
-    images = {image["id"]: image for image in data.images if image["id"] not in bad_images}
-    annotations = []
-    for i, annotation in enumerate(data.annotations):
-        if i in bad or annotation["image_id"] not in images:
-            continue
-        annotation = {"iscrowd": 0} | annotation
-        if i in clip:
-            annotation["bbox"] = _clipped(annotation["bbox"], images[annotation["image_id"]])
-            annotation.pop("area", None)
-        _, _, width, height = annotation["bbox"]
-        annotations.append({"area": width * height} | annotation)
-    if not has_good_ids(annotations):
-        annotations = [a | {"id": i + 1} for i, a in enumerate(annotations)]
-    return {
-        "images": list(images.values()),
-        "annotations": annotations,
-        "categories": data.categories,
-    }
-
-
 def to_records(data: RawData, findings: Sequence[Finding]) -> tuple[list[dict], list[list[int]]]:
     """The sound annotations as records in Detectron2's format, and their indices in ``data``."""
-    bad = {f.index for f in findings if KINDS[f.kind].repair == "annotation"}
-    numbers = {c["id"]: i for i, c in enumerate(sorted(data.categories, key=_order))}
-    records = {
-        image["id"]: {"height": image["height"], "width": image["width"], "annotations": []}
-        for image in data.images
-    }
-    indices: dict = {image: [] for image in records}
-    for i, annotation in enumerate(data.annotations):
-        if i not in bad and not annotation.get("iscrowd", 0):
-            image = annotation["image_id"]
-            records[image]["annotations"].append(
-                {
-                    "bbox": annotation["bbox"],
-                    "bbox_mode": BoxMode.XYWH_ABS,
-                    "category_id": numbers[annotation["category_id"]],
-                }
-            )
-            indices[image].append(i)
-    return list(records.values()), list(indices.values())
-
-
-def _fault(annotation: dict, images: dict, names: dict) -> tuple[str, str]:
-    """The worst fault of an annotation and its details; empty if there is none."""
-    if annotation["category_id"] not in names:
-        return "unknown category", f"{annotation['category_id']!r} is not listed"
-    if annotation["image_id"] not in images:
-        return "annotation without image", f"image {annotation['image_id']!r} is not listed"
-    bbox, image = annotation["bbox"], images[annotation["image_id"]]
-    kind = fault_of_box(bbox) or _fault_of_place(bbox, image)
-    if not kind:
-        return "", ""
-    box = f"[{', '.join(f'{x:g}' for x in bbox)}]"
-    return kind, f"{box} in an image of {image['width']} x {image['height']}"
+    crowds = {i for i, a in enumerate(data.annotations) if a.get("iscrowd", 0)}
+    return data.records(unsound(findings) | crowds)
 
 
 def _fault_of_place(bbox: Sequence[float], image: dict) -> str:
@@ -194,13 +136,3 @@ def _about_classes(data: RawData) -> Iterator[Finding]:
         if not counts[category["id"]]:
             text = f"{category['name']} has no box in {data.name}"
             yield Finding("class without boxes", data.name, text)
-
-
-def _clipped(bbox: Sequence[float], image: dict) -> list[float]:
-    x, y, width, height = bbox
-    x0, y0 = max(x, 0), max(y, 0)
-    return [x0, y0, min(x + width, image["width"]) - x0, min(y + height, image["height"]) - y0]
-
-
-def _order(category: dict) -> tuple[bool, int | str]:
-    return isinstance(category["id"], str), category["id"]

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 from tqdm import tqdm
 
-from ..image_files import check_depth, image_size, orientation
-from .findings import Finding, RawData
+from ..findings import Finding
+from ..image_files import check_depth, size_and_orientation
+from ..raw_data import RawData
 
 
 def check_images(data: RawData, progress: bool = False) -> tuple[list[Finding], dict[str, bytes]]:
@@ -62,7 +63,7 @@ def _look(file: str, height: int, width: int) -> tuple[list[tuple[str, str]], by
     if not os.path.isfile(file):
         return [("no image", "there is no such file")], None
     try:
-        size, turn = image_size(file), orientation(file)
+        size, turn = size_and_orientation(file)
     except Exception as error:  # of many kinds, in broken headers
         return [("unreadable image", f"{type(error).__name__}: {error}")], None
     faults = []

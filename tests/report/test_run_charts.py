@@ -2,7 +2,7 @@
 
 import pytest
 
-from fcos_d2.report.figures import bars_figure, training_figure
+from fcos_d2.report.run_charts import bars_figure, training_figure
 
 
 def test_bars_of_many_classes_and_of_two_with_one_name():

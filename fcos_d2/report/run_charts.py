@@ -1,4 +1,4 @@
-"""The plots of a report."""
+"""Charts of runs, alone or beside others: training, AP, score threshold, confusion."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..analysis.plots import COLORS, grouped_bars, new_figure
+from ..analysis.charts import COLORS, grouped_bars, new_chart, new_figure
 from ..inference.drawing import plain_text
 from .evaluation import CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
 
@@ -78,8 +78,7 @@ def precision_recall_figure(runs: Mapping[str, BoxEvaluation]) -> Figure:
 
 def score_figure(curve: ScoreCurve) -> Figure:
     """Precision, recall and F1 over the score threshold."""
-    figure = new_figure(6.4, 4)
-    axes = figure.add_subplot()
+    figure, axes = new_chart(4)
     # A threshold keeps what lies above it: each value counts down to the next lower score.
     for color, name in zip(cycle(COLORS), ("precision", "recall", "f1")):
         label = "F1" if name == "f1" else name
@@ -90,7 +89,6 @@ def score_figure(curve: ScoreCurve) -> Figure:
         axes.annotate(text, (curve.threshold, 1.01), annotation_clip=False, fontsize=9)
     axes.set(xlabel="score threshold", xlim=(0, 1), ylim=(0, 1))
     axes.set_ylabel(f"at an IoU of {MATCH_IOU:g}, all classes together")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     _legend_of(figure, axes)
     return figure
@@ -110,12 +108,10 @@ def bars_figure(
     shown = np.sort(first.argsort(kind="stable")[:_MOST_BARS])
     if len(shown) < len(names):
         title += f": the {len(shown)} lowest of {len(names)}"
-    figure = new_figure(6.4, 1.3 + 0.3 * len(shown) * max(1, 0.6 * len(runs)))
-    axes = figure.add_subplot()
+    figure, axes = new_chart(1.3 + 0.3 * len(shown) * max(1, 0.6 * len(runs)))
     groups = {run: [values[number] for number in shown] for run, values in runs.items()}
     grouped_bars(axes, [names[number] for number in shown], groups, "{:.1f}".format)
     axes.set(title=title, xlabel="AP", xlim=(0, 105))
-    axes.spines[["top", "right"]].set_visible(False)
     if len(runs) > 1:
         _legend_of(figure, axes)
     return figure

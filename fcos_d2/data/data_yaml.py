@@ -1,4 +1,4 @@
-"""The files of a data set in YOLO layout: its data.yaml, images and labels."""
+"""What a data.yaml of YOLO says, and where the images and labels are that it means."""
 
 import os
 import reprlib
@@ -63,11 +63,11 @@ def read_data_yaml(data: str) -> YoloData:
     return YoloData(file, folders, classes, splits)
 
 
-def image_files(data: YoloData, split: str, missing: list[str] | None = None) -> list[str]:
+def image_files(data: YoloData, split: str) -> tuple[list[str], list[str]]:
     """The files of the images of a split, each once, sorted within each folder.
 
-    Args:
-        missing: receives what is said about listed images that are not there, in place of an error.
+    Returns:
+        the files; and a sentence for each image that is listed, but not there.
 
     Raises:
         OSError: for a missing folder or list.
@@ -76,6 +76,7 @@ def image_files(data: YoloData, split: str, missing: list[str] | None = None) ->
     if split not in data.splits:
         raise ValueError(f"{data.file} has no split {split!r}; it has {list(data.splits)}")
     files: dict[str, None] = {}
+    missing: list[str] = []
     for path in data.splits[split]:
         source = _find(data.folders, path)
         if source is None:
@@ -84,12 +85,17 @@ def image_files(data: YoloData, split: str, missing: list[str] | None = None) ->
         if os.path.isdir(source):
             files.update(dict.fromkeys(_images_below(source)))
         elif source.endswith(".txt"):
-            files.update(dict.fromkeys(_listed_images(source, data.folders, missing)))
+            for number, line in label_lines(source):
+                image = _find((os.path.dirname(source), *data.folders), _p(line))
+                if image is None:
+                    missing.append(f"{source}, line {number}: the image {_p(line)} is not there")
+                else:
+                    files[image] = None
         else:
             files[source] = None
-    if not files:
+    if not files and not missing:
         raise ValueError(f"{data.file}: the split {split!r}, {data.splits[split]}, has no images")
-    return list(files)
+    return list(files), missing
 
 
 def label_file(data: YoloData, image_file: str) -> str:
@@ -191,15 +197,3 @@ def _images_below(folder: str) -> list[str]:
             if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")
         ]
     return sorted(found)
-
-
-def _listed_images(file: str, folders: Sequence[str], missing: list[str] | None) -> Iterator[str]:
-    for number, line in label_lines(file):
-        image = _find((os.path.dirname(file), *folders), _p(line))
-        if image is not None:
-            yield image
-            continue
-        text = f"{file}, line {number}: the image {_p(line)} is not there"
-        if missing is None:
-            raise FileNotFoundError(text)
-        missing.append(text)

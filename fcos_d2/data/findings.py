@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from tabulate import tabulate
 
@@ -91,36 +91,9 @@ class Finding:
         return {"severity": self.severity} | fields
 
 
-@dataclass
-class RawData:
-    """A data set as it is on disk, faults and all.
-
-    Attributes:
-        name: of the data set or the split.
-        image_root: the folder that the "file_name" of the images is relative to.
-        categories: with unique "id", and "name", as in COCO.
-        images: with unique "id", "file_name", "height" and "width", as in COCO.
-        annotations: as in COCO, with a "bbox" of four numbers, [x, y, width, height] in pixels.
-        places: of each annotation, its file and what findings call it.
-        findings: what was wrong with entries that are not in these lists.
-    """
-
-    name: str
-    image_root: str
-    categories: list[dict] = field(default_factory=list)
-    images: list[dict] = field(default_factory=list)
-    annotations: list[dict] = field(default_factory=list)
-    places: list[tuple[str, int | str]] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-
-    def add(self, annotation: dict, file: str, name: int | str) -> None:
-        self.annotations.append(annotation)
-        self.places.append((file, name))
-
-    def finding(self, kind: str, index: int, text: str) -> Finding:
-        """About annotation number ``index``."""
-        file, name = self.places[index]
-        return Finding(kind, file, text, self.annotations[index]["image_id"], name, index)
+def unsound(findings: Iterable[Finding]) -> set[int]:
+    """The numbers of the annotations that a cleaned copy leaves out."""
+    return {f.index for f in findings if KINDS[f.kind].repair == "annotation"}
 
 
 def count(findings: Iterable[Finding]) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Pictures that explain an image: where its detections came from, and who learns its boxes.
+"""Boxes over an image: where detections came from, and which locations would learn the truth.
 
-In the axes, pixels of the original image count from its upper left corner, so that
-the first pixel reaches from 0 to 1.
+In the axes, pixels of the original image count from its upper left corner, so that the first pixel
+reaches from 0 to 1.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from torch import Tensor
 
 from ..inference.drawing import class_colors
+from .charts import new_figure
 from .inspection import Inspection
-from .plots import new_figure
 from .positives import LocatedPositives
 
 Color = tuple[float, float, float]
@@ -31,7 +30,11 @@ def origins_figure(inspection: Inspection, threshold: float = 0.4) -> Figure:
     """
     detections = inspection.detections
     shown = detections[detections.scores >= threshold]
-    figure, axes = _image_figure(inspection.image)
+    height, width = inspection.image.shape[:2]
+    inches = 8 / max(height, width)  # the longer side of the image is 8 inches
+    figure = new_figure(max(width * inches, 4) + 0.2, height * inches + 0.8)
+    axes = figure.add_subplot()
+    _draw_image(axes, inspection.image)
     colors = _colors(len(shown))
     for i in reversed(range(len(shown))):  # so that the best lie on top
         d, color = shown[i], colors[i]
@@ -69,8 +72,7 @@ def positives_figure(inspection: Inspection, positives: LocatedPositives) -> Fig
     figure = new_figure(panel * panels, panel * min(height / width, 2) + (1 if panels > 1 else 1.5))
     grid = figure.subplots(1, panels, squeeze=False)[0]
     for axes, level in zip(grid, levels or [-1], strict=True):
-        axes.imshow(inspection.image, extent=(0, width, height, 0), alpha=0.6)
-        _frame(axes, width, height)
+        _draw_image(axes, inspection.image, alpha=0.6)
         here = positives.level == level
         at_home = set(positives.gt[here].tolist())
         for number, box in enumerate(positives.boxes.tolist()):
@@ -79,7 +81,14 @@ def positives_figure(inspection: Inspection, positives: LocatedPositives) -> Fig
             if number in at_home or owned[number] == 0:
                 text = inspection.class_names[int(positives.classes[number])]
                 _write(axes, box, text if owned[number] else f"{text}: none", colors[number])
-        _draw_positives(axes, positives, here, colors)
+        for ambiguous, marker, size in ((False, "o", 22), (True, "X", 60)):
+            chosen = here & (positives.ambiguous == ambiguous)
+            if chosen.any():
+                axes.scatter(
+                    *positives.locations[chosen].T.numpy(), s=size, marker=marker, zorder=3,
+                    c=[colors[number] for number in positives.gt[chosen]],
+                    edgecolors="black", linewidths=0.8,
+                )  # fmt: skip
         if level < 0:
             axes.set_title("no positives")
         else:
@@ -101,32 +110,10 @@ def positives_figure(inspection: Inspection, positives: LocatedPositives) -> Fig
     return figure
 
 
-def _draw_positives(
-    axes: Axes, positives: LocatedPositives, here: Tensor, colors: Sequence[Color]
-) -> None:
-    for ambiguous, marker, size in ((False, "o", 22), (True, "X", 60)):
-        chosen = here & (positives.ambiguous == ambiguous)
-        if chosen.any():
-            axes.scatter(
-                *positives.locations[chosen].T.numpy(), s=size, marker=marker, zorder=3,
-                c=[colors[number] for number in positives.gt[chosen]],
-                edgecolors="black", linewidths=0.8,
-            )  # fmt: skip
-
-
-def _image_figure(image: np.ndarray) -> tuple[Figure, Axes]:
-    """A figure with one image, its longer side 8 inches."""
+def _draw_image(axes: Axes, image: np.ndarray, **style) -> None:
+    """With a margin, so that boxes on its border and their labels are seen."""
     height, width = image.shape[:2]
-    inches = 8 / max(height, width)
-    figure = new_figure(max(width * inches, 4) + 0.2, height * inches + 0.8)
-    axes = figure.add_subplot()
-    axes.imshow(image, extent=(0, width, height, 0))
-    _frame(axes, width, height)
-    return figure, axes
-
-
-def _frame(axes: Axes, width: int, height: int) -> None:
-    """Show an image with a margin, so that boxes on its border and their labels are seen."""
+    axes.imshow(image, extent=(0, width, height, 0), **style)
     margin = 0.04 * max(width, height)
     axes.set(xlim=(-margin, width + margin), ylim=(height + margin, -margin), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

@@ -1,0 +1,67 @@
+"""What charts have in common."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..inference.drawing import plain_text
+
+COLORS = ("#3b75af", "#ef8636", "#519e3e", "#c53a32", "#8d69b8", "#84584e", "#d57dbe")
+BLUE, ORANGE = COLORS[:2]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches. Unlike pyplot, no display is needed, no global state changed."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def new_chart(height: float) -> tuple[Figure, Axes]:
+    """A figure with one chart, whose sides are open on top and on the right."""
+    figure = new_figure(6.4, height)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_charts(
+    charts: Mapping[str, Callable[[Axes], None]], folder: str | Path, height: float = 4.4
+) -> list[Path]:
+    """Write a file for each chart, by what draws it, over earlier ones; returns the paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in charts.items():
+        figure, axes = new_chart(height)
+        draw(axes)
+        figure.savefig(folder / name)
+    return [folder / name for name in charts]
+
+
+def grouped_bars(
+    axes: Axes,
+    names: Sequence[str],
+    groups: Mapping[str, Sequence[float | None]],
+    text: Callable[[float], str],
+) -> None:
+    """Horizontal bars, the first name on top, one bar of each group beside the others.
+
+    Args:
+        names: of the rows.
+        groups: by name, a value for each row; None is no bar, and the text "-".
+        text: what is written at the end of a bar.
+    """
+    thickness = 0.8 / len(groups)
+    for i, (color, (group, values)) in enumerate(zip(cycle(COLORS), groups.items())):
+        places = [row + i * thickness for row in range(len(names))]
+        lengths = [value or 0.0 for value in values]
+        bars = axes.barh(places, lengths, thickness, color=color, label=plain_text(group))
+        texts = ["-" if value is None else text(value) for value in values]
+        axes.bar_label(bars, texts, padding=2, fontsize=8)
+    middle = (len(groups) - 1) * thickness / 2
+    axes.set_yticks([p + middle for p in range(len(names))], [plain_text(n[:30]) for n in names])
+    axes.invert_yaxis()
