@@ -7,7 +7,7 @@ from .losses import FCOSLoss
 from .points import Levels
 from .post_processing import FCOSPostProcessor
 from .proposal_generator import FCOSProposalGenerator
-from .target_assignment import Candidates, LocationAssigner, Targets
+from .target_assignment import Candidates, LocationAssigner, Positives, Targets
 from .test_time_augmentation import FCOSWithTTA
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "HeadOutputs",
     "Levels",
     "LocationAssigner",
+    "Positives",
     "Targets",
     "TimmBackbone",
     "build_fcos_resnet_fpn_backbone",

@@ -57,6 +57,10 @@ class Candidates:
         return Candidates(*(field[mask] for field in vars(self).values()))
 
 
+class Positives(Candidates):
+    """The candidates that won their location: no cell of an image appears twice."""
+
+
 @dataclass(frozen=True)
 class Targets:
     """Where the positives of a batch are and what they learn, level by level.
@@ -129,12 +133,8 @@ class LocationAssigner:
 
     def __call__(
         self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
-    ) -> Candidates:
-        """Assign the boxes of a batch, on their device; see :meth:`candidates`.
-
-        Returns:
-            the positives, at most one for each cell of an image.
-        """
+    ) -> Positives:
+        """Assign the boxes of a batch, on their device; see :meth:`candidates`."""
         return self.resolve(self.candidates(levels, level_shapes, boxes), level_shapes, boxes)
 
     @torch.no_grad()
@@ -240,7 +240,7 @@ class LocationAssigner:
         candidates: Candidates,
         level_shapes: Sequence[tuple[int, int]],
         boxes: Sequence[Tensor],
-    ) -> Candidates:
+    ) -> Positives:
         """The positives: for each location, its pair with the smallest box.
 
         Arguments are as in the call of :meth:`candidates` that returned the candidates.
@@ -255,7 +255,7 @@ class LocationAssigner:
         num_cells = len(boxes) * sum(height * width for height, width in level_shapes)
         smallest = torch.full((num_cells,), torch.iinfo(torch.int64).max, device=cell.device)
         smallest.scatter_reduce_(0, cell, key, reduce="amin")
-        return candidates[smallest[cell] == key]
+        return Positives(**vars(candidates[smallest[cell] == key]))
 
 
 def _check_ranges(ranges: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
