@@ -116,7 +116,7 @@ class FCOSLoss(nn.Module):
             quality_loss = F.binary_cross_entropy_with_logits(logits, quality, reduction="sum")
             name = "loss_fcos_ctr" if self.quality == "centerness" else "loss_fcos_iou"
             losses[name] = self.quality_loss_weight * quality_loss / num_positives
-            self._log_quality_loss(name, quality_loss, quality, num_positives)
+            self._log_above_floor(name, quality_loss, quality, num_positives)
         return losses
 
     def _quality(self, predicted: Tensor, targets: Targets) -> Tensor | None:
@@ -148,9 +148,7 @@ class FCOSLoss(nn.Module):
         return count, sum_of_weights
 
     @torch.no_grad()
-    def _log_quality_loss(
-        self, name: str, loss: Tensor, quality: Tensor, num_positives: Tensor
-    ) -> None:
+    def _log_above_floor(self, name: str, loss: Tensor, quality: Tensor, count: Tensor) -> None:
         """Log the quality loss less its smallest possible value, the entropy of the soft targets.
 
         This is near 0.6 for centerness, and a loss that stops there looks like a bug.
@@ -159,7 +157,7 @@ class FCOSLoss(nn.Module):
             return
         # Not F.binary_cross_entropy, which autocast on GPU forbids.
         floor = -(torch.xlogy(quality, quality) + torch.xlogy(1 - quality, 1 - quality)).sum()
-        above_floor = ((loss - floor) / num_positives).item()
+        above_floor = ((loss - floor) / count).item()
         get_event_storage().put_scalar(f"fcos/{name}_above_floor", above_floor)
 
 

@@ -39,10 +39,9 @@ class TimmBackbone(Backbone):
             RuntimeError: of timm, for a model that it does not have.
         """
         super().__init__()
-        if norm not in ("BN", "SyncBN", "FrozenBN"):
-            raise ValueError(
-                f"MODEL.TIMM.NORM must be one of ['BN', 'SyncBN', 'FrozenBN'], got {norm!r}"
-            )
+        norms = ["BN", "SyncBN", "FrozenBN"]
+        if norm not in norms:
+            raise ValueError(f"MODEL.TIMM.NORM must be one of {norms}, got {norm!r}")
         try:
             import timm
         except ImportError as error:
