@@ -1,7 +1,7 @@
 """How a detector runs, as opposed to what it is: nothing here changes a result beyond rounding.
 
-Precision, memory layout and compilation of the backbone and the head, batch norms folded into their
-convolutions, and copies to a GPU that nothing waits for.
+Precision, memory layout and compilation of the backbone and the head; batch norms folded into
+convolutions; copies to a GPU that the CPU does not wait for.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
 from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
+from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,12 +21,11 @@ _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.flo
 class Runtime:
     """Runs the backbone and the head of one detector."""
 
-    @configurable
     def __init__(self, *, precision_test: str = "float32", compile: bool = False):
         """
         Args:
             precision_test: ``MODEL.FCOS.PRECISION_TEST``.
-            compile: ``MODEL.FCOS.COMPILE``. The first run compiles; a copy of a compiled detector
+            compile: ``MODEL.FCOS.COMPILE``. The first run compiles. A copy of a compiled detector
                 is not compiled.
 
         Raises:
@@ -41,61 +40,62 @@ class Runtime:
         self.compile = compile
         self._is_compiled = False
 
-    @classmethod
-    def from_config(cls, cfg) -> dict:
-        fcos = cfg.MODEL.FCOS
-        return {"precision_test": fcos.PRECISION_TEST, "compile": fcos.COMPILE}
+    def batches(self, images: ImageList) -> list[ImageList]:
+        """The parts of a batch to detect one after the other.
+
+        On CPU a batch gains nothing, and the maps of one image stay nearer to the caches.
+        """
+        if images.tensor.device.type != "cpu" or len(images) < 2:
+            return [images]
+        parts = zip(images.tensor.split(1), images.image_sizes, strict=True)
+        return [ImageList(pixels, [size]) for pixels, size in parts]
 
     def run(self, model: nn.Module, images: Tensor):
-        """``model.dense(images)``, the maps that backbone and head make of (N, 3, H, W) images."""
+        """``model.dense(images)``: what backbone and head make of (N, 3, H, W) images."""
         device = images.device.type
         if self.compile and not self._is_compiled:
             _compile(model, device)
             self._is_compiled = True
-        at_test = self.dtype_test is not None and not model.training
-        with torch.autocast(device, self.dtype_test) if at_test else contextlib.nullcontext():
+        dtype = None if model.training else self.dtype_test
+        with torch.autocast(device, dtype) if dtype else contextlib.nullcontext():
             if channels_last_helps(device):
-                # Convolutions, and on CPU all that follows them, take the layout of their input.
+                # Convolutions, and on CPU all layers after them, take the layout of their input.
                 images = images.contiguous(memory_format=torch.channels_last)
-            if device != "cpu" or model.training or len(images) < 2:
-                return model.dense(images)
-            # On CPU a batch gains nothing, and the maps of one image stay nearer to the caches.
-            parts = [model.dense(image) for image in images.split(1)]
-        return type(parts[0]).cat(parts)
+            return model.dense(images)
 
 
 def channels_last_helps(device_type: str) -> bool:
     """Whether convolutions run faster on (N, H, W, C) memory.
 
-    On CPU always (benchmarks/NOTES.md); on GPU in half precision, whose tensor cores want it.
-    There the group norms of the head return the plain layout, so it ends with the backbone.
+    On CPU always (benchmarks/NOTES.md); on GPU in half precision, for the tensor cores. There the
+    group norms of the head return the plain layout, so that it ends with the backbone.
     """
     return device_type == "cpu" or (device_type == "cuda" and torch.is_autocast_enabled("cuda"))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; a copy to a GPU is queued there, and the host goes on at once."""
+    """The tensor on the device. The CPU does not wait for a copy to a GPU."""
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 def _compile(model: nn.Module, device_type: str) -> None:
-    """Compile in place: the modules keep their class and the names of their state."""
+    """Compile in place: modules keep their class and the names of their parameters."""
     if not compiler_works(device_type):
         return
     model.backbone.compile(dynamic=True)
     # On CPU, PyTorch's own group normalisation is faster than the compiled one
-    # (benchmarks/NOTES.md), and little else in the head could be fused.
+    # (benchmarks/NOTES.md), and the head has little else to fuse.
     if device_type != "cpu":
         model.head.compile(dynamic=True)
 
 
 @functools.cache
 def compiler_works(device_type: str) -> bool:
-    """Whether torch.compile works for a kind of device; if not, one warning says why."""
+    """Whether torch.compile works on a type of device; if not, one warning says why."""
     try:
-        torch.compile(_probe, dynamic=True)(torch.ones(2, device=device_type))
+        torch.compile(lambda x: x.sin() + 1, dynamic=True)(torch.ones(2, device=device_type))
         return True
     except Exception as error:  # torch, Triton and the C++ compiler each raise their own
         needed = "a C++ compiler" if device_type == "cpu" else "Triton and a C compiler"
@@ -107,14 +107,10 @@ def compiler_works(device_type: str) -> bool:
         return False
 
 
-def _probe(x: torch.Tensor) -> torch.Tensor:
-    return x.sin() + 1
-
-
 def fold_norms(backbone: nn.Module) -> None:
-    """Exchange the convolutions in the residual blocks and stem of a new ResNet, in place.
+    """Replace the convolutions in the residual blocks and stem of a new ResNet, in place.
 
-    Parameters, buffers and their names stay, and so do gradients; results differ by rounding.
+    Parameters, buffers, their names and their gradients stay; results differ by rounding.
     """
     for block in backbone.modules():
         if isinstance(block, CNNBlockBase):
@@ -124,12 +120,12 @@ def fold_norms(backbone: nn.Module) -> None:
 
 
 class FoldedConv2d(Conv2d):
-    """Detectron2's convolution, which on CPU has a fixed batch norm in its weights.
+    """Detectron2's convolution, which on CPU applies a fixed batch norm to its weights.
 
     A frozen norm, or any batch norm in evaluation mode, is an affine map of each channel. Scaling
-    the weights by it in every call replaces passes over the activations. The norm is then not
-    called, so that hooks on it do not fire. It is called as usual where the weights are more than
-    the activations, and on other devices, where scaling costs more launches than it saves.
+    the weights by it in every call saves passes over the activations. The norm itself is then not
+    called, and hooks on it do not run. It is called as usual where there are more weights than
+    activations, and on other devices, where the scaling costs more launches than it saves.
     """
 
     @classmethod
@@ -150,7 +146,7 @@ class FoldedConv2d(Conv2d):
         bias = self.norm.bias - self.norm.running_mean * scale
         if self.bias is not None:
             bias = bias + self.bias * scale
-        # The norms of a model in half precision may have stayed in float32.
+        # In a model in half precision the norms may still be float32.
         weight = (self.weight * scale.reshape(-1, 1, 1, 1)).to(self.weight.dtype)
         bias = bias.to(weight.dtype)
         x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
@@ -158,17 +154,12 @@ class FoldedConv2d(Conv2d):
 
     def _has_few_weights(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return True  # one graph for images of all sizes
+            return True  # one graph for all image sizes
         weights_per_channel = self.in_channels // self.groups * math.prod(self.kernel_size)
         return weights_per_channel <= x.numel() // x.shape[1] // math.prod(self.stride)
 
 
 def _is_fixed(norm: nn.Module | None) -> bool:
-    if isinstance(norm, FrozenBatchNorm2d):
-        return True
-    return (
-        isinstance(norm, nn.modules.batchnorm._BatchNorm)  # SyncBN is one, too
-        and not norm.training
-        and norm.affine
-        and norm.track_running_stats
-    )
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):  # SyncBN is one, too
+        return not norm.training and norm.affine and norm.track_running_stats
+    return isinstance(norm, FrozenBatchNorm2d)

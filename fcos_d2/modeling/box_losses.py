@@ -1,7 +1,8 @@
-"""Overlap of predicted and true boxes, both seen from the same location as ltrb.
+"""IoU and box losses of predicted and true boxes, both as ltrb from the same location.
 
-Since the location is inside both, the overlap needs no clamping and no mask: it reaches from the
-location to the nearer side in each direction.
+The location is inside both, so the intersection is the minimum of each distance, without clamping.
+
+Shapes: P positives. ``predicted`` and ``target`` are (P, 4) distances, all > 0.
 """
 
 import torch
@@ -10,21 +11,16 @@ from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
 
 
 def iou_of_ltrb(predicted: Tensor, target: Tensor) -> Tensor:
-    """(P,) intersection over union of pairs of boxes, both seen from the same location.
-
-    Args:
-        predicted, target: (P, 4) distances, all > 0: the location is in both boxes.
-    """
+    """(P,) intersection over union."""
     intersection, union = _intersection_and_union(predicted, target)
     return intersection / union
 
 
 def box_losses(predicted: Tensor, target: Tensor, box_loss_type: str) -> Tensor:
-    """(P,) box loss of pairs of boxes, both seen from the same location.
+    """(P,) box losses.
 
     Args:
-        predicted, target: (P, 4) distances, all > 0: the location is in both boxes.
-        box_loss_type: "iou" -ln IoU (arXiv 1608.01471), "linear_iou" 1 - IoU, "giou" (arXiv
+        box_loss_type: "iou" is -ln IoU (arXiv 1608.01471), "linear_iou" 1 - IoU; "giou" (arXiv
             1902.09630), "diou" and "ciou" (arXiv 1911.08287).
     """
     if box_loss_type in ("diou", "ciou"):

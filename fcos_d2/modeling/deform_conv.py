@@ -10,13 +10,9 @@ from torchvision.ops import deform_conv2d
 
 
 class PortableDeformConv(nn.Module):
-    """The same convolution as one of Detectron2's, with the same parameters, on any device."""
+    """A convolution of Detectron2 on any device, with the parameters and the norm of ``conv``."""
 
     def __init__(self, conv: DeformConv | ModulatedDeformConv):
-        """
-        Args:
-            conv: whose parameters and norm are shared.
-        """
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
@@ -27,20 +23,15 @@ class PortableDeformConv(nn.Module):
         """
         Args:
             x: (N, C, H, W).
-            offset: (N, 2 * G * kernel cells, Ho, Wo) for G groups of channels.
-            mask: (N, G * kernel cells, Ho, Wo) for a modulated convolution.
+            offset: (N, 2 * G * k, Ho, Wo) for G groups of channels and k cells of the kernel.
+            mask: (N, G * k, Ho, Wo) for a modulated convolution.
         """
-        # Under autocast the inputs arrive in different precisions; the operator wants one.
+        # The operator needs one precision, and under autocast the inputs have several.
+        tensors = (x, offset, self.weight, self.bias, mask)
+        pixels, offset, weight, bias, mask = (None if t is None else t.float() for t in tensors)
         with torch.autocast(x.device.type, enabled=False):
             y = deform_conv2d(
-                x.float(),
-                offset.float(),
-                self.weight.float(),
-                None if self.bias is None else self.bias.float(),
-                self.stride,
-                self.padding,
-                self.dilation,
-                None if mask is None else mask.float(),
+                pixels, offset, weight, bias, self.stride, self.padding, self.dilation, mask
             ).to(x.dtype)
         y = y if self.norm is None else self.norm(y)
         return y if self.activation is None else self.activation(y)
@@ -55,8 +46,7 @@ class SelfModulatedDeformConv(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.offset = nn.Conv2d(channels, 3 * 9, kernel_size=3, padding=1)
-        conv = ModulatedDeformConv(channels, channels, kernel_size=3, padding=1)
-        self.conv = PortableDeformConv(conv)
+        self.conv = PortableDeformConv(ModulatedDeformConv(channels, channels, 3, padding=1))
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)
         nn.init.normal_(self.conv.weight, std=0.01)
@@ -67,9 +57,9 @@ class SelfModulatedDeformConv(nn.Module):
 
 
 def use_portable_deform_convs(module: nn.Module) -> None:
-    """Exchange Detectron2's deformable convolutions inside a module for portable ones.
+    """Replace Detectron2's deformable convolutions in a module by portable ones, in place.
 
-    Detectron2's ResNet builder has no hook for another operator. Parameters and names stay.
+    Detectron2's ResNet builder takes no other operator. Parameters and their names stay.
     """
     for parent in list(module.modules()):
         for name, child in parent.named_children():

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -13,13 +12,13 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
 from ..runtime import Runtime
-from .head import FCOSHead, HeadOutputs, check_fine_to_coarse, select_levels
+from .head import FCOSHead, HeadOutputs, select_levels
 from .images import checked_images
 from .losses import FCOSLoss
 from .points import Levels
 from .post_processing import FCOSPostProcessor
 from .target_assignment import LocationAssigner, Targets, check_classes, make_targets
-from .validation import check_same
+from .validation import check_same, values_of_keys
 
 
 @META_ARCH_REGISTRY.register()
@@ -29,7 +28,7 @@ class FCOS(DenseDetector):
     Input and output are those of every Detectron2 detector.
     """
 
-    # Those that start anew where a checkpoint has other classes.
+    # The layers that start anew from a checkpoint with other classes.
     class_layers = ("head.cls_logits",)
 
     @configurable
@@ -54,7 +53,7 @@ class FCOS(DenseDetector):
         Args:
             backbone, head, assigner, loss, post_processor: the stages.
             head_in_features: the maps of the backbone that the head takes, finest first.
-            num_classes: what ``gt_classes`` must be below.
+            num_classes: ``gt_classes`` are in [0, num_classes).
             pixel_mean, pixel_std: per channel, in the channel order of ``input_format``.
             location_offset: where in its cell a location is, in strides.
             input_format, vis_period: Detectron2's INPUT.FORMAT and VIS_PERIOD.
@@ -62,8 +61,8 @@ class FCOS(DenseDetector):
                 compiled.
 
         Raises:
-            ValueError: if the parts were built with different strides, classes or kinds of
-                quality, or if there are not as many regression ranges as levels.
+            ValueError: if the parts have different strides, classes or kinds of quality, or if
+                there are not as many regression ranges as levels.
         """
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -75,46 +74,34 @@ class FCOS(DenseDetector):
         self.input_format = input_format
         self.vis_period = vis_period
         self.runtime = Runtime() if runtime is None else runtime
-        strides = [s.stride for s in select_levels(backbone.output_shape(), head_in_features)]
-        self.levels = Levels(tuple(strides), location_offset)
-        self._check_parts()
+        levels = select_levels(backbone.output_shape(), head_in_features)
+        self.levels = Levels(tuple(level.stride for level in levels), location_offset)
+        assigner.check_levels(head_in_features)
+        qualities = {"head": head.quality, "loss": loss.quality}
+        check_same("quality", qualities | {"post-processor": post_processor.quality})
+        check_same("num_classes", {"head": head.num_classes, "detector": num_classes})
+        check_same("strides", {"head": head.strides, "backbone": self.levels.strides})
 
     @classmethod
     def from_config(cls, cfg) -> dict:
         backbone = build_backbone(cfg)
         fcos = cfg.MODEL.FCOS
-        shapes: dict[str, ShapeSpec] = backbone.output_shape()
-        return {
+        return values_of_keys(FCOS, cfg) | {
             "backbone": backbone,
-            "head": FCOSHead(cfg, select_levels(shapes, fcos.IN_FEATURES)),
+            "head": FCOSHead(cfg, select_levels(backbone.output_shape(), fcos.IN_FEATURES)),
             "head_in_features": fcos.IN_FEATURES,
             "assigner": LocationAssigner(cfg),
             "loss": FCOSLoss(cfg),
             "post_processor": FCOSPostProcessor(cfg),
-            "num_classes": fcos.NUM_CLASSES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "location_offset": fcos.LOCATION_OFFSET,
             "input_format": cfg.INPUT.FORMAT,
             "vis_period": cfg.VIS_PERIOD,
-            "runtime": Runtime(cfg),
+            "runtime": Runtime(precision_test=fcos.PRECISION_TEST, compile=fcos.COMPILE),
         }
-
-    def _check_parts(self) -> None:
-        self.assigner.check_levels(self.head_in_features)
-        qualities = {
-            "head": self.head.quality,
-            "loss": self.loss.quality,
-            "post-processor": self.post_processor.quality,
-        }
-        check_same("quality", qualities)
-        check_same("num_classes", {"head": self.head.num_classes, "detector": self.num_classes})
-        strides = {"head": tuple(self.head.strides), "backbone": self.levels.strides}
-        check_same("strides", strides)
-        check_fine_to_coarse(self.head_in_features, self.levels.strides)
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
-        """As every Detectron2 detector: losses in training, else ``instances`` of each image.
+        """Losses in training, else the ``instances`` of each image, as every Detectron2 detector.
 
         Raises:
             ValueError: for an image on CPU with NaN or infinity; in training also for missing
@@ -128,14 +115,18 @@ class FCOS(DenseDetector):
             targets = make_targets(self.assigner, self.levels, outputs.level_shapes, instances)
             self._log_training(batched_inputs, images, outputs, targets)
             return self.loss(outputs, targets.to(self.device))
-        images = self.preprocess_image(batched_inputs)
-        outputs = self.head_outputs(images)
-        with torch.no_grad():
-            detections = self.post_processor(outputs, self.levels, images.image_sizes)
-        return _at_output_size(detections, batched_inputs)
+        detections = []
+        for images in self.runtime.batches(self.preprocess_image(batched_inputs)):
+            detections += self._detect(self.head_outputs(images), images)
+        pairs = zip(detections, batched_inputs, strict=True)
+        return [{"instances": at_output_size(found, x)} for found, x in pairs]
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Check, normalise, pad and batch the images."""
+        return super().preprocess_image(checked_images(batched_inputs, self.device))
 
     def head_outputs(self, images: ImageList) -> HeadOutputs:
-        """What the head says of preprocessed images."""
+        """The head's predictions for preprocessed images."""
         return self.runtime.run(self, images.tensor)
 
     def dense(self, pixels: Tensor) -> HeadOutputs:
@@ -143,10 +134,14 @@ class FCOS(DenseDetector):
         features = self.backbone(pixels)
         return self.head([features[f] for f in self.head_in_features])
 
-    def ground_truth(self, batched_inputs: list[dict]) -> list[Instances]:
-        """The annotations of each image, checked, on CPU.
+    @torch.no_grad()
+    def _detect(self, outputs: HeadOutputs, images: ImageList) -> list[Instances]:
+        return self.post_processor(outputs, self.levels, images.image_sizes)
 
-        The assignment runs there while a GPU works on the backbone, and never waits for it.
+    def ground_truth(self, batched_inputs: list[dict]) -> list[Instances]:
+        """The annotations of each image, checked and on CPU.
+
+        There the assignment runs while a GPU works on the backbone, and never waits for it.
         """
         if any("instances" not in x for x in batched_inputs):
             raise ValueError("Instance annotations are missing in training: no key 'instances'")
@@ -155,38 +150,26 @@ class FCOS(DenseDetector):
         return instances
 
     def _log_training(
-        self,
-        batched_inputs: list[dict],
-        images: ImageList,
-        outputs: HeadOutputs,
-        targets: Targets,
+        self, batched_inputs: list[dict], images: ImageList, outputs: HeadOutputs, targets: Targets
     ) -> None:
         if not has_event_storage():
             return
         storage = get_event_storage()
         storage.put_scalar("fcos/positives_per_image", len(targets) / len(images))
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
-            with torch.no_grad():
-                detections = self.post_processor(outputs, self.levels, images.image_sizes)
-            self.visualize_training(batched_inputs, detections)
+            self.visualize_training(batched_inputs, self._detect(outputs, images))
 
     def __prepare_scriptable__(self):
-        """What torch.jit.script calls first."""
+        """Called by torch.jit.script."""
         raise NotImplementedError(
             "FCOS cannot be scripted. Export it with fcos_d2.export.to_onnx, or trace it "
             "(--export-method tracing)"
         )
 
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Check, normalise, pad and batch the images."""
-        return super().preprocess_image(checked_images(batched_inputs, self.device))
 
-
-def _at_output_size(detections: list[Instances], batched_inputs: list[dict]) -> list[dict]:
-    """Scale detections to the "height" and "width" that are asked for, else leave their size."""
-    results = []
-    for instances, x in zip(detections, batched_inputs, strict=True):
-        height = x.get("height", instances.image_size[0])
-        width = x.get("width", instances.image_size[1])
-        results.append({"instances": detector_postprocess(instances, height, width)})
-    return results
+def at_output_size(detections: Instances, image_input: dict) -> Instances:
+    """Scale the detections of an image to the "height" and "width" of the input, if it has them."""
+    height, width = detections.image_size
+    return detector_postprocess(
+        detections, image_input.get("height", height), image_input.get("width", width)
+    )

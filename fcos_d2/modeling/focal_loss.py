@@ -1,10 +1,7 @@
-"""Sigmoid focal loss on dense class logits whose positives are a short list.
+"""Sigmoid focal loss (arXiv 1708.02002, eq. 5) on dense class logits and a list of positives.
 
-The loss of RetinaNet (arXiv 1708.02002, eq. 5), summed over all cells and classes, is the sum of
-the background term over everything, plus a correction where a class is present. So no one-hot
-target is needed, and as a sum does not care about order, no permutation of the logits either.
-
-Shapes: N images, K classes, (Hi, Wi) cells of level i.
+Summed over all cells and classes, it is the loss of an absent class everywhere plus a correction
+where a class is present. So it needs no one-hot targets and no permutation of the logits.
 """
 
 from collections.abc import Sequence
@@ -15,8 +12,8 @@ from torch import Tensor
 
 from .target_assignment import Targets
 
-# Elements that are processed at once. On CPU the temporaries then stay in the cache; on GPU it
-# only bounds their size, in few kernel launches.
+# Elements to process at once. On CPU the temporaries then stay in the cache; on GPU this bounds
+# their size with few kernel launches.
 _CHUNK_CPU, _CHUNK_GPU = 2**17, 2**22
 
 
@@ -25,32 +22,27 @@ def sparse_sigmoid_focal_loss(
 ) -> Tensor:
     """Sum of the focal loss over all levels, images, cells and classes.
 
-    Value and gradient equal fvcore's ``sigmoid_focal_loss(..., reduction="sum")`` of the dense
-    form. Beside bounded temporaries, forward allocates nothing and backward only the gradient.
-    Arithmetic is float32 (float64 for float64 logits), whatever the logits are.
+    Value and gradient equal fvcore's ``sigmoid_focal_loss(..., reduction="sum")`` on one-hot
+    targets. Memory: bounded temporaries, and the gradient in backward. Computes in float32, for
+    float64 logits in float64.
 
     Args:
-        logits: (N, K, Hi, Wi) for each level, in any memory layout.
+        logits: (N, K, Hi, Wi) for N images and K classes on each level, in any memory layout.
         targets: the positives and their classes.
-        alpha: weight of the present classes, 1 - alpha of the absent ones; negative: no weights.
+        alpha: weight of present classes; that of absent ones is 1 - alpha. Negative: no weights.
         gamma: focusing exponent, >= 0.
 
     Returns:
-        a scalar, connected to all logits also where there is no positive.
+        a scalar, connected to all logits even without positives.
     """
     dense = [_dense(x) for x in logits]
-    fields = (targets.image, targets.classes, targets.y, targets.x)
-    by_level = zip(*(field.split(targets.per_level) for field in fields), strict=True)
-    present = [_memory_index(x, *entries) for x, entries in zip(dense, by_level, strict=True)]
+    by_level = zip(dense, targets.by_level(), strict=True)
+    present = [_memory_index(x, *positives) for x, positives in by_level]
     return _SparseFocalLoss.apply(alpha, gamma, present, *dense)
 
 
 class _SparseFocalLoss(torch.autograd.Function):
-    """See :func:`sparse_sigmoid_focal_loss`.
-
-    ``present`` holds, for each level, the indices in memory order of the logits whose class is
-    present.
-    """
+    """``present``: on each level, the indices into :func:`_flat` of the present classes."""
 
     @staticmethod
     def forward(ctx, alpha: float, gamma: float, present: list[Tensor], *logits: Tensor) -> Tensor:
@@ -86,7 +78,7 @@ class _SparseFocalLoss(torch.autograd.Function):
 
 
 def _absent_term(x: Tensor, gamma: float) -> Tensor:
-    """p^gamma * -ln(1 - p) for p = sigmoid(x). For a present class: the same of -x."""
+    """p^gamma * -ln(1 - p) with p = sigmoid(x). The term of a present class is that of -x."""
     return _power_(torch.sigmoid(x), gamma).mul_(_softplus(x))
 
 
@@ -98,7 +90,7 @@ def _absent_slope(x: Tensor, gamma: float) -> Tensor:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """ln(1 + e^x) = -ln(1 - sigmoid(x)). Beyond 40, x itself is exact in float64 too."""
+    """ln(1 + e^x) = -ln(1 - sigmoid(x)). Above 40 this is x, in float64 too."""
     return F.softplus(x, threshold=40.0)
 
 
@@ -111,7 +103,7 @@ def _upcast(x: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The tensor itself where its memory is one block in NCHW or NHWC order, else a copy."""
+    """The tensor itself if its memory is one block in NCHW or NHWC order, else a copy."""
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
@@ -122,12 +114,12 @@ def _flat(x: Tensor) -> Tensor:
     return x.view(-1) if x.is_contiguous() else x.permute(0, 2, 3, 1).view(-1)
 
 
-def _memory_index(logits: Tensor, image: Tensor, cls: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Indices into :func:`_flat` of the logits of the classes ``cls`` at the cells (x, y)."""
+def _memory_index(logits: Tensor, image: Tensor, y: Tensor, x: Tensor, classes: Tensor) -> Tensor:
+    """Indices into :func:`_flat` of the logits of the classes of these cells."""
     _, num_classes, height, width = logits.shape
     if logits.is_contiguous():
-        return ((image * num_classes + cls) * height + y) * width + x
-    return ((image * height + y) * width + x) * num_classes + cls
+        return ((image * num_classes + classes) * height + y) * width + x
+    return ((image * height + y) * width + x) * num_classes + classes
 
 
 def _chunk_size(x: Tensor) -> int:

@@ -1,7 +1,7 @@
 """The head that all levels share: features in, class logits, distances and quality out.
 
-Shapes: N images, L levels, C channels, K classes, (Hi, Wi) cells of level i. A head takes and
-returns lists with an entry for each level.
+Shapes: N images, C channels, K classes, (Hi, Wi) cells of level i. A list has an entry for each
+level.
 """
 
 import math
@@ -14,66 +14,44 @@ from detectron2.layers import ShapeSpec, get_norm
 from torch import Tensor, nn
 
 from .deform_conv import SelfModulatedDeformConv
-from .validation import check_between, check_choice, check_count
+from .validation import check_between, check_choice, check_count, values_of_keys
 
-# exp(20) is 5e8 pixels: no image is so large, and the square of it is far from float32's end.
+# exp(20) is 5e8 pixels: no image is so large, and float32 still holds its square.
 _MAX_EXPONENT = 20.0
 
-# What QUALITY offers; the first two have a branch of the head.
+# The values of QUALITY. The head has a branch for the first two.
 QUALITIES = ("centerness", "iou", "computed", "none")
 
 
 class HeadOutputs(NamedTuple):
-    """What a head says of a batch, a map for each level.
+    """What the head predicts for a batch, a map for each level."""
 
-    Attributes:
-        class_logits: (N, K, Hi, Wi) for each level.
-        ltrb: (N, 4, Hi, Wi) for each level, float32, in pixels, never negative.
-        quality_logits: (N, 1, Hi, Wi) for each level, or None without a quality branch.
-    """
-
-    class_logits: list[Tensor]
-    ltrb: list[Tensor]
-    quality_logits: list[Tensor] | None
+    class_logits: list[Tensor]  # (N, K, Hi, Wi)
+    ltrb: list[Tensor]  # (N, 4, Hi, Wi) float32 pixels, never negative
+    quality_logits: list[Tensor] | None  # (N, 1, Hi, Wi); None without a quality branch
 
     @property
     def level_shapes(self) -> list[tuple[int, int]]:
         """(Hi, Wi) of each level."""
         return [tuple(x.shape[-2:]) for x in self.class_logits]
 
-    @classmethod
-    def cat(cls, parts: Sequence["HeadOutputs"]) -> "HeadOutputs":
-        """The outputs of several batches of images of one size as those of one batch."""
-        kinds = zip(*parts, strict=True)
-        return cls(
-            *(
-                None if kind[0] is None else [torch.cat(x) for x in zip(*kind, strict=True)]
-                for kind in kinds
-            )
-        )
-
 
 class PerLevelNorm(nn.ModuleList):
-    """A normalisation layer for each level, for those that keep statistics (BN, SyncBN)."""
-
-    def forward(self, x: Tensor, level: int) -> Tensor:
-        return self[level](x)
+    """One norm for each level, for norms that keep statistics (BN, SyncBN)."""
 
 
 class Tower(nn.Sequential):
-    """Convolutions shared by all levels, applied to each."""
+    """Convolutions that all levels share."""
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         for layer in self:
-            if isinstance(layer, PerLevelNorm):
-                features = [layer(x, level) for level, x in enumerate(features)]
-            else:
-                features = [layer(x) for x in features]
+            of_levels = layer if isinstance(layer, PerLevelNorm) else [layer] * len(features)
+            features = [module(x) for module, x in zip(of_levels, features, strict=True)]
         return features
 
 
 class Scale(nn.Module):
-    """A learned scalar (1904.01355, section 3.2, the s_i of exp(s_i x))."""
+    """A learned scalar: s_i of exp(s_i x) (1904.01355, section 3.2)."""
 
     def __init__(self):
         super().__init__()
@@ -86,8 +64,7 @@ class Scale(nn.Module):
 class FCOSHead(nn.Module):
     """Towers and predictors of FCOS (1904.01355, figure 2).
 
-    Whatever the activation, distances leave the head in pixels: nothing after it knows about
-    strides or normalisation, and training equals inference.
+    Distances leave the head in pixels, with every BOX_ACTIVATION, in training as in inference.
     """
 
     @configurable
@@ -109,11 +86,12 @@ class FCOSHead(nn.Module):
     ):
         """
         Args:
-            input_shape: channels and stride of each level; the channels are the same on all.
+            input_shape: stride and channels of each level, finest first; the channels are the same.
             Others: see the keys of ``MODEL.FCOS`` in :mod:`fcos_d2.config`.
 
         Raises:
-            ValueError: for a value that its key does not offer, or levels of different channels.
+            ValueError: for a value that its key does not offer, for levels with different channels
+                or out of order, and for channels that GN cannot group.
         """
         super().__init__()
         check_choice("NORM", norm, ("GN", "BN", "SyncBN", ""))
@@ -125,29 +103,17 @@ class FCOSHead(nn.Module):
         check_count("NUM_BOX_CONVS", num_box_convs, 0)
         check_count("NUM_SHARE_CONVS", num_share_convs, 0)
         check_between("PRIOR_PROB", prior_prob, 1e-9, 1 - 1e-9)
-        channels = {shape.channels for shape in input_shape}
-        if len(channels) != 1:
-            raise ValueError(f"IN_FEATURES must have the same channels on all levels: {channels}")
-        channels = channels.pop()
-        if norm == "GN" and channels % 32:
-            raise ValueError(f"NORM 'GN' has 32 groups, which do not divide {channels} channels")
-        if norm == "GN" and channels == 32:
-            raise ValueError(
-                "NORM 'GN' has 32 groups, of one channel each with 32 channels: on a level of one "
-                "cell a group is a single value, which cannot be normalised. Take 64 channels or "
-                "more (MODEL.FPN.OUT_CHANNELS), or another NORM"
-            )
-        self.strides = [shape.stride for shape in input_shape]
+        self.strides = tuple(shape.stride for shape in input_shape)
+        channels = _common_channels(input_shape, norm)
         self.num_classes = num_classes
         self.box_activation = box_activation
         self.quality = quality
         self.quality_on = quality_on
 
-        def tower(num_convs: int, deformable: bool) -> Tower:
+        def tower(num_convs: int, deformable: bool = False) -> Tower:
             layers: list[nn.Module] = []
             for i in range(num_convs):
-                last = i == num_convs - 1
-                if deformable and last:
+                if deformable and i == num_convs - 1:
                     layers.append(SelfModulatedDeformConv(channels))
                 else:
                     layers.append(_conv3x3(channels, channels))
@@ -156,7 +122,7 @@ class FCOSHead(nn.Module):
                 layers.append(nn.ReLU(inplace=True))
             return Tower(*layers)
 
-        self.share_tower = tower(num_share_convs, False)
+        self.share_tower = tower(num_share_convs)
         self.cls_tower = tower(num_cls_convs, use_deformable)
         self.bbox_tower = tower(num_box_convs, use_deformable)
         self.cls_logits = _conv3x3(channels, num_classes)
@@ -167,27 +133,10 @@ class FCOSHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]) -> dict:
-        fcos = cfg.MODEL.FCOS
-        return {
-            "input_shape": input_shape,
-            "num_classes": fcos.NUM_CLASSES,
-            "num_cls_convs": fcos.NUM_CLS_CONVS,
-            "num_box_convs": fcos.NUM_BOX_CONVS,
-            "num_share_convs": fcos.NUM_SHARE_CONVS,
-            "norm": fcos.NORM,
-            "use_deformable": fcos.USE_DEFORMABLE,
-            "use_scale": fcos.USE_SCALE,
-            "prior_prob": fcos.PRIOR_PROB,
-            "box_activation": fcos.BOX_ACTIVATION,
-            "quality": fcos.QUALITY,
-            "quality_on": fcos.QUALITY_ON,
-        }
+        return values_of_keys(FCOSHead, cfg) | {"input_shape": input_shape}
 
     def forward(self, features: list[Tensor]) -> HeadOutputs:
-        """
-        Args:
-            features: (N, C, Hi, Wi) for each level.
-        """
+        """Run on the (N, C, Hi, Wi) features of each level."""
         features = self.share_tower(features)
         cls_features = self.cls_tower(features)
         box_features = self.bbox_tower(features)
@@ -207,21 +156,31 @@ class FCOSHead(nn.Module):
         return x.relu() * self.strides[level]
 
 
-def check_fine_to_coarse(in_features: Sequence[str], strides: Sequence[int]) -> None:
-    """Raise a ValueError unless the levels go from the finest to the coarsest."""
-    if list(strides) != sorted(set(strides)):
+def _common_channels(input_shape: Sequence[ShapeSpec], norm: str) -> int:
+    """The channels of all levels; raise a ValueError for levels that a head cannot take."""
+    channels = {shape.channels for shape in input_shape}
+    strides = [shape.stride for shape in input_shape]
+    if len(channels) != 1:
+        raise ValueError(f"IN_FEATURES must have the same channels on all levels: {channels}")
+    if strides != sorted(set(strides)):
         raise ValueError(
-            f"MODEL.FCOS.IN_FEATURES must go from the finest to the coarsest level, got "
-            f"{list(in_features)} with the strides {list(strides)}"
+            "MODEL.FCOS.IN_FEATURES must go from the finest to the coarsest level, got levels with "
+            f"the strides {strides}"
         )
+    channels = channels.pop()
+    if norm == "GN" and channels % 32:
+        raise ValueError(f"NORM 'GN' has 32 groups, which do not divide {channels} channels")
+    if norm == "GN" and channels == 32:
+        raise ValueError(
+            "NORM 'GN' has 32 groups, of one channel each with 32 channels: on a level of one cell "
+            "a group is a single value, which cannot be normalised. Take 64 channels or more "
+            "(MODEL.FPN.OUT_CHANNELS), or another NORM"
+        )
+    return channels
 
 
 def select_levels(shapes: dict[str, ShapeSpec], in_features: Sequence[str]) -> list[ShapeSpec]:
-    """The shapes of the maps that a head takes.
-
-    Raises:
-        ValueError: for a map that the backbone does not make.
-    """
+    """The shapes of the maps that the head takes; a ValueError names those that do not exist."""
     missing = [f for f in in_features if f not in shapes]
     if missing:
         raise ValueError(

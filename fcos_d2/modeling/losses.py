@@ -1,7 +1,7 @@
 """The three losses of FCOS, on dense maps and sparse positives.
 
-Shapes: N images, K classes, (Hi, Wi) cells of level i, P positives. Dense maps are lists with an
-entry for each level; they are read where they lie, in any memory layout.
+Shapes: N images, C channels, (Hi, Wi) cells of level i, P positives. Dense maps are lists with an
+entry for each level, in any memory layout.
 """
 
 import math
@@ -20,20 +20,19 @@ from .focal_loss import sparse_sigmoid_focal_loss
 from .head import QUALITIES, HeadOutputs
 from .points import centerness
 from .target_assignment import Targets
-from .validation import check_between, check_choice
+from .validation import check_between, check_choice, values_of_keys
 
 _EMA_MOMENTUM = 0.9
-_LARGE = 1e6  # above what a weight or an exponent of a loss can be meant to be
-_LOG_PERIOD = 20  # iterations; what is logged less often costs no GPU synchronisation in between
+_LARGE = 1e6  # no useful weight or exponent of a loss is larger
+_LOG_PERIOD = 20  # iterations; logging waits for the GPU
 _MIN_DISTANCE = 1e-6  # pixels; keeps -ln IoU and the aspect ratio finite for a box without area
 
 
 class FCOSLoss(nn.Module):
     """Classification, box and quality loss with their normalisers (1904.01355, eq. 2).
 
-    With ``loss_normalizer="ema_fg"`` the moving average is a buffer, so that a resumed run goes
-    on with it. It counts the positives of the whole batch: it does not depend on how many
-    processes share the batch.
+    With ``loss_normalizer="ema_fg"`` the moving average is a buffer, so that a resumed run
+    continues it. It is of the whole batch, however many processes share the batch.
     """
 
     @configurable
@@ -54,8 +53,8 @@ class FCOSLoss(nn.Module):
         Args: see the keys of ``MODEL.FCOS`` in :mod:`fcos_d2.config`.
 
         Raises:
-            ValueError: for a value that its key does not offer, or weighting by another quality
-                than centerness: by the IoU of the prediction, bad boxes would learn least.
+            ValueError: for a value that its key does not offer, or for weighting by a quality other
+                than centerness: weighted by the IoU of the prediction, bad boxes learn least.
         """
         super().__init__()
         check_choice("QUALITY", quality, QUALITIES)
@@ -87,18 +86,7 @@ class FCOSLoss(nn.Module):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        fcos = cfg.MODEL.FCOS
-        return {
-            "focal_loss_alpha": fcos.FOCAL_LOSS_ALPHA,
-            "focal_loss_gamma": fcos.FOCAL_LOSS_GAMMA,
-            "box_loss_type": fcos.BOX_LOSS_TYPE,
-            "box_loss_weighting": fcos.BOX_LOSS_WEIGHTING,
-            "quality": fcos.QUALITY,
-            "loss_normalizer": fcos.LOSS_NORMALIZER,
-            "cls_loss_weight": fcos.CLS_LOSS_WEIGHT,
-            "box_loss_weight": fcos.BOX_LOSS_WEIGHT,
-            "quality_loss_weight": fcos.QUALITY_LOSS_WEIGHT,
-        }
+        return values_of_keys(FCOSLoss, cfg)
 
     def forward(self, outputs: HeadOutputs, targets: Targets) -> dict[str, Tensor]:
         """
@@ -108,8 +96,8 @@ class FCOSLoss(nn.Module):
 
         Returns:
             ``loss_fcos_cls``, ``loss_fcos_loc`` and, with a quality branch, ``loss_fcos_ctr`` or
-            ``loss_fcos_iou``: float32 scalars, finite and connected to the maps also without
-            positives. Averaged over processes, their gradients are those of the whole batch.
+            ``loss_fcos_iou``: float32 scalars, finite and connected to the maps even without
+            positives. The mean of their gradients over all processes is that of the whole batch.
         """
         cls_loss = sparse_sigmoid_focal_loss(
             outputs.class_logits, targets, self.focal_loss_alpha, self.focal_loss_gamma
@@ -128,11 +116,11 @@ class FCOSLoss(nn.Module):
             quality_loss = F.binary_cross_entropy_with_logits(logits, quality, reduction="sum")
             name = "loss_fcos_ctr" if self.quality == "centerness" else "loss_fcos_iou"
             losses[name] = self.quality_loss_weight * quality_loss / num_positives
-            self._log_quality_loss(name, quality_loss, quality, num_positives)
+            self._log_above_floor(name, quality_loss, quality, num_positives)
         return losses
 
     def _quality(self, predicted: Tensor, targets: Targets) -> Tensor | None:
-        """(P,) what the quality branch learns; None without a branch."""
+        """(P,) target of the quality branch; None without a branch."""
         if self.quality == "centerness":
             return centerness(targets.ltrb)
         if self.quality == "iou":
@@ -140,45 +128,40 @@ class FCOSLoss(nn.Module):
         return None
 
     def _normalizers(self, num_positives: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean number of positives, and mean sum of box weights, per process."""
+        """Divisors of the losses: positives and sum of box weights, means over the processes."""
         sums = torch.stack([weights.new_full((), num_positives), weights.sum()])
         world_size = comm.get_world_size()
         if world_size > 1:
             dist.all_reduce(sums)
-        # The bounds hold for the whole batch, so that the result does not depend on how many
-        # processes share it. They matter only where there is no positive at all.
+        # Bounds for a batch without positives; of the whole batch, so that the number of processes
+        # changes nothing.
         count = sums[0].clamp(min=1.0)
         sum_of_weights = sums[1].clamp(min=1e-6) / world_size
         if self.ema_num_positives is not None:
-            average = self.ema_num_positives
+            average = self.ema_num_positives  # 0 before the first step
             moved = _EMA_MOMENTUM * average + (1 - _EMA_MOMENTUM) * count
-            count = torch.where(average > 0, moved, count)  # 0: this is the first step
-            self.ema_num_positives.copy_(count)
+            count = torch.where(average > 0, moved, count)
+            average.copy_(count)
         count = count / world_size
         if self.box_loss_weighting == "none":
             sum_of_weights = count
         return count, sum_of_weights
 
     @torch.no_grad()
-    def _log_quality_loss(
-        self, name: str, loss: Tensor, quality: Tensor, num_positives: Tensor
-    ) -> None:
-        """Log how far the quality loss is above the least it can be.
+    def _log_above_floor(self, name: str, loss: Tensor, quality: Tensor, count: Tensor) -> None:
+        """Log the quality loss less its smallest possible value, the entropy of the soft targets.
 
-        The targets are soft, so the cross entropy cannot go below their entropy, near 0.6 for
-        centerness: seen alone, a loss that stops there looks like a bug.
+        This is near 0.6 for centerness, and a loss that stops there looks like a bug.
         """
         if not has_event_storage() or get_event_storage().iter % _LOG_PERIOD:
             return
-        # Written out: autocast on GPU forbids F.binary_cross_entropy.
+        # Not F.binary_cross_entropy, which autocast on GPU forbids.
         floor = -(torch.xlogy(quality, quality) + torch.xlogy(1 - quality, 1 - quality)).sum()
-        above_floor = ((loss - floor) / num_positives).item()
+        above_floor = ((loss - floor) / count).item()
         get_event_storage().put_scalar(f"fcos/{name}_above_floor", above_floor)
 
 
 def gather(maps: Sequence[Tensor], targets: Targets) -> Tensor:
     """(P, C) entries of the (N, C, Hi, Wi) maps at the positives."""
-    fields = (targets.image, targets.y, targets.x)
-    by_level = zip(*(field.split(targets.per_level) for field in fields), strict=True)
-    entries = [m[image, :, y, x] for m, (image, y, x) in zip(maps, by_level, strict=True)]
-    return torch.cat(entries)
+    by_level = zip(maps, targets.by_level(), strict=True)
+    return torch.cat([level_map[image, :, y, x] for level_map, (image, y, x, _) in by_level])

@@ -1,7 +1,7 @@
-"""Geometry of locations: where the cells of a feature map lie, and boxes seen from there.
+"""Geometry: the locations of the cells of feature maps, and boxes as ltrb from there.
 
-Seen from a location, a box is ltrb: its distances in pixels to the left, top, right and bottom
-side (1904.01355, eq. 1), all positive where the location is inside the box.
+ltrb are the distances in pixels from a location to the left, top, right and bottom side of a box
+(1904.01355, eq. 1), all positive if the location is inside the box.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from .validation import check_between
 class Levels:
     """Where the cells of each feature level lie in the image.
 
-    The cell in column x and row y of a level with stride s sees the image at the location
-    ((offset + x) * s, (offset + y) * s); with the default offset that is the middle of the cell
+    The cell in column x and row y of a level with stride s has the location
+    ((offset + x) * s, (offset + y) * s). With the default offset this is the middle of the cell
     (1904.01355, section 3.1).
 
     Attributes:
@@ -35,14 +35,11 @@ class Levels:
         return len(self.strides)
 
     def locations(self, level: int | Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Locations of the cells in columns ``x`` and rows ``y``.
+        """(..., 2) float32 locations (x, y) in pixels of cells.
 
         Args:
             level: the level of all cells, or (...) int64 level of each.
             x, y: (...) integer column and row of each cell.
-
-        Returns:
-            (..., 2) float32 locations (x, y) in pixels.
         """
         if isinstance(level, int):
             stride = self.strides[level]
@@ -66,7 +63,7 @@ def boxes_to_ltrb(locations: Tensor, boxes: Tensor) -> Tensor:
         boxes: (..., 4) as x0, y0, x1, y1 in pixels.
 
     Returns:
-        (..., 4) left, top, right, bottom in pixels; negative where the location is outside.
+        (..., 4) left, top, right, bottom in pixels; negative beyond a side.
     """
     return torch.cat([locations - boxes[..., :2], boxes[..., 2:] - locations], dim=-1)
 

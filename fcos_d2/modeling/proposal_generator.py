@@ -11,11 +11,11 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from .head import FCOSHead, HeadOutputs, check_fine_to_coarse, select_levels
+from .head import FCOSHead, HeadOutputs, select_levels
 from .losses import FCOSLoss
 from .points import Levels, ltrb_to_boxes
 from .target_assignment import LocationAssigner, check_classes, make_targets
-from .validation import check_same
+from .validation import check_same, values_of_keys
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -25,10 +25,10 @@ def FCOS(cfg, input_shape: dict[str, ShapeSpec]) -> "FCOSProposalGenerator":
 
 
 class FCOSProposalGenerator(nn.Module):
-    """The same head, assignment and losses; proposals are selected as the RPN's are.
+    """Proposals from the head, assignment and losses of FCOS, selected as the RPN selects its own.
 
     For GeneralizedRCNN and ProposalNetwork. The objectness of a proposal is the logarithm of its
-    score; with several classes, of its best class.
+    score, with several classes that of the best class.
     """
 
     @configurable
@@ -50,25 +50,24 @@ class FCOSProposalGenerator(nn.Module):
         """
         Args:
             head, assigner, loss: the stages, as in the detector.
-            in_features: the maps that the head takes, finest first.
+            in_features: the maps of the backbone that the head takes, finest first.
             num_classes: 1 learns any object against background.
             location_offset: where in its cell a location is, in strides.
-            pre_nms_topk: in training and in testing, proposals of a level that go into NMS.
-            post_nms_topk: in training and in testing, proposals of an image that come out.
+            pre_nms_topk: proposals of a level that go into NMS, in training and in testing.
+            post_nms_topk: proposals of an image that NMS keeps, in training and in testing.
             nms_thresh, min_box_size: as of the RPN; the size in pixels.
             score_fusion: "sqrt" or "product", of class and quality.
 
         Raises:
-            ValueError: if the parts were built with different classes or kinds of quality, or if
-                there are not as many regression ranges as levels.
+            ValueError: if the parts have different classes or kinds of quality, or if there are
+                not as many regression ranges as levels.
         """
         super().__init__()
         assigner.check_levels(in_features)
         check_same("quality", {"head": head.quality, "loss": loss.quality})
         check_same("num_classes", {"head": head.num_classes, "proposals": num_classes})
-        check_fine_to_coarse(in_features, head.strides)
         self.head = head
-        self.levels = Levels(tuple(head.strides), location_offset)
+        self.levels = Levels(head.strides, location_offset)
         self.in_features = list(in_features)
         self.assigner = assigner
         self.loss = loss
@@ -85,18 +84,15 @@ class FCOSProposalGenerator(nn.Module):
         if fcos.QUALITY == "computed":
             raise ValueError("MODEL.FCOS.QUALITY 'computed' is not offered for proposals")
         shapes = select_levels(input_shape, fcos.IN_FEATURES)
-        return {
+        return values_of_keys(FCOSProposalGenerator, cfg) | {
             "head": FCOSHead(cfg, shapes, num_classes=fcos.PROPOSAL_NUM_CLASSES),
-            "in_features": fcos.IN_FEATURES,
             "assigner": LocationAssigner(cfg),
             "loss": FCOSLoss(cfg),
             "num_classes": fcos.PROPOSAL_NUM_CLASSES,
-            "location_offset": fcos.LOCATION_OFFSET,
             "pre_nms_topk": (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
             "post_nms_topk": (rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
             "nms_thresh": rpn.NMS_THRESH,
             "min_box_size": cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE,
-            "score_fusion": fcos.SCORE_FUSION,
         }
 
     def forward(
@@ -107,53 +103,48 @@ class FCOSProposalGenerator(nn.Module):
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """
         Args:
-            images: for their sizes.
-            features: maps of the backbone.
+            images: only their sizes are read.
+            features: the maps of the backbone by name.
             gt_instances: in training, with ``gt_boxes`` and ``gt_classes``.
 
         Returns:
-            proposals: for each image ``proposal_boxes`` and ``objectness_logits``, best first.
-            losses: in training those of the detector, else empty.
+            proposals: ``proposal_boxes`` and ``objectness_logits`` of each image, best first.
+            losses: those of the detector in training, else none.
         """
         outputs = self.head([features[f] for f in self.in_features])
         losses = self._losses(outputs, gt_instances) if self.training else {}
-        return self._proposals(outputs, images.image_sizes), losses
+        return self._proposals(outputs, images), losses
 
     def _losses(self, outputs: HeadOutputs, gt_instances: list[Instances]) -> dict[str, Tensor]:
-        instances = [self._ground_truth(x) for x in gt_instances]
+        # On CPU, and only what the assignment reads; the caller's instances stay as they are.
+        instances = [
+            Instances(x.image_size, gt_boxes=x.gt_boxes, gt_classes=x.gt_classes).to("cpu")
+            for x in gt_instances
+        ]
+        if self.num_classes == 1:
+            for x in instances:
+                x.gt_classes = torch.zeros_like(x.gt_classes)
         check_classes(instances, self.num_classes)
         targets = make_targets(self.assigner, self.levels, outputs.level_shapes, instances)
         return self.loss(outputs, targets.to(outputs.ltrb[0].device))
 
-    def _ground_truth(self, instances: Instances) -> Instances:
-        """Boxes and the classes that the proposals tell apart, on CPU."""
-        classes = instances.gt_classes
-        if self.num_classes == 1:
-            classes = torch.zeros_like(classes)
-        truth = Instances(instances.image_size, gt_boxes=instances.gt_boxes, gt_classes=classes)
-        return truth.to("cpu")
-
     @torch.no_grad()
-    def _proposals(
-        self, outputs: HeadOutputs, image_sizes: list[tuple[int, int]]
-    ) -> list[Instances]:
+    def _proposals(self, outputs: HeadOutputs, images: ImageList) -> list[Instances]:
         boxes, objectness = [], []
-        for level, (logits, ltrb) in enumerate(
-            zip(outputs.class_logits, outputs.ltrb, strict=True)
-        ):
+        for level, logits in enumerate(outputs.class_logits):
+            ltrb = outputs.ltrb[level]
             locations = self.levels.all_locations(level, *logits.shape[-2:], logits.device)
             boxes.append(ltrb_to_boxes(locations, ltrb.flatten(2).transpose(1, 2)))
-            # The logarithm of the score has its order, and is exact at its small end.
+            # The logarithm orders as the score does, and is exact for small scores too.
             log_score = logsigmoid(logits.flatten(2).amax(dim=1).float())
             if outputs.quality_logits is not None:
-                log_quality = logsigmoid(outputs.quality_logits[level].flatten(1).float())
-                log_score = log_score + log_quality
+                log_score = log_score + logsigmoid(outputs.quality_logits[level].flatten(1).float())
                 log_score = log_score / 2 if self.score_fusion == "sqrt" else log_score
             objectness.append(log_score)
         return find_top_rpn_proposals(
             boxes,
             objectness,
-            image_sizes,
+            images.image_sizes,
             self.nms_thresh,
             self.pre_nms_topk[0 if self.training else 1],
             self.post_nms_topk[0 if self.training else 1],

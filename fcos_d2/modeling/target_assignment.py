@@ -1,21 +1,20 @@
 """Which location learns which box: boxes -> candidates -> positives -> targets.
 
-Shapes: N images, L levels, M boxes in the batch, C candidates, P positives, R cells of all levels
-of an image, (Hi, Wi) cells of level i.
+Shapes: L levels, M boxes in the batch, C candidates, P positives, K classes.
 
 Candidate: a location and a box that it may learn.
-Positive: a candidate that won its location. Background is everything that is not positive.
+Positive: a candidate that won its location. All other locations are background.
 Target: what a positive learns.
 
 Every box proposes the few cells it could own, instead of every cell looking at every box. A box
 can only own cells in a window: within the centre sampling radius, and near enough to its far
-sides to stay under the level's upper bound. So the work grows with the number of boxes times a
-few cells, never with R * M.
+sides to stay under the level's upper bound. So the work grows with the number of boxes, not with
+boxes times cells.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from detectron2.config import configurable
@@ -24,19 +23,20 @@ from torch import Tensor
 
 from ..runtime import to_device
 from .points import Levels, boxes_to_ltrb
+from .validation import values_of_keys
 
-# Widens each window by a hundredth of a cell, so that float rounding cannot lose a cell that the
-# exact test would accept. The exact test rejects what the wider window proposes in excess.
+# In cells. Rounding must not lose a cell at the edge of a window; the exact test in _may_learn
+# rejects those that the wider window adds.
 _WINDOW_MARGIN = 0.01
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Pairs of a location and a box that it may learn, ordered by level.
+    """Pairs of a location and a box that it may learn, level by level.
 
     Attributes:
         image: (C,) int64 index of the image in the batch.
-        level: (C,) int64 index of the level, 0 is the finest.
+        level: (C,) int64 index of the level; 0 is the finest.
         x, y: (C,) int64 column and row of the cell on its level.
         gt: (C,) int64 index of the box, into the boxes of all images concatenated.
         ltrb: (C, 4) float32 distances from the location to the sides of the box, in pixels.
@@ -52,10 +52,13 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.gt)
 
+    def __getitem__(self, mask: Tensor) -> "Candidates":
+        """The candidates that a (C,) bool mask selects."""
+        return Candidates(*(field[mask] for field in vars(self).values()))
 
-@dataclass(frozen=True)
+
 class Positives(Candidates):
-    """The candidates that won their location: no cell of an image is listed twice."""
+    """The candidates that won their location: no cell of an image appears twice."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Targets:
         image, x, y: (P,) int64 image, column and row of each positive.
         classes: (P,) int64 in [0, K).
         ltrb: (P, 4) float32 distances in pixels, all > 0.
-        per_level: how many positives each level has; on the host, so that nothing waits for a GPU.
+        per_level: number of positives on each level, a list: reading it waits for no GPU.
     """
 
     image: Tensor
@@ -79,35 +82,37 @@ class Targets:
     def __len__(self) -> int:
         return len(self.classes)
 
+    def by_level(self) -> Iterator[tuple[Tensor, ...]]:
+        """(image, y, x, classes) of the positives on each level."""
+        fields = (self.image, self.y, self.x, self.classes)
+        return zip(*(field.split(self.per_level) for field in fields), strict=True)
+
     def to(self, device: torch.device) -> "Targets":
         tensors = (self.image, self.x, self.y, self.classes, self.ltrb)
-        return Targets(*(to_device(t, device) for t in tensors), self.per_level)
+        return Targets(*(to_device(x, device) for x in tensors), self.per_level)
 
 
 class LocationAssigner:
     """Location-based target assignment (1904.01355, section 3.2; 2006.09214, section 3).
 
-    A location may learn a box if it is strictly inside it, if the largest of its four distances
-    to the box's sides is in the regression range of the location's level (bounds included), and,
-    with centre sampling, if it is strictly within ``radius * stride`` of the box centre on both
-    axes. Of several such boxes the one with the smallest area (in float32) wins, of equal ones
-    the first.
+    A location may learn a box if it is strictly inside, if the largest of its distances to the
+    four sides is in the regression range of its level (bounds included), and, with centre
+    sampling, if it is less than ``radius * stride`` from the box centre on both axes. The box with
+    the smallest float32 area wins the location, of equal areas the first box.
     """
 
     @configurable
     def __init__(
-        self,
-        regression_ranges: Sequence[tuple[float, float]],
-        center_sampling_radius: float,
+        self, regression_ranges: Sequence[tuple[float, float]], center_sampling_radius: float
     ):
         """
         Args:
             regression_ranges: (lower, upper) in pixels for each level, finest first.
-            center_sampling_radius: in strides; 0 takes all locations in the box.
+            center_sampling_radius: in strides; 0 for no centre sampling.
 
         Raises:
-            ValueError: for ranges that are not pairs of numbers from 0 up, with lower < upper and
-                none below that of a finer level; or for a negative or infinite radius.
+            ValueError: for ranges that are not pairs 0 <= lower < upper, for a bound below that of
+                a finer level, and for a negative or infinite radius.
         """
         self.regression_ranges = _check_ranges(regression_ranges)
         if not 0 <= center_sampling_radius < math.inf:
@@ -116,10 +121,7 @@ class LocationAssigner:
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        return {
-            "regression_ranges": cfg.MODEL.FCOS.REGRESSION_RANGES,
-            "center_sampling_radius": cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS,
-        }
+        return values_of_keys(LocationAssigner, cfg)
 
     def check_levels(self, names: Sequence[str]) -> None:
         """Raise a ValueError unless there are as many regression ranges as levels."""
@@ -129,14 +131,10 @@ class LocationAssigner:
                 f"levels {list(names)}: they must be as many"
             )
 
-    @torch.no_grad()
     def __call__(
         self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
     ) -> Positives:
-        """Assign the boxes of a batch. Runs on the device of the boxes; on CPU no GPU waits.
-
-        Arguments and errors are those of :meth:`candidates`.
-        """
+        """Assign the boxes of a batch, on their device; see :meth:`candidates`."""
         return self.resolve(self.candidates(levels, level_shapes, boxes), level_shapes, boxes)
 
     @torch.no_grad()
@@ -145,7 +143,7 @@ class LocationAssigner:
     ) -> Candidates:
         """All pairs of a location and a box that it may learn.
 
-        An ambiguous location is listed once for each of its boxes.
+        An ambiguous location has a pair for each of its boxes.
 
         Args:
             levels: the geometry of the levels.
@@ -153,8 +151,8 @@ class LocationAssigner:
             boxes: for each image (Mi, 4) as x0, y0, x1, y1 in pixels of the network input.
 
         Raises:
-            ValueError: if the number of levels is not that of the regression ranges, or if a box
-                is not finite.
+            ValueError: if there are not as many levels as regression ranges, or if a box is not
+                finite.
         """
         if not len(level_shapes) == len(levels) == len(self.regression_ranges):
             raise ValueError(
@@ -174,29 +172,29 @@ class LocationAssigner:
         level, gt, x, y = self._propose(levels, level_shapes, all_boxes)
         locations = levels.locations(level, x, y)
         ltrb = boxes_to_ltrb(locations, all_boxes[gt])
-        accepted = self._may_learn(levels, level, locations, all_boxes[gt], ltrb)
-        proposals = Candidates(image_of_box[gt], level, x, y, gt, ltrb)
-        return Candidates(*_select(proposals, accepted))
+        may_learn = self._may_learn(levels, level, locations, all_boxes[gt], ltrb)
+        return Candidates(image_of_box[gt], level, x, y, gt, ltrb)[may_learn]
 
     def _propose(
         self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """List (level, gt, x, y) for a window of cells of every box, level by level.
+        """(level, gt, x, y) of all cells in a window of each box on each level.
 
-        Each is (C,) int64. The windows hold every cell that :meth:`_may_learn` accepts.
+        All are int64 vectors, level by level. The windows hold every cell that :meth:`_may_learn`
+        accepts.
         """
         device = boxes.device
         ranges = torch.tensor(self.regression_ranges, dtype=torch.float64, device=device)
         lower, upper = ranges[:, :, None].unbind(dim=1)  # (L, 1)
         stride = torch.tensor(levels.strides, dtype=torch.float64, device=device)[:, None]
-        num_cells = torch.tensor(level_shapes, device=device)[:, None].flip(2)  # (L, 1, 2) as W, H
+        size = torch.tensor(level_shapes, device=device)[:, None].flip(2)  # (L, 1, 2) as W, H
         begin_box, end_box = boxes.double().split(2, dim=1)  # (M, 2) as x, y
 
-        # The open interval of locations (L, M, 2) that are inside the box, and not so far from
-        # the opposite side that they exceed the upper bound.
+        # (L, M, 2) the interval of locations inside the box and within the upper bound of the
+        # opposite side.
         low = torch.maximum(begin_box, end_box - upper[..., None])
         high = torch.minimum(end_box, begin_box + upper[..., None])
-        largest = (end_box - begin_box).amax(dim=1)  # (M,) at least max(ltrb) of any location
+        largest = (end_box - begin_box).amax(dim=1)  # (M,) no max(ltrb) is larger
         if self.radius > 0:
             reach = self.radius * stride
             center = (boxes[:, :2] + boxes[:, 2:]).double() / 2
@@ -206,26 +204,26 @@ class LocationAssigner:
 
         first = torch.ceil(low / stride[..., None] - levels.offset - _WINDOW_MARGIN).clamp(min=0)
         last = torch.floor(high / stride[..., None] - levels.offset + _WINDOW_MARGIN)
-        last = torch.minimum(last, num_cells - 1.0)
+        last = torch.minimum(last, size - 1.0)
         count = (last - first + 1).clamp(min=0)  # (L, M, 2) cells per axis
         reachable = largest >= lower - _WINDOW_MARGIN * stride
-        cells_per_pair = (count.prod(dim=2) * reachable).long()
+        num_cells = (count.prod(dim=2) * reachable).long()  # (L, M) of each window
 
         # One row for each cell of each window.
-        level, gt = cells_per_pair.nonzero(as_tuple=True)
-        cells_per_pair = cells_per_pair[level, gt]
-        pair = torch.arange(len(level), device=device).repeat_interleave(cells_per_pair)
-        first_of_pair = cells_per_pair.cumsum(0) - cells_per_pair
-        number = torch.arange(len(pair), device=device) - first_of_pair[pair]
-        first, columns = first[level, gt].long()[pair], count[level, gt, 0].long()[pair]
+        level, gt = num_cells.nonzero(as_tuple=True)
+        num_cells = num_cells[level, gt]
+        window = torch.arange(len(level), device=device).repeat_interleave(num_cells)
+        level, gt = level[window], gt[window]
+        begin = (num_cells.cumsum(0) - num_cells)[window]
+        number = torch.arange(len(window), device=device) - begin  # in its window, row by row
+        first, columns = first[level, gt].long(), count[level, gt, 0].long()
         row = torch.div(number, columns, rounding_mode="floor")
-        x, y = first[:, 0] + number - row * columns, first[:, 1] + row
-        return level[pair], gt[pair], x, y
+        return level, gt, first[:, 0] + number - row * columns, first[:, 1] + row
 
     def _may_learn(
         self, levels: Levels, level: Tensor, locations: Tensor, boxes: Tensor, ltrb: Tensor
     ) -> Tensor:
-        """(C,) bool: may each location learn the box beside it? In float32."""
+        """(C,) bool, whether each location may learn the box beside it, in float32."""
         lower, upper = torch.tensor(self.regression_ranges, device=level.device)[level].unbind(1)
         farthest = ltrb.amax(dim=1)
         accepted = (ltrb.amin(dim=1) > 0) & (farthest >= lower) & (farthest <= upper)
@@ -243,14 +241,13 @@ class LocationAssigner:
         level_shapes: Sequence[tuple[int, int]],
         boxes: Sequence[Tensor],
     ) -> Positives:
-        """Give each location that :meth:`candidates` lists to one of its boxes.
+        """The positives: for each location, its pair with the smallest box.
 
-        Args:
-            candidates: of the same levels and boxes.
+        Arguments are as in the call of :meth:`candidates` that returned the candidates.
         """
         cell = cell_numbers(candidates, level_shapes, len(boxes))
-        # The smallest area wins, then the lowest box number. The bits of a non-negative float32,
-        # read as an integer, are ordered like the float: area and number make one exact key.
+        # The smallest area wins, then the lowest box number. As integers, the bits of non-negative
+        # float32 numbers have the order of the numbers, so area and box number make one exact key.
         all_boxes = torch.cat(list(boxes)).float()
         size = all_boxes[:, 2:] - all_boxes[:, :2]
         area = (size[:, 0] * size[:, 1])[candidates.gt]
@@ -258,7 +255,7 @@ class LocationAssigner:
         num_cells = len(boxes) * sum(height * width for height, width in level_shapes)
         smallest = torch.full((num_cells,), torch.iinfo(torch.int64).max, device=cell.device)
         smallest.scatter_reduce_(0, cell, key, reduce="amin")
-        return Positives(*_select(candidates, smallest[cell] == key))
+        return Positives(**vars(candidates[smallest[cell] == key]))
 
 
 def _check_ranges(ranges: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -268,16 +265,15 @@ def _check_ranges(ranges: Sequence[tuple[float, float]]) -> list[tuple[float, fl
         raise ValueError(
             f"REGRESSION_RANGES must be [lower, upper] for each level, got {ranges}"
         ) from error
-    finer = (0.0, 0.0)
     for given, (lower, upper) in zip(ranges, pairs, strict=True):
         if not lower < upper:
             raise ValueError(f"REGRESSION_RANGES: lower must be below upper, got {list(given)}")
-        if lower < finer[0] or upper < finer[1]:
+    for bounds in zip((0.0, 0.0), *pairs, strict=True):
+        if list(bounds) != sorted(bounds):
             raise ValueError(
                 "REGRESSION_RANGES are not negative, and go from small to large as the levels do, "
                 f"got {list(map(list, ranges))}"
             )
-        finer = lower, upper
     return pairs
 
 
@@ -293,28 +289,17 @@ def cell_numbers(
     return level_begin[level] + in_level
 
 
-def _select(candidates: Candidates, mask: Tensor) -> list[Tensor]:
-    """The fields of those candidates that the mask selects."""
-    return [getattr(candidates, field.name)[mask] for field in fields(candidates)]
-
-
 def make_targets(
     assigner: LocationAssigner,
     levels: Levels,
     level_shapes: Sequence[tuple[int, int]],
     instances: Sequence[Instances],
 ) -> Targets:
-    """Assign the boxes of a batch, and look up what each positive learns.
+    """The targets of a batch, on the device of its instances.
 
     Args:
-        assigner: decides which locations are positive.
-        levels: the geometry of the levels.
-        level_shapes: (height, width) in cells of each level.
-        instances: for each image, with ``gt_boxes`` and ``gt_classes``. The targets are made on
-            their device.
-
-    Raises:
-        ValueError: for a box that is not finite.
+        levels, level_shapes: as for :meth:`LocationAssigner.candidates`, as are the errors.
+        instances: of each image, with ``gt_boxes`` and ``gt_classes``.
     """
     positives = assigner(levels, level_shapes, [x.gt_boxes.tensor for x in instances])
     return Targets(
@@ -330,10 +315,8 @@ def make_targets(
 def check_classes(instances: Sequence[Instances], num_classes: int) -> None:
     """Raise a ValueError for class numbers outside [0, num_classes)."""
     for i, x in enumerate(instances):
-        classes = x.gt_classes
-        if len(classes) == 0:
-            continue
-        lowest, highest = int(classes.min()), int(classes.max())
+        classes = x.gt_classes.tolist()
+        lowest, highest = min(classes, default=0), max(classes, default=0)
         if lowest < 0 or highest >= num_classes:
             raise ValueError(
                 f"Image number {i} of the batch has classes from {lowest} to {highest}, but the "

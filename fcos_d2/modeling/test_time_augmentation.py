@@ -6,33 +6,29 @@ from itertools import groupby
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import DatasetMapperTTA
-from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.image_files import read_image
-from .fcos import FCOS
+from .fcos import FCOS, at_output_size
 
 
 class FCOSWithTTA(nn.Module):
-    """An FCOS that looks at several versions of each image. Called like the model itself.
+    """Detects with an FCOS in several versions of each image. Called like the model itself.
 
-    ``TEST.AUG`` says which versions. An augmentation that changes nothing gives exactly the
-    result of the model alone.
+    ``TEST.AUG`` says which versions. One version that is the image itself gives exactly the result
+    of the model alone.
     """
 
     def __init__(
-        self,
-        cfg: CfgNode,
-        model: nn.Module,
-        tta_mapper: Callable[[dict], list[dict]] | None = None,
+        self, cfg: CfgNode, model: nn.Module, tta_mapper: Callable[[dict], list[dict]] | None = None
     ):
         """
         Args:
             cfg: for ``TEST.AUG`` where no mapper is given.
             model: an FCOS, also inside DistributedDataParallel.
-            tta_mapper: makes the versions of an image, as Detectron2's DatasetMapperTTA.
+            tta_mapper: makes the versions of an image, like Detectron2's DatasetMapperTTA.
 
         Raises:
             TypeError: if the model is not an FCOS.
@@ -46,50 +42,38 @@ class FCOSWithTTA(nn.Module):
             )
         self.model = model
         self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper
-        # Evaluation restores the mode that this module had before it: it must be the model's.
+        # Evaluation restores the mode of this module, so it must be that of the model.
         self.train(model.training)
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """As the model's: ``instances`` of each image, at its "height" and "width"."""
+        """The ``instances`` of each image, at its "height" and "width", as the model's."""
         return [{"instances": self._detect(x)} for x in batched_inputs]
 
     def _detect(self, image_input: dict) -> Instances:
-        image = self._image(image_input)
+        image = image_input.get("image")
+        if image is None:
+            pixels = read_image(image_input["file_name"], self.model.input_format)
+            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         height, width = image.shape[-2:]
-        # The mapper's transforms start from the "height" and "width" that it is told. With those
-        # of the image, boxes come back to where the model alone would have them.
-        versions = self.tta_mapper({"image": image, "height": height, "width": width})
+        # The mapper's transforms start from this "height" and "width". With those of the image,
+        # boxes come back to the frame of the model alone.
+        versions = self.tta_mapper({"image": image.cpu(), "height": height, "width": width})
         candidates_of_all = []
         # Only versions of one size, as an image and its mirror image, run at once: padding to a
         # common size would change the result.
         for _, same_size in groupby(versions, key=lambda version: version["image"].shape):
             batch = list(same_size)
-            for version, candidates in zip(batch, self._candidates(batch), strict=True):
-                boxes = candidates.pred_boxes.tensor
+            images = self.model.preprocess_image(batch)
+            outputs = self.model.head_outputs(images)
+            found = self.model.post_processor.candidates(
+                outputs, self.model.levels, images.image_sizes
+            )
+            for version, candidates in zip(batch, found, strict=True):
+                fields = candidates.get_fields()
+                boxes = fields["pred_boxes"].tensor
                 back = version["transforms"].inverse().apply_box(boxes.cpu().numpy())
-                boxes = Boxes(torch.as_tensor(back, dtype=boxes.dtype, device=boxes.device))
-                candidates_of_all.append(
-                    Instances(
-                        (height, width),
-                        pred_boxes=boxes,
-                        scores=candidates.scores,
-                        pred_classes=candidates.pred_classes,
-                    )
-                )
+                fields["pred_boxes"] = Boxes(torch.as_tensor(back).to(boxes))
+                candidates_of_all.append(Instances((height, width), **fields))
         merged = self.model.post_processor.suppress(Instances.cat(candidates_of_all))
-        return detector_postprocess(
-            merged, image_input.get("height", height), image_input.get("width", width)
-        )
-
-    def _candidates(self, batch: list[dict]) -> list[Instances]:
-        model = self.model
-        images = model.preprocess_image(batch)
-        outputs = model.head_outputs(images)
-        return model.post_processor.candidates(outputs, model.levels, images.image_sizes)
-
-    def _image(self, image_input: dict) -> Tensor:
-        if "image" in image_input:
-            return image_input["image"].cpu()
-        image = read_image(image_input["file_name"], self.model.input_format)
-        return torch.from_numpy(image.copy()).permute(2, 0, 1)
+        return at_output_size(merged, image_input)

@@ -1,35 +1,40 @@
-"""Checks of the values that the parts of a detector are built with."""
+"""The values that the parts of a detector are built with: from ``MODEL.FCOS``, and checked."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 
 
+def values_of_keys(part: type, cfg) -> dict:
+    """The arguments of a part that are keys of ``MODEL.FCOS`` in lower case, from a config."""
+    arguments = inspect.signature(part).parameters
+    return {key.lower(): value for key, value in cfg.MODEL.FCOS.items() if key.lower() in arguments}
+
+
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    """Raise a ValueError unless the value of ``MODEL.FCOS``'s key is one of the choices."""
+    """Raise a ValueError unless the value of a key of ``MODEL.FCOS`` is one of the choices."""
     if value not in choices:
         raise ValueError(f"MODEL.FCOS.{key} must be one of {list(choices)}, got {value!r}")
 
 
 def check_between(key: str, value: float, low: float, high: float) -> None:
-    """Raise a ValueError unless the value of ``MODEL.FCOS``'s key is a number in [low, high]."""
+    """Raise a ValueError unless the value of a key of ``MODEL.FCOS`` is a number in [low, high]."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         raise ValueError(f"MODEL.FCOS.{key} must be a number from {low} to {high}, got {value!r}")
 
 
 def check_count(key: str, value: int, low: int) -> None:
-    """Raise a ValueError unless the value of ``MODEL.FCOS``'s key is a whole number >= low."""
+    """Raise a ValueError unless the value of a key of ``MODEL.FCOS`` is a whole number >= low."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"MODEL.FCOS.{key} must be a whole number >= {low}, got {value!r}")
 
 
 def check_same(name: str, values: Mapping[str, object]) -> None:
-    """Raise a ValueError unless all parts of a detector were built with the same value.
+    """Raise a ValueError unless all parts have the same value of ``name``.
 
     Args:
-        name: of the parameter.
-        values: part and its value.
+        values: part -> its value.
     """
-    first = next(iter(values.values()))
-    if any(value != first for value in values.values()):
+    if len(set(values.values())) > 1:
         built = ", ".join(f"{part} {value!r}" for part, value in values.items())
         raise ValueError(f"The parts must be built with the same {name}, got {built}")

@@ -2,26 +2,13 @@
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import FPN, BasicStem
-from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.model_zoo import get_config
 
 from fcos_d2.modeling import FCOS, FCOSHead, FCOSLoss, FCOSPostProcessor, LocationAssigner
 from fcos_d2.modeling.backbone import FoldedResNet
 
 model = L(FCOS)(
-    backbone=L(FPN)(
-        bottom_up=L(FoldedResNet)(
-            stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
-            stages=L(FoldedResNet.make_default_stages)(
-                depth=50, stride_in_1x1=True, norm="FrozenBN"
-            ),
-            out_features=["res3", "res4", "res5"],
-            freeze_at=2,
-        ),
-        in_features=["res3", "res4", "res5"],
-        out_channels=256,
-        top_block=L(LastLevelP6P7)(in_channels=256, out_channels=256, in_feature="p5"),
-    ),
+    backbone=get_config("common/models/fcos.py").model.backbone,
     head=L(FCOSHead)(
         input_shape=[ShapeSpec(channels=256, stride=s) for s in (8, 16, 32, 64, 128)],
         num_classes="${..num_classes}",
@@ -37,3 +24,5 @@ model = L(FCOS)(
     pixel_mean=[103.530, 116.280, 123.675],
     pixel_std=[1.0, 1.0, 1.0],
 )
+model.backbone.bottom_up._target_ = FoldedResNet
+model.backbone.bottom_up.freeze_at = 2
