@@ -12,7 +12,6 @@ import math
 import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
-from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,16 +39,6 @@ class Runtime:
         self.compile = compile
         self._is_compiled = False
 
-    def batches(self, images: ImageList) -> list[ImageList]:
-        """The parts of a batch to detect one after the other.
-
-        On CPU a batch gains nothing, and the maps of one image stay nearer to the caches.
-        """
-        if images.tensor.device.type != "cpu" or len(images) < 2:
-            return [images]
-        parts = zip(images.tensor.split(1), images.image_sizes, strict=True)
-        return [ImageList(pixels, [size]) for pixels, size in parts]
-
     def run(self, model: nn.Module, images: Tensor):
         """``model.dense(images)``: what backbone and head make of (N, 3, H, W) images."""
         device = images.device.type
@@ -61,7 +50,11 @@ class Runtime:
             if channels_last_helps(device):
                 # Convolutions, and on CPU all layers after them, take the layout of their input.
                 images = images.contiguous(memory_format=torch.channels_last)
-            return model.dense(images)
+            if device != "cpu" or model.training or len(images) < 2:
+                return model.dense(images)
+            # On CPU a batch gains nothing, and the maps of one image stay nearer to the caches.
+            parts = [model.dense(image) for image in images.split(1)]
+        return type(parts[0]).cat(parts)
 
 
 def channels_last_helps(device_type: str) -> bool:

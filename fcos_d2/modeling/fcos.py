@@ -115,9 +115,8 @@ class FCOS(DenseDetector):
             targets = make_targets(self.assigner, self.levels, outputs.level_shapes, instances)
             self._log_training(batched_inputs, images, outputs, targets)
             return self.loss(outputs, targets.to(self.device))
-        detections = []
-        for images in self.runtime.batches(self.preprocess_image(batched_inputs)):
-            detections += self._detect(self.head_outputs(images), images)
+        images = self.preprocess_image(batched_inputs)
+        detections = self._detect(self.head_outputs(images), images)
         pairs = zip(detections, batched_inputs, strict=True)
         return [{"instances": at_output_size(found, x)} for found, x in pairs]
 

@@ -35,6 +35,12 @@ class HeadOutputs(NamedTuple):
         """(Hi, Wi) of each level."""
         return [tuple(x.shape[-2:]) for x in self.class_logits]
 
+    @classmethod
+    def cat(cls, parts: Sequence["HeadOutputs"]) -> "HeadOutputs":
+        """The outputs for several batches of images of one size as those for one batch."""
+        kinds = zip(*parts, strict=True)
+        return cls(*(kind[0] and [torch.cat(x) for x in zip(*kind, strict=True)] for kind in kinds))
+
 
 class PerLevelNorm(nn.ModuleList):
     """One norm for each level, for norms that keep statistics (BN, SyncBN)."""
