@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 
-from .findings import Finding
 from .image_files import IMAGE_SUFFIXES, image_size
 from .raw_data import RawData
 
 
-def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = None) -> RawData:
+def read_voc(name: str, root: str, split: str, classes: Sequence[str]) -> RawData:
     """A split in VOC layout.
 
     Unlike Detectron2's loader it reads a split of one image, names with spaces, images in other
@@ -21,15 +20,17 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = N
     Args:
         root: the folder with ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
         split: a file of ``ImageSets/Main`` without ".txt"; each line names an image.
-        classes: all names of objects, in the order of the class numbers. Without them they are
-            those of the split, sorted.
+        classes: all names of objects, in the order of the class numbers.
 
     Raises:
         OSError: for a missing list of the split.
     """
-    classes = names_of_objects(root, split) if classes is None else list(classes)
+    labels: dict[tuple[str, str], str] = {}  # by image and object: with the corners as in the file
     data = RawData(
-        name, os.path.join(root, "JPEGImages"), source=f"{root}, split {split}", label=_label
+        name,
+        os.path.join(root, "JPEGImages"),
+        source=f"{root}, split {split}",
+        label=lambda finding: labels[finding.image, finding.annotation],
     )
     data.categories = [{"id": i + 1, "name": str(c)} for i, c in enumerate(classes)]
     numbers = {c: i + 1 for i, c in enumerate(classes)}
@@ -37,30 +38,27 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = N
     for image in dict.fromkeys(split_names(root, split)):
         xml_file = annotation_file(root, image)
         file_name = image_files.get(image, f"{image}.jpg")
-        try:
+        with data.refusing(file=xml_file, image=image):
             tree = _parse_xml(xml_file)
-            height, width = _image_size(xml_file, tree, os.path.join(data.image_root, file_name))
-        except (OSError, ValueError) as error:
-            data.refuse(error, file=xml_file, image=image)
-            continue
-        data.images.append({"id": image, "file_name": file_name, "height": height, "width": width})
-        for i, element in enumerate(tree.findall("object")):
-            where, place = f"{xml_file}: <object> number {i + 1}", f"object {i + 1}"
-            category = element.findtext("name")
-            try:
-                bbox = _coco_box(*_corners(where, element))
-            except ValueError as error:
-                data.refuse(error, file=xml_file, image=image, annotation=place)
-                continue
-            # An unknown name is a category that is not listed.
-            annotation = {"image_id": image, "category_id": numbers.get(category, category)}
-            error = None
-            if category not in numbers:
-                error = ValueError(
-                    f"{where} has the <name> {category!r}, which CLASSES does not list: {classes}. "
-                    "It must list every <name> of the annotations, with the same spelling"
-                )
-            data.add(annotation | {"bbox": bbox}, xml_file, place, error)
+            size = _image_size(xml_file, tree, os.path.join(data.image_root, file_name))
+            data.add_image(image, file_name, size)
+            for i, element in enumerate(tree.findall("object")):
+                where, place = f"{xml_file}: <object> number {i + 1}", f"object {i + 1}"
+                found = {"file": xml_file, "image": image, "annotation": place}
+                category = element.findtext("name")
+                if category not in numbers:
+                    error = ValueError(
+                        f"{where} has the <name> {category!r}, which CLASSES does not list: "
+                        f"{list(classes)}. It must list every <name> of the annotations, with the "
+                        "same spelling"
+                    )
+                    data.refuse(error, "unknown category", **found)
+                    continue
+                with data.refusing(**found):
+                    corners = _corners(where, element)
+                    labels[image, place] = f"{image} ({', '.join(f'{x:g}' for x in corners)})"
+                    box = {"category_id": numbers[category], "bbox": _coco_box(*corners)}
+                    data.add({"image_id": image} | box, xml_file, place)
     return data
 
 
@@ -162,13 +160,3 @@ def _coco_box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
     Both pixels belong to the box, but where they are the same it has no area.
     """
     return [x0 - 1, y0 - 1, x1 - x0 + (x1 > x0), y1 - y0 + (y1 > y0)]
-
-
-def _label(data: RawData, finding: Finding) -> str:
-    corners = _voc_corners(*data.annotations[finding.index]["bbox"])
-    return f"{finding.image} ({', '.join(f'{x:g}' for x in corners)})"
-
-
-def _voc_corners(x: float, y: float, width: float, height: float) -> list[float]:
-    """The inverse of :func:`_coco_box`."""
-    return [x + 1, y + 1, x + 1 + width - (width > 0), y + 1 + height - (height > 0)]

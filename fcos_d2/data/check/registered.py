@@ -37,23 +37,27 @@ def read_records(name: str, records: Sequence[dict], classes: Sequence[str]) -> 
     data.categories = [{"id": i + 1, "name": str(c)} for i, c in enumerate(classes)]
     for i, record in enumerate(records):
         file = record["file_name"]
-        try:
-            if "height" in record and "width" in record:
-                height, width = record["height"], record["width"]
-            else:
-                height, width = image_size(file)
-        except (OSError, ValueError) as error:
-            data.refuse(error, "unreadable image", file=file, image=i)
-            continue
-        data.images.append({"id": i, "file_name": file, "height": height, "width": width})
-        for j, annotation in enumerate(record.get("annotations", ())):
-            bbox = [float(x) for x in annotation["bbox"]]
-            if annotation["bbox_mode"] != BoxMode.XYWH_ABS:
-                bbox = BoxMode.convert(bbox, annotation["bbox_mode"], BoxMode.XYWH_ABS)
-            category, place = annotation["category_id"], f"annotation {j}"
-            box = {"image_id": i, "category_id": category + 1, "bbox": list(bbox)}
-            error = None
-            if category not in range(len(classes)):
-                error = ValueError(f"{file}: {place} has the class {category}, which is not listed")
-            data.add(box | {"iscrowd": annotation.get("iscrowd", 0)}, file, place, error)
+        with data.refusing("unreadable image", file=file, image=i):
+            known = "height" in record and "width" in record
+            data.add_image(
+                i, file, (record["height"], record["width"]) if known else image_size(file)
+            )
+            for j, annotation in enumerate(record.get("annotations", ())):
+                place = f"annotation {j}"
+                with data.refusing(file=file, image=i, annotation=place):
+                    _add(data, file, place, annotation)
     return data
+
+
+def _add(data: RawData, file: str, place: str, annotation: dict) -> None:
+    """Add an annotation in Detectron2's format to the last image."""
+    image, category = data.images[-1]["id"], annotation["category_id"]
+    if category not in range(len(data.categories)):
+        error = ValueError(f"{file}: {place} has the class {category}, which is not listed")
+        data.refuse(error, "unknown category", file=file, image=image, annotation=place)
+        return
+    bbox = [float(x) for x in annotation["bbox"]]
+    if annotation["bbox_mode"] != BoxMode.XYWH_ABS:
+        bbox = list(BoxMode.convert(bbox, annotation["bbox_mode"], BoxMode.XYWH_ABS))
+    box = {"image_id": image, "category_id": category + 1, "bbox": bbox}
+    data.add(box | {"iscrowd": annotation.get("iscrowd", 0)}, file, place)
