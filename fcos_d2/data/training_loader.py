@@ -18,20 +18,18 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetFromList,
-    MetadataCatalog,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from ..checkpoint import read_checkpoint
 from .check import summary
-from .proposals import check_proposal_files
+from .classes import classes_of
 
 ON_BAD_IMAGE = ("raise", "skip")
 # Of DATALOADER.SAMPLER_TRAIN.
@@ -93,8 +91,8 @@ class TrainingLoader:
             )
         grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
         if comm.is_main_process():
-            classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", ())
-            checked = summary(", ".join(cfg.DATASETS.TRAIN), records, classes)
+            names = cfg.DATASETS.TRAIN
+            checked = summary(", ".join(names), records, classes_of(names[0]) or ())
             logging.getLogger(__name__).info(checked)
         self.wide = [grouped and r.get("width", 0) > r.get("height", 0) for r in records]
         self.dataset = _SeededImages(DatasetFromList(records), mapper, on_bad_image == "skip")
@@ -113,7 +111,7 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[list[dict]]:
         loader = DataLoader(
             self.dataset,
-            batch_sampler=_BatchSampler(self),
+            batch_sampler=self._share_of_batches(),
             num_workers=self.cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
             worker_init_fn=leave_signals_to_the_trainer,
@@ -139,18 +137,30 @@ class TrainingLoader:
             shuffled = torch.randperm(len(records), generator=generator.manual_seed(subset_seed))
             records = shuffled[: int(len(records) * self.cfg.DATALOADER.RANDOM_SUBSET_RATIO)]
             generator.manual_seed(shuffle_seed)
-        factors = self._repeat_factors()
+        repeated = self.sampler == "RepeatFactorTrainingSampler"
+        factors = self._repeat_factors() if repeated else None
         while True:
             epoch = records
-            if factors is not None:  # the fraction is the probability of one more time
+            if repeated:  # the fraction is the probability of one more time
                 more = torch.rand(len(factors), generator=generator) < factors.frac()
                 epoch = records.repeat_interleave(factors.long() + more)
             yield from epoch[torch.randperm(len(epoch), generator=generator)].tolist()
 
-    def _repeat_factors(self) -> Tensor | None:
+    def _share_of_batches(self) -> Iterator[list[tuple[int, int, int]]]:
+        """This process's share of batches of one orientation, as (seed, position, index)."""
+        number, rank, world = 0, comm.get_rank(), comm.get_world_size()
+        batches: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
+        for position, index in enumerate(self.indices()):
+            batch = batches[self.wide[index]]
+            batch.append((self.seed, position, index))
+            if len(batch) == self.cfg.SOLVER.IMS_PER_BATCH:
+                if number >= self.first_batch:
+                    yield batch[rank::world]
+                number += 1
+                batch.clear()
+
+    def _repeat_factors(self) -> Tensor:
         """How often each record is in an epoch, from the frequencies of its classes."""
-        if self.sampler != "RepeatFactorTrainingSampler":
-            return None
         return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             self.dataset.records,
             self.cfg.DATALOADER.REPEAT_THRESHOLD,
@@ -170,6 +180,16 @@ class TrainingLoader:
             get_event_storage().put_scalar("skipped_images", self.num_skipped)
 
 
+def check_proposal_files(files: Sequence[str] | None) -> None:
+    """Read files of precomputed proposals as plain data, before Detectron2 unpickles them.
+
+    Raises:
+        ValueError: for a file that holds more than plain data, which could run code.
+    """
+    for file in files or ():
+        read_checkpoint(PathManager.get_local_path(file))
+
+
 def leave_signals_to_the_trainer(worker_id: int) -> None:
     """For workers of a data loader: only the process that they work for tells them to end.
 
@@ -185,26 +205,6 @@ def _end_when_the_trainer_says() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-class _BatchSampler(Sampler[list[tuple[int, int, int]]]):
-    """This process's share of batches of images in one orientation, as (seed, position, index)."""
-
-    def __init__(self, loader: TrainingLoader):
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        loader, number = self.loader, 0
-        rank, world = comm.get_rank(), comm.get_world_size()
-        batches: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
-        for position, index in enumerate(loader.indices()):
-            batch = batches[loader.wide[index]]
-            batch.append((loader.seed, position, index))
-            if len(batch) == loader.cfg.SOLVER.IMS_PER_BATCH:
-                if number >= loader.first_batch:
-                    yield batch[rank::world]
-                number += 1
-                batch.clear()
 
 
 class _SeededImages(Dataset):

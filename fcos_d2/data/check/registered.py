@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from ..classes import classes_of
 from ..coco import read_coco
 from ..custom import load_dataset, read_entry
 from ..image_files import image_size
@@ -28,7 +29,7 @@ def read_registered(cfg: CfgNode, name: str) -> RawData:
         if metadata.get("evaluator_type") == "pascal_voc":
             return read_voc(name, metadata.dirname, metadata.split, metadata.thing_classes)
     records = load_dataset(cfg, name)
-    return read_records(name, records, MetadataCatalog.get(name).get("thing_classes", ()))
+    return read_records(name, records, classes_of(name) or ())
 
 
 def read_records(name: str, records: Sequence[dict], classes: Sequence[str]) -> RawData:
