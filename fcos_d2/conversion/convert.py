@@ -15,7 +15,7 @@ from .adelaidet import ADELAIDET
 from .detectron2 import DETECTRON2
 from .mmdet import MMDET
 from .original_fcos import ORIGINAL_FCOS
-from .source import Source
+from .source import ORIGINAL_SETTINGS, Source
 from .torchvision import TORCHVISION
 
 SOURCES: dict[str, Source] = {
@@ -102,7 +102,7 @@ def _check_source(tensors: Mapping[str, Tensor], source: str) -> None:
     matching = [
         other
         for other, layout in SOURCES.items()
-        if any(re.fullmatch(layout.signature, name) for name in tensors)
+        if any(re.match(layout.signature, name) for name in tensors)
     ]
     if source in matching:
         return
@@ -118,7 +118,7 @@ def _config(cfg: CfgNode, layout: Source, ours: dict[str, Tensor], opts: Sequenc
     """
     cfg = cfg.clone()
     cfg.defrost()
-    settings = {**layout.cfg, **_structure(ours, cfg)}
+    settings = {**ORIGINAL_SETTINGS, **layout.cfg, **_structure(ours, cfg)}
     for name in ("pixel_mean", "pixel_std"):
         if name in ours:
             settings[f"MODEL.{name.upper()}"] = ours.pop(name).flatten().tolist()
