@@ -14,8 +14,8 @@ from ..checkpoint import convert_torchvision_resnet
 # parts of our name, with the groups as \1, \2, ... What follows is the same in both.
 Rules = Sequence[tuple[str, str]]
 
-# BatchNorm uses this counter only if its momentum is None, which no source has. Versions of
-# Detectron2 before 0.6 save one box per level, centred on the location: LOCATION_OFFSET replaces it.
+# BatchNorm uses this counter only if its momentum is None, which no source has. Detectron2 before
+# version 0.6 saves one box per level, centred on the location: LOCATION_OFFSET replaces it.
 _IGNORED = r".*\.num_batches_tracked|anchor_generator\.cell_anchors\.\d+"
 
 

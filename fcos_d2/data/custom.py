@@ -1,6 +1,6 @@
 """Data sets of your own, declared in a config under ``DATASETS.CUSTOM``.
 
-Each entry is registered with Detectron2 under its key. Three formats::
+Each entry is registered with Detectron2 under its key. There are three formats::
 
     DATASETS:
       CUSTOM:
@@ -8,11 +8,11 @@ Each entry is registered with Detectron2 under its key. Three formats::
         cells_test: {FORMAT: "voc", ROOT: "cells", SPLIT: "test", CLASSES: ["RBC", "WBC"]}
         cars_train: {FORMAT: "yolo", DATA: "cars/data.yaml", SPLIT: "train"}
 
-A COCO or YOLO entry may have ``CLASSES``, too: then its classes are known before the file is read,
-and the file must have these. The config that a run writes has them. A VOC entry may set
-``EVALUATOR`` to ``"coco"`` (the default, which takes the boxes as loaded) or ``"pascal_voc"``
-(which reads the XML files itself, and ignores "difficult" objects). ``PART`` takes a part of the
-images, see :func:`is_in_part`. Relative paths start at the folder in the environment variable
+``CLASSES`` of a COCO or YOLO entry are optional: with them the classes are known before the file is
+read, and the file must have the same. A run writes them into its config. ``EVALUATOR`` of a VOC
+entry is ``"coco"`` (the default, which takes the boxes as loaded) or ``"pascal_voc"`` (which reads
+the XML files itself, and ignores "difficult" objects). ``PART`` takes a part of the images, see
+:func:`is_in_part`. Relative paths start at the folder in the environment variable
 DETECTRON2_DATASETS, or else at ``datasets``, as for Detectron2's built-in data sets.
 """
 
@@ -70,11 +70,7 @@ def register_custom_datasets(cfg: CfgNode) -> None:
 
 
 def read_entry(name: str, entry: dict) -> RawData:
-    """A data set of DATASETS.CUSTOM as it is.
-
-    Raises:
-        OSError, ValueError: for what cannot be read at all.
-    """
+    """Read the data set of an entry. What cannot be read at all is an OSError or a ValueError."""
     return _read(name, _with_resolved_paths(entry))
 
 
@@ -126,19 +122,19 @@ def _check_entry(name: str, entry: dict) -> None:
             f"{where} must have the keys {sorted(required)} and may have {sorted(optional)}, "
             f"got {sorted(entry)}"
         )
-    if entry.get("EVALUATOR", "coco") not in ("coco", "pascal_voc"):
+    evaluator, part = entry.get("EVALUATOR", "coco"), entry.get("PART")
+    if evaluator not in ("coco", "pascal_voc"):
         raise ValueError(f"{where}.EVALUATOR must be 'coco' or 'pascal_voc'")
-    part = entry.get("PART")
-    if part not in (None, *_PARTS) or (part and entry.get("EVALUATOR") == "pascal_voc"):
+    if part not in (None, *_PARTS) or (part and evaluator != "coco"):
         raise ValueError(
             f"{where}.PART must be one of {list(_PARTS)}, and needs EVALUATOR 'coco', got {part!r}"
         )
 
 
 def is_in_part(file_name: str, part: str) -> bool:
-    """Whether an image is in a part of a data set: "train", or "test", which is about a tenth.
+    """Whether an image is in the part "train", or in "test", which is about a tenth.
 
-    It depends on the file's name alone, so that an image stays in its part when others come.
+    The name of the file alone decides, so that an image stays in its part when others come.
     """
     digest = hashlib.sha256(os.path.basename(file_name).encode(errors="replace")).digest()
     return (digest[0] % 10 == 0) == (part == "test")

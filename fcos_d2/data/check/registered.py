@@ -1,4 +1,4 @@
-"""The data sets of a config, and others that are registered with Detectron2, as they are."""
+"""Reads the data sets of a config, and others that are registered with Detectron2."""
 
 from collections.abc import Sequence
 
