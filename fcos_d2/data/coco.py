@@ -9,7 +9,7 @@ from os import PathLike, path
 from detectron2.utils.file_io import PathManager
 
 from .findings import KINDS, Finding, unsound
-from .raw_data import RawData
+from .raw_data import RawData, UnknownCategory
 
 # What is valid, and what messages say of anything else.
 _ID = (lambda x: type(x) in (int, str), ", which is no number")
@@ -40,7 +40,7 @@ def read_coco(name: str, json_file: str | PathLike, image_root: str) -> RawData:
 def parse_coco_json(
     file: str | PathLike, lists: Sequence[str] = ("images", "annotations", "categories")
 ) -> dict:
-    """The content of an annotation file, in which nothing but the lists is checked.
+    """The content of an annotation file, which has the ``lists``; no entry is checked.
 
     Raises:
         OSError: for a missing file.
@@ -129,15 +129,12 @@ def cleaned(data: RawData, findings: Sequence[Finding]) -> dict:
         annotations.append({"area": width * height} | annotation)
     if not _has_good_ids(annotations):
         annotations = [a | {"id": i + 1} for i, a in enumerate(annotations)]
-    return {
-        "images": list(images.values()),
-        "annotations": annotations,
-        "categories": data.categories,
-    }
+    lists = {"images": list(images.values()), "annotations": annotations}
+    return lists | {"categories": data.categories}
 
 
 def _sound_entries(data: RawData, key: str, content: dict, wanted: Sequence[str]) -> list[dict]:
-    """The entries of a list that have what they must have, and an id of their own."""
+    """The entries of a list that have valid ``wanted`` keys and an id of their own."""
     first: dict[int | str, int] = {}
     for i, entry in enumerate(content[key]):
         try:
@@ -148,8 +145,7 @@ def _sound_entries(data: RawData, key: str, content: dict, wanted: Sequence[str]
         other = first.setdefault(entry["id"], i)
         if other != i:
             text = f"{key}[{other}] and {key}[{i}] have the same id {entry['id']!r}"
-            error = ValueError(f"{data.source}: {text}")
-            data.refuse(error, "id twice", file=data.source)
+            data.refuse(ValueError(f"{data.source}: {text}"), "id twice", file=data.source)
     return [content[key][i] for i in first.values()]
 
 
@@ -163,29 +159,27 @@ def _read_annotations(data: RawData, content: dict, known: Collection | None) ->
     ids = set()
     for i, annotation in enumerate(content["annotations"]):
         place = f"annotations[{i}]"
-        number = annotation.get("id") if isinstance(annotation, dict) else None
-        named = place if number is None else f"annotation {number}"
+        number, image = _id_of(annotation, "id"), _id_of(annotation, "image_id")
+        named = f"{data.source}: {place if number is None else f'annotation {number}'}"
         try:
             _check_entry(data.source, place, annotation, ("image_id", "category_id", "bbox"))
-            if not _is_box(annotation["bbox"]):
-                text = f"{named} has a bbox that is not [x, y, width, height] in numbers"
-                raise ValueError(f"{data.source}: {text}: {annotation['bbox']}")
+            bbox, category = annotation["bbox"], annotation["category_id"]
+            if not _is_box(bbox):
+                text = f"a bbox that is not [x, y, width, height] in numbers: {bbox}"
+                raise ValueError(f"{named} has {text}")
+            if known is not None and category not in known:
+                text = f"category_id {category!r}, which 'categories' does not list: {listed}"
+                raise UnknownCategory(f"{named} has {text}")
         except ValueError as error:
-            data.refuse(error, file=data.source, annotation=number)
+            data.refuse(error, file=data.source, image=image, annotation=number)
             continue
-        image, category = annotation["image_id"], annotation["category_id"]
-        where = {"file": data.source, "image": image}
-        where["annotation"] = number if isinstance(number, int | str) else place
-        if known is not None and category not in known:
-            text = f"category_id {category!r}, which 'categories' does not list: {listed}"
-            error = ValueError(f"{data.source}: {named} has {text}")
-            data.refuse(error, "unknown category", **where)
-            continue
-        data.add(annotation, data.source, where["annotation"])
-        if where["annotation"] in ids:
+        data.add(annotation, data.source, place if number is None else number)
+        if number in ids:
             text = f"{place} has the id of another one"
-            data.findings.append(Finding("annotation id twice", text=text, **where))
-        ids.add(where["annotation"])
+            finding = Finding("annotation id twice", data.source, text, image, number)
+            data.findings.append(finding)
+        elif number is not None:
+            ids.add(number)
 
 
 def _check_entry(file: str, place: str, entry: object, keys: Sequence[str]) -> None:
@@ -202,12 +196,17 @@ def _check_entry(file: str, place: str, entry: object, keys: Sequence[str]) -> N
                 raise ValueError(f"{file}: {place} has the {key} {entry[key]!r}{fault}")
 
 
-def _is_box(x: object) -> bool:
-    return isinstance(x, list) and len(x) == 4 and all(map(_is_number, x))
+def _id_of(entry: object, key: str) -> int | str | None:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    return value if type(value) in (int, str) else None
+
+
+def _is_box(bbox: object) -> bool:
+    return isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_number, bbox))
 
 
 def _is_number(x: object) -> bool:
-    return type(x) is float or (type(x) is int and abs(x) < 2**53)  # JSON's have no end
+    return type(x) is float or (type(x) is int and abs(x) < 2**53)  # JSON's have no limit
 
 
 def _label(finding: Finding) -> str:

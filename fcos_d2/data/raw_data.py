@@ -16,6 +16,10 @@ _NAMED = 10  # boxes of a kind that a warning names
 _DROPPED = {"annotation without image": "of images that the file does not list"}
 
 
+class UnknownCategory(ValueError):
+    """An annotation has a category that the data set does not list."""
+
+
 @dataclass
 class RawData:
     """A data set as it is on disk, faults and all.
@@ -69,6 +73,7 @@ class RawData:
             where: the other attributes of :class:`Finding`, at least "file".
         """
         self.error = self.error or error
+        kind = "unknown category" if isinstance(error, UnknownCategory) else kind
         text = str(error).removeprefix(where["file"]).lstrip(":, ")
         self.findings.append(Finding(kind, text=text[:500], **where))
 

@@ -4,11 +4,12 @@ import math
 import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from contextlib import suppress
 
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 
 from .image_files import IMAGE_SUFFIXES, image_size
-from .raw_data import RawData
+from .raw_data import RawData, UnknownCategory
 
 
 def read_voc(name: str, root: str, split: str, classes: Sequence[str]) -> RawData:
@@ -33,7 +34,6 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str]) -> RawDat
         label=lambda finding: labels[finding.image, finding.annotation],
     )
     data.categories = [{"id": i + 1, "name": str(c)} for i, c in enumerate(classes)]
-    numbers = {c: i + 1 for i, c in enumerate(classes)}
     image_files = _find_image_files(data.image_root)
     for image in dict.fromkeys(split_names(root, split)):
         xml_file = annotation_file(root, image)
@@ -44,30 +44,17 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str]) -> RawDat
             data.add_image(image, file_name, size)
             for i, element in enumerate(tree.findall("object")):
                 where, place = f"{xml_file}: <object> number {i + 1}", f"object {i + 1}"
-                found = {"file": xml_file, "image": image, "annotation": place}
-                category = element.findtext("name")
-                if category not in numbers:
-                    error = ValueError(
-                        f"{where} has the <name> {category!r}, which CLASSES does not list: "
-                        f"{list(classes)}. It must list every <name> of the annotations, with the "
-                        "same spelling"
-                    )
-                    data.refuse(error, "unknown category", **found)
-                    continue
-                with data.refusing(**found):
+                with data.refusing(file=xml_file, image=image, annotation=place):
                     corners = _corners(where, element)
                     labels[image, place] = f"{image} ({', '.join(f'{x:g}' for x in corners)})"
-                    box = {"category_id": numbers[category], "bbox": _coco_box(*corners)}
-                    data.add({"image_id": image} | box, xml_file, place)
+                    category, bbox = _category(where, element, classes), _coco_box(*corners)
+                    annotation = {"image_id": image, "category_id": category, "bbox": bbox}
+                    data.add(annotation, xml_file, place)
     return data
 
 
 def check_readable_by_pascal_voc_evaluator(root: str, records: Sequence[dict]) -> None:
-    """Report what Detectron2's evaluator cannot read, before the training, not after it.
-
-    Raises:
-        ValueError: naming the file, and what to do.
-    """
+    """Raise a ValueError for a file that Detectron2's evaluator cannot read."""
     for record in records:
         name = record["image_id"]
         file = annotation_file(root, name)
@@ -90,22 +77,20 @@ def names_of_objects(root: str, split: str) -> list[str]:
     """The names of the objects in a split, sorted; without the files that cannot be read."""
     names = set()
     for image in split_names(root, split):
-        try:
-            tree = _parse_xml(annotation_file(root, image))
-        except (OSError, ValueError):
-            continue
-        names |= {element.findtext("name") or "" for element in tree.findall("object")}
+        with suppress(OSError, ValueError):
+            objects = _parse_xml(annotation_file(root, image)).findall("object")
+            names |= {element.findtext("name") or "" for element in objects}
     return sorted(names)
 
 
 def split_names(root: str, split: str) -> list[str]:
-    """The images of a split. For a missing file there is an OSError."""
+    """The names of the images of a split."""
     with open(os.path.join(root, "ImageSets", "Main", f"{split}.txt"), encoding="utf-8") as file:
         return [line.strip() for line in file if line.strip()]
 
 
 def annotation_file(root: str, name: str) -> str:
-    """Where the annotations of an image are."""
+    """The file with the annotations of an image."""
     return os.path.join(root, "Annotations", f"{name}.xml")
 
 
@@ -117,20 +102,18 @@ def _parse_xml(file: str) -> ET.ElementTree:
 
 
 def _find_image_files(folder: str) -> dict[str, str]:
-    """File of each image by its name without suffix; JPEG files come before others."""
+    """The file of each image by its name without suffix; JPEG files come before others."""
     files = os.listdir(folder) if os.path.isdir(folder) else []
-    order = {suffix: i for i, suffix in enumerate(IMAGE_SUFFIXES)}
-    images = [f for f in files if os.path.splitext(f)[1].lower() in order]
-    images.sort(key=lambda f: order[os.path.splitext(f)[1].lower()], reverse=True)
-    return {os.path.splitext(f)[0]: f for f in images}
+    found = {}
+    for suffix in reversed(IMAGE_SUFFIXES):
+        found |= {os.path.splitext(f)[0]: f for f in files if f.lower().endswith(suffix)}
+    return found
 
 
 def _image_size(xml_file: str, tree: ET.ElementTree, image_file: str) -> tuple[int, int]:
     """(height, width) of an image."""
-    try:
+    with suppress(TypeError, ValueError):  # TypeError: no such element
         return int(tree.findtext("size/height")), int(tree.findtext("size/width"))
-    except (TypeError, ValueError):  # TypeError: no such element
-        pass
     try:
         return image_size(image_file)
     except OSError as error:
@@ -138,6 +121,16 @@ def _image_size(xml_file: str, tree: ET.ElementTree, image_file: str) -> tuple[i
             f"{xml_file} has no <size> with whole numbers, and the image {image_file} cannot be "
             f"read: {error}"
         ) from error
+
+
+def _category(where: str, element: ET.Element, classes: Sequence[str]) -> int:
+    name = element.findtext("name")
+    if name not in classes:
+        raise UnknownCategory(
+            f"{where} has the <name> {name!r}, which CLASSES does not list: {list(classes)}. It "
+            "must list every <name> of the annotations, with the same spelling"
+        )
+    return list(classes).index(name) + 1
 
 
 def _corners(where: str, element: ET.Element) -> list[float]:

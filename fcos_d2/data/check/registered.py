@@ -10,7 +10,7 @@ from ..classes import classes_of
 from ..coco import read_coco
 from ..custom import load_dataset, read_entry
 from ..image_files import image_size
-from ..raw_data import RawData
+from ..raw_data import RawData, UnknownCategory
 from ..voc import read_voc
 
 
@@ -40,25 +40,23 @@ def read_records(name: str, records: Sequence[dict], classes: Sequence[str]) -> 
         file = record["file_name"]
         with data.refusing("unreadable image", file=file, image=i):
             known = "height" in record and "width" in record
-            data.add_image(
-                i, file, (record["height"], record["width"]) if known else image_size(file)
-            )
+            size = (record["height"], record["width"]) if known else image_size(file)
+            data.add_image(i, file, size)
             for j, annotation in enumerate(record.get("annotations", ())):
                 place = f"annotation {j}"
-                with data.refusing(file=file, image=i, annotation=place):
-                    _add(data, file, place, annotation)
+                try:
+                    box = _coco_annotation(annotation, len(classes))
+                    data.add({"image_id": i} | box, file, place)
+                except ValueError as error:
+                    data.refuse(error, file=file, image=i, annotation=place)
     return data
 
 
-def _add(data: RawData, file: str, place: str, annotation: dict) -> None:
-    """Add an annotation in Detectron2's format to the last image."""
-    image, category = data.images[-1]["id"], annotation["category_id"]
-    if category not in range(len(data.categories)):
-        error = ValueError(f"{file}: {place} has the class {category}, which is not listed")
-        data.refuse(error, "unknown category", file=file, image=image, annotation=place)
-        return
-    bbox = [float(x) for x in annotation["bbox"]]
-    if annotation["bbox_mode"] != BoxMode.XYWH_ABS:
-        bbox = list(BoxMode.convert(bbox, annotation["bbox_mode"], BoxMode.XYWH_ABS))
-    box = {"image_id": image, "category_id": category + 1, "bbox": bbox}
-    data.add(box | {"iscrowd": annotation.get("iscrowd", 0)}, file, place)
+def _coco_annotation(annotation: dict, num_classes: int) -> dict:
+    bbox, mode = [float(x) for x in annotation["bbox"]], annotation["bbox_mode"]
+    if mode != BoxMode.XYWH_ABS:
+        bbox = list(BoxMode.convert(bbox, mode, BoxMode.XYWH_ABS))
+    category = annotation["category_id"]
+    if category not in range(num_classes):
+        raise UnknownCategory(f"has the class {category}, which is not listed")
+    return {"category_id": category + 1, "bbox": bbox, "iscrowd": annotation.get("iscrowd", 0)}
