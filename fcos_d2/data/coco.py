@@ -210,7 +210,8 @@ def _is_number(x: object) -> bool:
 
 
 def _label(finding: Finding) -> str:
-    return f"annotation {finding.annotation} of image {finding.image}"
+    word = "" if str(finding.annotation).startswith("annotations[") else "annotation "
+    return f"{word}{finding.annotation} of image {finding.image}"
 
 
 def _has_good_ids(annotations: Sequence[dict]) -> bool:

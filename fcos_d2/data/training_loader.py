@@ -24,15 +24,12 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.file_io import PathManager
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoint import read_checkpoint
 from .check import summary
 from .classes import classes_of
 
-ON_BAD_IMAGE = ("raise", "skip")
-# Of DATALOADER.SAMPLER_TRAIN.
 _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 _MAX_SKIPPED_IN_A_ROW = 20
 # The key of an element of a batch that lists what was skipped before it.
@@ -78,10 +75,10 @@ class TrainingLoader:
                 "For another one override Trainer.build_train_loader; such a run does not resume "
                 "exactly"
             )
-        on_bad_image = cfg.DATALOADER.ON_BAD_IMAGE
-        if on_bad_image not in ON_BAD_IMAGE:
+        bad = cfg.DATALOADER.ON_BAD_IMAGE
+        if bad not in ("raise", "skip"):
             raise ValueError(
-                f"DATALOADER.ON_BAD_IMAGE must be one of {list(ON_BAD_IMAGE)}, got {on_bad_image!r}"
+                f"DATALOADER.ON_BAD_IMAGE must be one of ['raise', 'skip'], got {bad!r}"
             )
         batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
         if batch < 1 or batch % world:
@@ -89,22 +86,19 @@ class TrainingLoader:
                 f"SOLVER.IMS_PER_BATCH, {batch} images over all processes, must be a multiple of "
                 f"the {world} processes"
             )
-        grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
         if comm.is_main_process():
             names = cfg.DATASETS.TRAIN
             checked = summary(", ".join(names), records, classes_of(names[0]) or ())
             logging.getLogger(__name__).info(checked)
+        grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
         self.wide = [grouped and r.get("width", 0) > r.get("height", 0) for r in records]
-        self.dataset = _SeededImages(DatasetFromList(records), mapper, on_bad_image == "skip")
+        self.dataset = _SeededImages(DatasetFromList(records), mapper, bad == "skip")
         self.num_skipped = 0
 
     def start(self, seed: int, first_batch: int) -> None:
-        """Where the next iteration over the batches begins.
+        """Set where the next iteration begins: after ``first_batch`` batches, which load no images.
 
-        Args:
-            seed: the same in all processes.
-            first_batch: how many batches a resumed run has had. They are passed over without
-                loading their images.
+        ``seed`` must be the same in all processes.
         """
         self.seed, self.first_batch = seed, first_batch
 
@@ -137,11 +131,16 @@ class TrainingLoader:
             shuffled = torch.randperm(len(records), generator=generator.manual_seed(subset_seed))
             records = shuffled[: int(len(records) * self.cfg.DATALOADER.RANDOM_SUBSET_RATIO)]
             generator.manual_seed(shuffle_seed)
-        repeated = self.sampler == "RepeatFactorTrainingSampler"
-        factors = self._repeat_factors() if repeated else None
+        factors = None
+        if self.sampler == "RepeatFactorTrainingSampler":
+            factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+                self.dataset.records,
+                self.cfg.DATALOADER.REPEAT_THRESHOLD,
+                sqrt=self.cfg.DATALOADER.REPEAT_SQRT,
+            )
         while True:
             epoch = records
-            if repeated:  # the fraction is the probability of one more time
+            if factors is not None:  # the fraction is the probability of one more time
                 more = torch.rand(len(factors), generator=generator) < factors.frac()
                 epoch = records.repeat_interleave(factors.long() + more)
             yield from epoch[torch.randperm(len(epoch), generator=generator)].tolist()
@@ -158,14 +157,6 @@ class TrainingLoader:
                     yield batch[rank::world]
                 number += 1
                 batch.clear()
-
-    def _repeat_factors(self) -> Tensor:
-        """How often each record is in an epoch, from the frequencies of its classes."""
-        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            self.dataset.records,
-            self.cfg.DATALOADER.REPEAT_THRESHOLD,
-            sqrt=self.cfg.DATALOADER.REPEAT_SQRT,
-        )
 
     def _count_skipped(self, batch: list[dict]) -> None:
         # In the process that trains: what workers log reaches no file.
@@ -191,20 +182,20 @@ def check_proposal_files(files: Sequence[str] | None) -> None:
 
 
 def leave_signals_to_the_trainer(worker_id: int) -> None:
-    """For workers of a data loader: only the process that they work for tells them to end.
+    """For workers of a data loader: nothing but SIGTERM of the process that started them ends them.
 
     A cluster or a terminal sends its signals to all processes of a job.
     """
+
+    def end_with_the_trainer() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_the_trainer_says, daemon=True).start()
-
-
-def _end_when_the_trainer_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    threading.Thread(target=end_with_the_trainer, daemon=True).start()
 
 
 class _SeededImages(Dataset):
@@ -238,7 +229,7 @@ class _SeededImages(Dataset):
 
 @contextmanager
 def _seeded(*numbers: int) -> Iterator[None]:
-    """Random numbers that depend on ``numbers`` alone; those of the surroundings go on after it."""
+    """Random numbers in the block depend on ``numbers`` alone; those outside of it go on."""
     states = np.random.get_state(), random.getstate(), torch.get_rng_state()
     seed_all(*numbers, cuda=False)
     try:

@@ -47,7 +47,7 @@ def read_yolo(name: str, data_yaml: str, split: str) -> RawData:
 
 
 def _read_labels(data: RawData, file: str, classes: Sequence[str]) -> None:
-    """Add what the label file of the last image has."""
+    """Add the boxes of the last image."""
     image, height, width = (data.images[-1][key] for key in ("id", "height", "width"))
     with data.refusing(file=file, image=image):  # a file that is not text
         for number, line in label_lines(file):
@@ -60,16 +60,9 @@ def _read_labels(data: RawData, file: str, classes: Sequence[str]) -> None:
 def _parse_line(where: str, line: str, classes: Sequence[str], height: int, width: int) -> dict:
     """The annotation of a line: "class x y width height" or "class x0 y0 x1 y1 x2 y2 ...".
 
-    Args:
-        where: the file and the line, for errors.
-        height, width: of the image, in pixels.
-
     Returns:
-        "category_id", "bbox" and for a polygon "segmentation", as in COCO, in pixels. The box may
-        have no area.
-
-    Raises:
-        ValueError: for a line of another form, an unknown class, and values outside of [0, 1].
+        "category_id", "bbox" and for a polygon "segmentation", as in COCO, in pixels of the image
+        of ``height`` and ``width``. The box may have no area.
     """
     try:
         number, *values = map(float, line.split())
