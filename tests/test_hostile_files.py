@@ -2,6 +2,7 @@
 
 import codecs
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,29 @@ def test_arrays_of_all_kinds_are_read(tmp_path, suffix, protocol):
     assert read["list"][0].tolist() == [True, False]
     assert read["list"][1] == (1, "a")
     assert read["type"] == np.int64
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_one_list_twice_at_each_of_many_levels_takes_no_time(tmp_path, suffix):
+    """There are 2^60 ways to the array."""
+    nested = [np.ones(1)]
+    for level in range(60):
+        nested = ([nested, nested], (nested, nested), {"a": nested, "b": nested})[level % 3]
+    begin = time.monotonic()
+    found = read_checkpoint(weights_file(tmp_path, suffix, {"model": nested}))["model"]
+    assert time.monotonic() - begin < 1
+    for level in reversed(range(60)):
+        assert found["b" if level % 3 == 2 else 1] is found["a" if level % 3 == 2 else 0]
+        found = found["a" if level % 3 == 2 else 0]
+    assert found[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_a_list_in_itself_is_refused(tmp_path, suffix):
+    forged = [1]
+    forged.append(forged)
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        read_checkpoint(weights_file(tmp_path, suffix, {"model": forged}))
 
 
 def test_the_payload_would_run(tmp_path):

@@ -20,19 +20,17 @@ from fcos_d2.analysis.data_set import DataStatistics, data_statistics, save_data
 from fcos_d2.command_line import config_parser
 from fcos_d2.config import load_cfg
 from fcos_d2.data.check import (
-    Finding,
-    RawData,
     check_annotations,
     check_images,
     check_same_images,
     check_sets,
-    cleaned,
-    count,
-    read_entry,
     read_registered,
-    table,
 )
+from fcos_d2.data.coco import cleaned
+from fcos_d2.data.custom import read_entry
+from fcos_d2.data.findings import Finding, count, table
 from fcos_d2.data.layouts import recognise
+from fcos_d2.data.raw_data import RawData
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,7 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
-from ..data.check import Finding, RawData, to_records
+from ..data.check import to_records
+from ..data.findings import Finding
+from ..data.raw_data import RawData
 from ..inference.drawing import plain_text
 from .assignment import analyze_boxes
 from .charts import COLORS, grouped_bars, save_charts

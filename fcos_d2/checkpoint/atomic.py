@@ -20,11 +20,9 @@ _BATCH_COUNTER = ".num_batches_tracked"
 class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, safe against kills, damaged files, and files that run code.
 
-    Files are written with :func:`replacing`. If the checkpoint that ``last_checkpoint`` names is
-    nevertheless missing or damaged (by a full disk or another tool), resuming takes the newest
-    whole one. Files are read with :func:`read_checkpoint`. Loading says how much of the model came
-    from the file, and raises a ValueError where it was none of it, or nothing but the stem of the
-    backbone.
+    If the checkpoint that ``last_checkpoint`` names is missing or damaged (by a full disk or
+    another tool), resuming takes the newest whole one. Loading says how much of the model came from
+    the file. If it was nothing, or nothing but the stem of the backbone, that is a ValueError.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any):
@@ -32,8 +30,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         check_local(save_dir)
         super().__init__(model, save_dir, **kwargs)
         self.description: dict[str, Any] = {}  # plain data that every checkpoint carries
-        self.missing: list[str] = []  # names that the last file had not, or in another shape
-        # What the last file says, None if it does not.
+        self.missing: list[str] = []  # names that the last file lacks, or has in another shape
+        # In the last file, or None.
         self.class_names: list[str] | None = None
         self.category_ids: list[int] | None = None
         # Of the data that is trained on. The model's ``class_layers`` are not loaded from a file of
@@ -56,11 +54,6 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
             file.write(last_filename_basename)
-
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        rest = super().load(path, *args, **kwargs)
-        self.class_names, self.category_ids = rest.get("class_names"), rest.get("category_ids")
-        return rest
 
     def has_checkpoint(self) -> bool:
         return super().has_checkpoint() or bool(self.checkpoints_of_run())
@@ -92,7 +85,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return newest
 
     def _last_name(self) -> str:
-        """What ``last_checkpoint`` says, or "" if it is missing or damaged."""
+        """The content of ``last_checkpoint``, or "" if it is missing or damaged."""
         try:
             name = Path(self.save_dir, "last_checkpoint").read_text().strip()
         except (OSError, UnicodeDecodeError):
@@ -121,24 +114,24 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
 
     def _load_model(self, checkpoint: Any) -> Any:
-        source = checkpoint.get("__author__", "the file")
-        names = checkpoint.get("class_names")
-        if None not in (names, self.classes_of_data) and names != self.classes_of_data:
+        names, data = checkpoint.get("class_names"), self.classes_of_data
+        self.class_names, self.category_ids = names, checkpoint.get("category_ids")
+        if names is not None and data is not None and names != data:
             of_classes = tuple(f"{layer}." for layer in getattr(self.model, "class_layers", ()))
             for name in [n for n in checkpoint["model"] if n.startswith(of_classes)]:
                 del checkpoint["model"][name]
         incompatible = super()._load_model(checkpoint)
-        wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
-        self.missing = [*incompatible.missing_keys, *wrong_shape]
+        self.missing = incompatible.missing_keys + [n for n, *_ in incompatible.incorrect_shapes]
         sizes = {
             name: x.numel()
             for name, x in self.model.state_dict().items()
             if not name.endswith(_BATCH_COUNTER)  # PyTorch does not say that one is missing
         }
         loaded = {name: size for name, size in sizes.items() if name not in self.missing}
+        author = checkpoint.get("__author__", "the file")
         self.logger.info(
             f"Loaded {sum(loaded.values()):,} of the model's {sum(sizes.values()):,} values from "
-            f"{source}, in {len(loaded)} of {len(sizes)} tensors. "
+            f"{author}, in {len(loaded)} of {len(sizes)} tensors. "
             + (f"Initial values keep {_shortened(self.missing)}" if self.missing else "")
         )
         if all(".stem." in f".{name}" for name in loaded):

@@ -124,14 +124,14 @@ def _read_pth(path: str, trust_pickle: bool) -> Any:
     # Objects that are given a state must be of a type that is listed.
     types = [(x, f"{__name__}.{x.__name__}") for x in (_Array, _Dtype)]
     with torch.serialization.safe_globals([*((x, name) for name, x in _PARTS.items()), *types]):
-        return _resolved(torch.load(path, map_location="cpu", weights_only=True))
+        return _resolved(torch.load(path, map_location="cpu", weights_only=True), {})
 
 
 def _read_pkl(path: str, trust_pickle: bool) -> Any:
     with open(path, "rb") as f:
         if trust_pickle:
             return pickle.Unpickler(f, encoding="latin1").load()
-        return _resolved(_PlainUnpickler(f, encoding="latin1").load())
+        return _resolved(_PlainUnpickler(f, encoding="latin1").load(), {})
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -142,15 +142,25 @@ class _PlainUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}") from None
 
 
-def _resolved(x: Any) -> Any:
-    """The content with NumPy's objects in the place of :class:`_Array` and :class:`_Dtype`."""
+def _resolved(x: Any, done: dict[int, tuple[Any, Any]]) -> Any:
+    """The content with NumPy's objects in the place of :class:`_Array` and :class:`_Dtype`.
+
+    Args:
+        done: each list, tuple and dictionary so far with its result, by id. A file can name one
+            object many times, and those in it, too: that would take exponential time.
+    """
     if isinstance(x, (_Array, _Dtype)):
         return x.value
-    if isinstance(x, dict):
-        for key, value in x.items():
-            x[key] = _resolved(value)
-    elif type(x) is list:
-        x[:] = map(_resolved, x)
-    elif type(x) is tuple:
-        return tuple(map(_resolved, x))
-    return x
+    if not isinstance(x, dict) and type(x) not in (list, tuple):
+        return x
+    if id(x) not in done:
+        result = x
+        if isinstance(x, dict):
+            for key, value in x.items():
+                x[key] = _resolved(value, done)
+        elif type(x) is list:
+            x[:] = [_resolved(value, done) for value in x]
+        else:
+            result = tuple(_resolved(value, done) for value in x)
+        done[id(x)] = x, result  # x stays alive, so that no other object gets its id
+    return done[id(x)][1]

@@ -24,9 +24,7 @@ _PREFIX = "torchvision://"
 
 
 def convert_torchvision_resnet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the parameters of a torchvision ResNet to those of Detectron2's ResNet.
-
-    The classifier is left out.
+    """Rename the parameters of a torchvision ResNet to Detectron2's names, without the classifier.
 
     Raises:
         ValueError: if a name is not one of a torchvision ResNet.
@@ -59,7 +57,10 @@ class TorchvisionHandler(PathHandler):
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
         name = path.removeprefix(_PREFIX).removeprefix("torchvision:")
         on_disk = os.path.isabs(name)
-        cache_name = _name_by_content(name) if on_disk else name
+        cache_name = name
+        if on_disk:  # named by its content, since files of one name differ
+            digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+            cache_name = f"file-{os.path.basename(name)}-{digest[:16]}"
         file = os.path.join(get_cache_dir(), "fcos_d2", "torchvision", cache_name + ".pkl")
         if force or not os.path.isfile(file):
             if on_disk:
@@ -78,12 +79,6 @@ class TorchvisionHandler(PathHandler):
 
     def _open(self, path: str, mode: str = "r", **kwargs):
         return open(self._get_local_path(path), mode)
-
-
-def _name_by_content(file: str) -> str:
-    """A name that no file with other content has."""
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    return f"file-{os.path.basename(file)}-{digest[:16]}"
 
 
 PathManager.register_handler(TorchvisionHandler(), allow_override=True)

@@ -1,21 +1,14 @@
 """AdelaiDet's FCOS, whose names are ours but for the prefix of the head."""
 
-from .source import DETECTRON2_BACKBONE, ORIGINAL_SETTINGS, Source
+from .source import DETECTRON2_BACKBONE, Source
 
 _HEAD = r"proposal_generator\.fcos_head\."
+_LAYERS = "share_tower|cls_tower|bbox_tower|cls_logits|bbox_pred|ctrness|scales"
 
 ADELAIDET = Source(
-    signature=r"proposal_generator\.fcos_head\..+",
-    rules=[
-        *DETECTRON2_BACKBONE,
-        (
-            _HEAD
-            + r"((?:share_tower|cls_tower|bbox_tower|cls_logits|bbox_pred|ctrness|scales)\..+)",
-            r"head.\1",
-        ),
-    ],
+    signature=_HEAD,
+    rules=[*DETECTRON2_BACKBONE, (rf"{_HEAD}({_LAYERS})", r"head.\1")],
     cfg={
-        **ORIGINAL_SETTINGS,
         "INPUT.FORMAT": "BGR",
         "MODEL.FCOS.BOX_ACTIVATION": "relu",
         "MODEL.FCOS.QUALITY_ON": "box",

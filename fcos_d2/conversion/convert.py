@@ -15,7 +15,7 @@ from .adelaidet import ADELAIDET
 from .detectron2 import DETECTRON2
 from .mmdet import MMDET
 from .original_fcos import ORIGINAL_FCOS
-from .source import Source
+from .source import ORIGINAL_SETTINGS, Source
 from .torchvision import TORCHVISION
 
 SOURCES: dict[str, Source] = {
@@ -30,15 +30,15 @@ SOURCES: dict[str, Source] = {
 def convert(
     state_dict: Mapping[str, Any], source: str, cfg: CfgNode, opts: Sequence = ()
 ) -> tuple[dict[str, Tensor], CfgNode]:
-    """Turn the checkpoint of another implementation into one of ours.
+    """Turn the checkpoint of another implementation into one of ours. The arguments stay as is.
 
     Args:
         state_dict: maps the names in the checkpoint to tensors or arrays. May be wrapped in
             ``{"model": ...}`` or ``{"state_dict": ...}``, and its names may have the prefix
-            ``module.`` of DistributedDataParallel. Not modified.
+            ``module.`` of DistributedDataParallel.
         source: "adelaidet", "fcos" (tianzhi0549/FCOS), "detectron2", "torchvision" or "mmdet".
         cfg: gives what the checkpoint does not show: the backbone, the numbers of classes and
-            convolutions, and the keys that :data:`SOURCES` lists as ``not_in_file``. Not modified.
+            convolutions, and the keys that :data:`SOURCES` lists as ``not_in_file``.
         opts: ``[key, value, ...]`` that override ``cfg`` and the source's settings, for a
             checkpoint made with other settings than its source's defaults.
 
@@ -102,7 +102,7 @@ def _check_source(tensors: Mapping[str, Tensor], source: str) -> None:
     matching = [
         other
         for other, layout in SOURCES.items()
-        if any(re.fullmatch(layout.signature, name) for name in tensors)
+        if any(re.match(layout.signature, name) for name in tensors)
     ]
     if source in matching:
         return
@@ -118,7 +118,7 @@ def _config(cfg: CfgNode, layout: Source, ours: dict[str, Tensor], opts: Sequenc
     """
     cfg = cfg.clone()
     cfg.defrost()
-    settings = {**layout.cfg, **_structure(ours, cfg)}
+    settings = {**ORIGINAL_SETTINGS, **layout.cfg, **_structure(ours, cfg)}
     for name in ("pixel_mean", "pixel_std"):
         if name in ours:
             settings[f"MODEL.{name.upper()}"] = ours.pop(name).flatten().tolist()
@@ -129,19 +129,20 @@ def _config(cfg: CfgNode, layout: Source, ours: dict[str, Tensor], opts: Sequenc
 
 def _structure(ours: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Any]:
     """The config keys that follow from the names and shapes of the parameters."""
-    norm = cfg.MODEL.FCOS.NORM
-    tower = r"head\.(cls|bbox|share)_tower\.\d+"
-    deformable = any(re.fullmatch(tower + r"\.offset\.weight", name) for name in ours)
-    if not any(re.fullmatch(tower + r"\.(\d+\.)?weight", n) and ours[n].dim() == 1 for n in ours):
+
+    def in_towers(pattern: str) -> list[str]:
+        layer = r"head\.(cls|bbox|share)_tower\.\d+\."
+        return [name for name in ours if re.fullmatch(layer + pattern, name)]
+
+    norm = cfg.MODEL.FCOS.NORM if cfg.MODEL.FCOS.NORM in ("BN", "SyncBN") else "BN"
+    if not any(ours[name].dim() == 1 for name in in_towers(r"(\d+\.)?weight")):
         norm = ""
-    elif not any(re.fullmatch(tower + r"\.(\d+\.)?running_mean", n) for n in ours):
+    elif not in_towers(r"(\d+\.)?running_mean"):
         norm = "GN"
-    elif norm not in ("BN", "SyncBN"):
-        norm = "BN"
     settings = {
         "MODEL.FCOS.NORM": norm,
         "MODEL.FCOS.USE_SCALE": any(n.startswith("head.scales.") for n in ours),
-        "MODEL.FCOS.USE_DEFORMABLE": deformable,
+        "MODEL.FCOS.USE_DEFORMABLE": bool(in_towers(r"offset\.weight")),
     }
     p6 = ours.get("backbone.top_block.p6.weight")
     if p6 is not None and p6.dim() == 4:

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from .source import ORIGINAL_SETTINGS, Rules, Source, fpn_rules
+from .source import Rules, Source, fpn_rules
 
 
 def _tower_rules(names: Collection[str]) -> Rules:
@@ -22,9 +22,9 @@ def _tower_rules(names: Collection[str]) -> Rules:
             layer, conv = rf"bbox_head\.{theirs}\.{i}\.", f"head.{ours}.{i * step}"
             deformable = any(re.match(layer + r"conv[._](conv_)?offset\.", n) for n in names)
             rules += [
-                (layer + r"conv[._](?:conv_)?offset\.(weight|bias)", conv + r".offset.\1"),
-                (layer + r"conv\.(weight|bias)", conv + (r".conv.\1" if deformable else r".\1")),
-                (layer + r"(?:gn|bn)\.(.+)", rf"head.{ours}.{i * step + 1}.\1"),
+                (layer + r"conv[._](conv_)?offset", f"{conv}.offset"),
+                (layer + "conv", f"{conv}.conv" if deformable else conv),
+                (layer + "(gn|bn)", f"head.{ours}.{i * step + 1}"),
             ]
     return rules
 
@@ -39,24 +39,20 @@ def _adapt(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
 
 
 MMDET = Source(
-    signature=r"bbox_head\.((conv|fcos)_(cls|centerness)|cls_convs)\..+",
+    signature=r"bbox_head\.((conv|fcos)_(cls|centerness)|cls_convs)\.",
     rules=[
         *fpn_rules(r"neck\.lateral_convs\.{}\.conv", r"neck\.fpn_convs\.{}\.conv"),
-        (r"neck\.fpn_convs\.3\.conv\.(weight|bias)", r"backbone.top_block.p6.\1"),
-        (r"neck\.fpn_convs\.4\.conv\.(weight|bias)", r"backbone.top_block.p7.\1"),
+        (r"neck\.fpn_convs\.3\.conv", "backbone.top_block.p6"),
+        (r"neck\.fpn_convs\.4\.conv", "backbone.top_block.p7"),
         # Before version 2.1, the names were fcos_cls, fcos_reg and fcos_centerness.
-        (r"bbox_head\.(?:conv|fcos)_cls\.(.+)", r"head.cls_logits.\1"),
-        (r"bbox_head\.(?:conv|fcos)_reg\.(.+)", r"head.bbox_pred.\1"),
-        (r"bbox_head\.(?:conv|fcos)_centerness\.(.+)", r"head.ctrness.\1"),
-        (r"bbox_head\.(scales\.\d+\.scale)", r"head.\1"),
+        (r"bbox_head\.(conv|fcos)_cls", "head.cls_logits"),
+        (r"bbox_head\.(conv|fcos)_reg", "head.bbox_pred"),
+        (r"bbox_head\.(conv|fcos)_centerness", "head.ctrness"),
+        (r"bbox_head\.scales", "head.scales"),
         (r"data_preprocessor\.(mean|std)", r"pixel_\1"),
     ],
     tower_rules=_tower_rules,
-    cfg={
-        **ORIGINAL_SETTINGS,
-        "MODEL.FCOS.QUALITY": "centerness",
-        "MODEL.FCOS.SCORE_FUSION": "product",
-    },
+    cfg={"MODEL.FCOS.QUALITY": "centerness", "MODEL.FCOS.SCORE_FUSION": "product"},
     # Its own config sets these: norm_on_bbox, centerness_on_reg, nms, the data preprocessor and
     # the backbone's style.
     not_in_file=(

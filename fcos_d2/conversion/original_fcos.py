@@ -4,7 +4,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from .source import ORIGINAL_SETTINGS, Source, fpn_rules
+from .source import Source, fpn_rules
 
 # Detectron2's frozen and trained BatchNorm add this to the variance.
 _EPS = 1e-5
@@ -19,16 +19,15 @@ def _adapt(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
 
 
 ORIGINAL_FCOS = Source(
-    signature=r"rpn\.head\.(cls_tower|bbox_tower|centerness)\..+",
+    signature=r"rpn\.head\.(cls_tower|bbox_tower|centerness)\.",
     rules=[
         # Its FPN numbers the stages from res2, which has no lateral: 2 is res3.
         *fpn_rules(r"backbone\.fpn\.fpn_inner{}", r"backbone\.fpn\.fpn_layer{}", first=2),
-        (r"backbone\.fpn\.top_blocks\.(p[67]\..+)", r"backbone.top_block.\1"),
-        (r"rpn\.head\.((?:cls_tower|bbox_tower|cls_logits|bbox_pred|scales)\..+)", r"head.\1"),
-        (r"rpn\.head\.centerness\.(.+)", r"head.ctrness.\1"),
+        (r"backbone\.fpn\.top_blocks", "backbone.top_block"),
+        (r"rpn\.head\.(cls_tower|bbox_tower|cls_logits|bbox_pred|scales)", r"head.\1"),
+        (r"rpn\.head\.centerness", "head.ctrness"),
     ],
     cfg={
-        **ORIGINAL_SETTINGS,
         "INPUT.FORMAT": "BGR",
         "MODEL.PIXEL_MEAN": [102.9801, 115.9465, 122.7717],
         "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],

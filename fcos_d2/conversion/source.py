@@ -1,8 +1,4 @@
-"""What describes the checkpoints of another implementation, which has a file beside this one.
-
-A source has patterns that map the names of its parameters to ours, the config keys that reproduce
-its arithmetic, and functions for what patterns and keys cannot express.
-"""
+"""What describes the checkpoints of another implementation, each in a file beside this one."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,11 +10,13 @@ from torch import Tensor
 
 from ..checkpoint import convert_torchvision_resnet
 
-# Pairs of a pattern for a source's whole name, and our name with the groups as \1, \2, ...
+# Pairs of a pattern for the first parts of a source's name, up to a dot or the end, and the same
+# parts of our name, with the groups as \1, \2, ... What follows is the same in both.
 Rules = Sequence[tuple[str, str]]
 
-# BatchNorm uses this counter only if its momentum is None, which no source has.
-BATCH_COUNTER = r".*\.num_batches_tracked"
+# BatchNorm uses this counter only if its momentum is None, which no source has. Detectron2 before
+# version 0.6 saves one box per level, centred on the location: LOCATION_OFFSET replaces it.
+_IGNORED = r".*\.num_batches_tracked|anchor_generator\.cell_anchors\.\d+"
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,12 @@ class Source:
     """The layout of an implementation's checkpoints.
 
     Attributes:
-        signature: a pattern that matches some names of this source, and none of the others.
+        signature: a pattern that some names of this source start with, and none of the others.
         rules: the first that matches a name counts.
-        cfg: config keys and values that reproduce the source's arithmetic.
+        cfg: config keys and values that reproduce the source's arithmetic, where it differs from
+            :data:`ORIGINAL_SETTINGS`.
         not_in_file: config keys that change the detections, but follow neither from the source nor
             from its checkpoints: the user must choose a config with the right values.
-        ignored: a pattern of names that our model does not need.
         resnet: a pattern of the prefix of its ResNet, if that has torchvision's names.
         tower_rules: returns rules that depend on all names of a checkpoint.
         adapt: changes the renamed tensors in place so that our model computes the same.
@@ -41,20 +39,19 @@ class Source:
     rules: Rules
     cfg: Mapping[str, Any]
     not_in_file: Sequence[str] = ()
-    ignored: str = BATCH_COUNTER
     resnet: str | None = None
     tower_rules: Callable[[Collection[str]], Rules] = lambda names: []
     adapt: Callable[[dict[str, Tensor], CfgNode], None] = lambda tensors, cfg: None
 
     def our_names(self, names: Collection[str]) -> dict[str, str | None]:
-        """Map each name that is not ignored to our name, or to None if it has none."""
+        """Map each name that our model may need to our name, or to None if it has none."""
         rules = [*self.rules, *self.tower_rules(names)]
-        return {n: self._our_name(n, rules) for n in names if not re.fullmatch(self.ignored, n)}
+        return {n: self._our_name(n, rules) for n in names if not re.fullmatch(_IGNORED, n)}
 
     def _our_name(self, name: str, rules: Rules) -> str | None:
         for pattern, ours in rules:
-            if match := re.fullmatch(pattern, name):
-                return match.expand(ours)
+            if match := re.match(rf"{pattern}(?=\.|$)", name):
+                return match.expand(ours) + name[match.end() :]
         if self.resnet and (match := re.match(self.resnet, name)):
             return _our_resnet_name(name[match.end() :])
         return None
@@ -76,25 +73,22 @@ def _our_resnet_name(name: str) -> str | None:
 
 # Our backbone is Detectron2's ResNet and FPN, so that the names are the same.
 DETECTRON2_BACKBONE: Rules = [
-    (r"(backbone\.(?:bottom_up|fpn_lateral\d|fpn_output\d|top_block)\..+)", r"\1"),
+    (r"backbone\.(bottom_up|fpn_lateral\d|fpn_output\d|top_block)", r"backbone.\1"),
     # Checkpoints of older versions have these buffers, which become PIXEL_MEAN and PIXEL_STD.
     (r"(pixel_mean|pixel_std)", r"\1"),
 ]
 
 
 def fpn_rules(lateral: str, output: str, first: int = 0) -> Rules:
-    """The convolutions of the FPN on C3, C4 and C5.
-
-    In the patterns, {} stands for their numbers, which start at ``first``.
-    """
+    """For the FPN on C3, C4 and C5; {} in the patterns is a number that starts at ``first``."""
     return [
-        (pattern.format(first + i) + r"\.(weight|bias)", rf"backbone.fpn_{kind}{i + 3}.\1")
+        (pattern.format(first + i), f"backbone.fpn_{kind}{i + 3}")
         for kind, pattern in (("lateral", lateral), ("output", output))
         for i in range(3)
     ]
 
 
-# The settings of the original code. The other sources list those that they have otherwise.
+# Of the original code, and of each source that says nothing else.
 ORIGINAL_SETTINGS = {
     "MODEL.FCOS.LOCATION_OFFSET": 0.5,
     "MODEL.FCOS.SCORE_FUSION": "sqrt",

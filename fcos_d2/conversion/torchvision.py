@@ -4,7 +4,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import Tensor
 
-from .source import ORIGINAL_SETTINGS, Source, fpn_rules
+from .source import Source, fpn_rules
 
 # Its classes are the category numbers of COCO's files, 0 to 90, of which 80 are used.
 _COCO_NUMBERS = 91
@@ -25,21 +25,20 @@ def _adapt(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
 
 
 TORCHVISION = Source(
-    signature=r"head\.(classification|regression)_head\..+",
+    signature=r"head\.(classification|regression)_head\.",
     rules=[
         # "inner_blocks.0.0.weight"; before version 0.13, "inner_blocks.0.weight".
         *fpn_rules(
-            r"backbone\.fpn\.inner_blocks\.{}(?:\.0)?", r"backbone\.fpn\.layer_blocks\.{}(?:\.0)?"
+            r"backbone\.fpn\.inner_blocks\.{}(\.0)?", r"backbone\.fpn\.layer_blocks\.{}(\.0)?"
         ),
-        (r"backbone\.fpn\.extra_blocks\.(p[67]\..+)", r"backbone.top_block.\1"),
-        (r"head\.classification_head\.conv\.(.+)", r"head.cls_tower.\1"),
-        (r"head\.classification_head\.cls_logits\.(.+)", r"head.cls_logits.\1"),
-        (r"head\.regression_head\.conv\.(.+)", r"head.bbox_tower.\1"),
-        (r"head\.regression_head\.bbox_reg\.(.+)", r"head.bbox_pred.\1"),
-        (r"head\.regression_head\.bbox_ctrness\.(.+)", r"head.ctrness.\1"),
+        (r"backbone\.fpn\.extra_blocks", "backbone.top_block"),
+        (r"head\.classification_head\.conv", "head.cls_tower"),
+        (r"head\.classification_head\.cls_logits", "head.cls_logits"),
+        (r"head\.regression_head\.conv", "head.bbox_tower"),
+        (r"head\.regression_head\.bbox_reg", "head.bbox_pred"),
+        (r"head\.regression_head\.bbox_ctrness", "head.ctrness"),
     ],
     cfg={
-        **ORIGINAL_SETTINGS,
         "INPUT.FORMAT": "RGB",
         # 255 times its 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 for images in [0, 1].
         "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],

@@ -1,9 +1,7 @@
-"""What is compared before a training: the classes of data sets, configs and detectors.
-
-Also whether the data sets to test on are there.
-"""
+"""Compares the classes of data sets, configs and detectors before a training."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -11,7 +9,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 # The section of MODEL with each meta architecture's NUM_CLASSES; ProposalNetwork has none.
-SECTIONS = {"FCOS": "FCOS", "RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
+_SECTIONS = {"FCOS": "FCOS", "RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
 
 
 def with_class_names(cfg: CfgNode) -> CfgNode:
@@ -19,16 +17,22 @@ def with_class_names(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     for name, entry in cfg.DATASETS.CUSTOM.items():
-        classes = MetadataCatalog.get(name).get("thing_classes", None)
+        classes = classes_of(name)
         if classes is not None:
-            entry["CLASSES"] = list(classes)
+            entry["CLASSES"] = classes
     return cfg
+
+
+def classes_of(dataset_name: str) -> list[str] | None:
+    """The classes of a registered data set; None as long as they are not known."""
+    names = MetadataCatalog.get(dataset_name).get("thing_classes")
+    return None if names is None else list(names)
 
 
 def class_names(cfg: CfgNode) -> list[str] | None:
     """The classes of the first registered data set of a config that says them, or None."""
-    classes = _first_in_metadata(cfg, "thing_classes")
-    return None if classes is None else list(classes)
+    known = (classes_of(name) for name in _registered(cfg))
+    return next((names for names in known if names is not None), None)
 
 
 def category_ids(cfg: CfgNode) -> list[int] | None:
@@ -36,17 +40,15 @@ def category_ids(cfg: CfgNode) -> list[int] | None:
 
     COCO files number their categories as they like; VOC and YOLO have names and class numbers.
     """
-    numbers = _first_in_metadata(cfg, "thing_dataset_id_to_contiguous_id")
-    return None if numbers is None else sorted(numbers, key=numbers.get)
-
-
-def _first_in_metadata(cfg: CfgNode, key: str):
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        if name in DatasetCatalog:
-            value = MetadataCatalog.get(name).get(key, None)
-            if value is not None:
-                return value
+    for name in _registered(cfg):
+        numbers = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id")
+        if numbers is not None:
+            return sorted(numbers, key=numbers.get)
     return None
+
+
+def _registered(cfg: CfgNode) -> list[str]:
+    return [n for n in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if n in DatasetCatalog]
 
 
 def check_names_of_detector(names: Sequence[str] | None, dataset_name: str) -> None:
@@ -58,15 +60,20 @@ def check_names_of_detector(names: Sequence[str] | None, dataset_name: str) -> N
     Raises:
         ValueError: if they differ, or are in another order, with both lists.
     """
-    theirs = list(MetadataCatalog.get(dataset_name).get("thing_classes", ()))
-    if names is None or not theirs or list(names) == theirs:
-        return
-    raise ValueError(
-        f"The data set {dataset_name!r} has the classes {theirs}, {how_they_differ(theirs, names)} "
-        "the detector, which was "
-        f"trained on {list(names)}. It knows classes by their number: take another data set, or "
-        "make the names and their order the same"
-    )
+    theirs = classes_of(dataset_name)
+    if names is not None and theirs and list(names) != theirs:
+        raise ValueError(
+            f"The data set {dataset_name!r} has the classes {theirs}, "
+            f"{how_they_differ(theirs, names)} the detector, which was trained on {list(names)}. "
+            "It knows classes by their number: take another data set, or make the names and their "
+            "order the same"
+        )
+
+
+def num_classes_key(cfg: CfgNode) -> str | None:
+    """The key with the number of classes of the config's meta architecture, or None."""
+    section = _SECTIONS.get(cfg.MODEL.META_ARCHITECTURE)
+    return section and f"MODEL.{section}.NUM_CLASSES"
 
 
 def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
@@ -78,15 +85,11 @@ def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
     Raises:
         ValueError: if the numbers differ, with both numbers and the names of the classes.
     """
-    classes = MetadataCatalog.get(dataset_name).get("thing_classes", None)
-    section = SECTIONS.get(cfg.MODEL.META_ARCHITECTURE)
-    if section is None or classes is None:
-        return
-    key, num_classes = f"MODEL.{section}.NUM_CLASSES", cfg.MODEL[section].NUM_CLASSES
-    if len(classes) != num_classes:
+    classes, key = classes_of(dataset_name), num_classes_key(cfg)
+    if key and classes is not None and len(classes) != attrgetter(key)(cfg):
         raise ValueError(
-            f"{key} is {num_classes}, but the data set {dataset_name!r} has {len(classes)} "
-            f"classes: {list(classes)}. Set {key} to {len(classes)}"
+            f"{key} is {attrgetter(key)(cfg)}, but the data set {dataset_name!r} has "
+            f"{len(classes)} classes: {classes}. Set {key} to {len(classes)}"
         )
 
 
@@ -99,19 +102,17 @@ def check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
         ValueError: if a data set has other classes than the first one, or has them in another
             order, with both lists.
     """
-    classes = {}
-    for name in (*train, *test):
-        if MetadataCatalog.get(name).get("thing_classes", None) is None:
+    names = [*train, *test]
+    for name in names:
+        if classes_of(name) is None:
             DatasetCatalog.get(name)
-        classes[name] = list(MetadataCatalog.get(name).get("thing_classes", ()))
-    first = next(iter(classes), None)
-    for name, names in classes.items():
-        if names != classes[first]:
-            how = how_they_differ(names, classes[first])
+        theirs, first = classes_of(name) or [], classes_of(names[0]) or []
+        if theirs != first:
             raise ValueError(
-                f"The data set {name!r} has the classes {names}, {how} {first!r}, which has "
-                f"{classes[first]}. A detector knows classes by their number: make the names and "
-                "their order the same (in a COCO file the order is that of the category ids)"
+                f"The data set {name!r} has the classes {theirs}, {how_they_differ(theirs, first)} "
+                f"{names[0]!r}, which has {first}. A detector knows classes by their number: make "
+                "the names and their order the same (in a COCO file the order is that of the "
+                "category ids)"
             )
 
 
@@ -146,5 +147,5 @@ def check_test_sets(cfg: CfgNode) -> None:
 
 
 def how_they_differ(names: Sequence[str], others: Sequence[str]) -> str:
-    """Of two different lists of classes: words to be followed by whose the others are."""
+    """Of two different lists of classes, for messages that go on with whose the others are."""
     return "in another order than" if sorted(names) == sorted(others) else "unlike"

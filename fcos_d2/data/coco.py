@@ -2,69 +2,45 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from os import PathLike, path
 
 from detectron2.utils.file_io import PathManager
 
 from .findings import KINDS, Finding, unsound
-from .raw_data import RawData
+from .raw_data import RawData, UnknownCategory
+
+# What is valid, and what messages say of anything else.
+_ID = (lambda x: type(x) in (int, str), ", which is no number")
+_PIXELS = (lambda x: type(x) is int and 0 < x < 2**31, ": it must be in whole pixels")
+_TEXT = (lambda x: isinstance(x, str), ", which is no text: put it in quotes")
+_RULES = {"id": _ID, "image_id": _ID, "category_id": _ID, "height": _PIXELS, "width": _PIXELS}
+_RULES |= {"file_name": _TEXT, "name": _TEXT}
 
 
-def read_coco(
-    name: str, json_file: str | PathLike, image_root: str, boxes_only: bool = False
-) -> RawData:
+def read_coco(name: str, json_file: str | PathLike, image_root: str) -> RawData:
     """An annotation file.
-
-    Args:
-        boxes_only: the file may lack categories and the names of images, which are left out.
 
     Raises:
         OSError, ValueError: see :func:`parse_coco_json`.
     """
-    content = parse_coco_json(json_file, () if boxes_only else ("categories",))
+    content = parse_coco_json(json_file)
     data = RawData(name, image_root, source=str(json_file), label=_label)
-    if boxes_only:
-        images = _sound_entries(data, "images", content, ("id", "height", "width"))
-        data.images = [image | {"file_name": ""} for image in images]
-    else:
-        keys = ("id", "file_name", "height", "width")
-        data.images = _sound_entries(data, "images", content, keys)
-        data.categories = _sound_entries(data, "categories", content, ("id", "name"))
-        if not content["categories"]:
-            text = f"{data.source} has no categories: list them under 'categories'"
-            data.refuse(ValueError(text), file=data.source)
-    known = {category["id"] for category in data.categories}
-    listed = str(list(known))[:500]  # may be many
-    ids = set()
-    for i, annotation in enumerate(content["annotations"]):
-        place = f"annotations[{i}]"
-        number = annotation.get("id") if isinstance(annotation, dict) else None
-        try:
-            _check_entry(data.source, place, annotation, ("image_id", "category_id", "bbox"))
-        except ValueError as error:
-            data.refuse(error, file=data.source, annotation=number)
-            continue
-        number = number if isinstance(number, int | str) else place
-        if boxes_only:
-            annotation.pop("segmentation", None)
-        error = None
-        if annotation["category_id"] not in known and not boxes_only:
-            error = ValueError(
-                f"{data.source}: {_named(annotation, place)} has category_id "
-                f"{annotation['category_id']!r}, which 'categories' does not list: {listed}"
-            )
-        index = data.add(annotation, data.source, number, error)
-        if number in ids:
-            text = f"{place} has the id of another one"
-            data.findings.append(data.finding("annotation id twice", index, text))
-        ids.add(number)
+    keys = ("id", "file_name", "height", "width")
+    data.images = _sound_entries(data, "images", content, keys)
+    data.categories = _sound_entries(data, "categories", content, ("id", "name"))
+    if not content["categories"]:
+        text = f"{data.source} has no categories: list them under 'categories'"
+        data.refuse(ValueError(text), file=data.source)
+    _read_annotations(data, content, {category["id"] for category in data.categories})
     return data
 
 
-def parse_coco_json(file: str | PathLike, more_lists: Sequence[str] = ("categories",)) -> dict:
-    """The content of an annotation file, of which only the lists were looked for.
+def parse_coco_json(
+    file: str | PathLike, lists: Sequence[str] = ("images", "annotations", "categories")
+) -> dict:
+    """The content of an annotation file, which has the ``lists``; no entry is checked.
 
     Raises:
         OSError: for a missing file.
@@ -75,7 +51,7 @@ def parse_coco_json(file: str | PathLike, more_lists: Sequence[str] = ("categori
             data = json.load(f)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not a JSON file, or is cut short: {error}") from error
-    for key in ("images", "annotations", *more_lists):
+    for key in lists:
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise ValueError(f"{file} is not a COCO annotation file: it has no list {key!r}")
     return data
@@ -85,12 +61,19 @@ def load_coco_json(file: str | PathLike) -> list[dict]:
     """The records of an annotation file, without the names of its images and without masks.
 
     They differ from those of Detectron2's loader in two ways: annotations whose polygons are all
-    invalid are kept, since they have a box, and classes keep the numbers of the file.
+    invalid are kept, since they have a box, and classes keep the numbers of the file, which need
+    not list them.
 
     Raises:
         OSError, ValueError: for what cannot be read, and what training would refuse.
     """
-    data = read_coco("", file, "", boxes_only=True)
+    content = parse_coco_json(file, ("images", "annotations"))
+    data = RawData("", "", source=str(file), label=_label)
+    images = _sound_entries(data, "images", content, ("id", "height", "width"))
+    data.images = [image | {"file_name": ""} for image in images]
+    _read_annotations(data, content, None)
+    for annotation in data.annotations:
+        annotation.pop("segmentation", None)
     return data.records(unsound(data.dropped()))[0]
 
 
@@ -146,15 +129,12 @@ def cleaned(data: RawData, findings: Sequence[Finding]) -> dict:
         annotations.append({"area": width * height} | annotation)
     if not _has_good_ids(annotations):
         annotations = [a | {"id": i + 1} for i, a in enumerate(annotations)]
-    return {
-        "images": list(images.values()),
-        "annotations": annotations,
-        "categories": data.categories,
-    }
+    lists = {"images": list(images.values()), "annotations": annotations}
+    return lists | {"categories": data.categories}
 
 
 def _sound_entries(data: RawData, key: str, content: dict, wanted: Sequence[str]) -> list[dict]:
-    """The entries of a list that have what they must have, and an id of their own."""
+    """The entries of a list that have valid ``wanted`` keys and an id of their own."""
     first: dict[int | str, int] = {}
     for i, entry in enumerate(content[key]):
         try:
@@ -165,50 +145,73 @@ def _sound_entries(data: RawData, key: str, content: dict, wanted: Sequence[str]
         other = first.setdefault(entry["id"], i)
         if other != i:
             text = f"{key}[{other}] and {key}[{i}] have the same id {entry['id']!r}"
-            error = ValueError(f"{data.source}: {text}")
-            data.refuse(error, "id twice", file=data.source)
+            data.refuse(ValueError(f"{data.source}: {text}"), "id twice", file=data.source)
     return [content[key][i] for i in first.values()]
 
 
+def _read_annotations(data: RawData, content: dict, known: Collection | None) -> None:
+    """Add the annotations.
+
+    Args:
+        known: the ids of the categories, or None for any.
+    """
+    listed = str(list(known or ()))[:500]  # may be many
+    ids = set()
+    for i, annotation in enumerate(content["annotations"]):
+        place = f"annotations[{i}]"
+        number, image = _id_of(annotation, "id"), _id_of(annotation, "image_id")
+        named = f"{data.source}: {place if number is None else f'annotation {number}'}"
+        try:
+            _check_entry(data.source, place, annotation, ("image_id", "category_id", "bbox"))
+            bbox, category = annotation["bbox"], annotation["category_id"]
+            if not _is_box(bbox):
+                text = f"a bbox that is not [x, y, width, height] in numbers: {bbox}"
+                raise ValueError(f"{named} has {text}")
+            if known is not None and category not in known:
+                text = f"category_id {category!r}, which 'categories' does not list: {listed}"
+                raise UnknownCategory(f"{named} has {text}")
+        except ValueError as error:
+            data.refuse(error, file=data.source, image=image, annotation=number)
+            continue
+        data.add(annotation, data.source, place if number is None else number)
+        if number in ids:
+            text = f"{place} has the id of another one"
+            finding = Finding("annotation id twice", data.source, text, image, number)
+            data.findings.append(finding)
+        elif number is not None:
+            ids.add(number)
+
+
 def _check_entry(file: str, place: str, entry: object, keys: Sequence[str]) -> None:
-    """Raise a ValueError unless an entry has valid ``keys``."""
+    """Raise a ValueError unless an entry has ``keys``, with valid values."""
     missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
     if missing:
         raise ValueError(
             f"{file} is not a COCO annotation file: {place} has no {', '.join(missing)}"
         )
     for key in keys:
-        value = entry[key]
-        if (key == "id" or key.endswith("_id")) and type(value) not in (int, str):
-            raise ValueError(f"{file}: {place} has the {key} {value!r}, which is no number")
-        if key in ("height", "width") and (type(value) is not int or not 0 < value < 2**31):
-            raise ValueError(f"{file}: {place} has the {key} {value!r}: it must be in whole pixels")
-        if key in ("file_name", "name") and not isinstance(value, str):
-            text = f"{place} has the {key} {value!r}, which is no text: put it in quotes"
-            raise ValueError(f"{file}: {text}")
-        if key == "bbox" and not _is_box(value):
-            raise ValueError(
-                f"{file}: {_named(entry, place)} has a bbox that is not [x, y, width, height] in "
-                f"numbers: {value}"
-            )
+        if key in _RULES:
+            is_valid, fault = _RULES[key]
+            if not is_valid(entry[key]):
+                raise ValueError(f"{file}: {place} has the {key} {entry[key]!r}{fault}")
 
 
-def _is_box(x: object) -> bool:
-    return isinstance(x, list) and len(x) == 4 and all(map(_is_number, x))
+def _id_of(entry: object, key: str) -> int | str | None:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    return value if type(value) in (int, str) else None
+
+
+def _is_box(bbox: object) -> bool:
+    return isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_number, bbox))
 
 
 def _is_number(x: object) -> bool:
-    return type(x) is float or (type(x) is int and abs(x) < 2**53)  # JSON's have no end
+    return type(x) is float or (type(x) is int and abs(x) < 2**53)  # JSON's have no limit
 
 
-def _named(annotation: dict, place: str) -> str:
-    """What messages call an annotation."""
-    return f"annotation {annotation['id']}" if "id" in annotation else place
-
-
-def _label(data: RawData, finding: Finding) -> str:
-    named = _named(data.annotations[finding.index], str(finding.annotation))
-    return f"{named} of image {finding.image}"
+def _label(finding: Finding) -> str:
+    word = "" if str(finding.annotation).startswith("annotations[") else "annotation "
+    return f"{word}{finding.annotation} of image {finding.image}"
 
 
 def _has_good_ids(annotations: Sequence[dict]) -> bool:

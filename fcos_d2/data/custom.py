@@ -1,6 +1,6 @@
 """Data sets of your own, declared in a config under ``DATASETS.CUSTOM``.
 
-Each entry is registered with Detectron2 under its key. Three formats::
+Each entry is registered with Detectron2 under its key. There are three formats::
 
     DATASETS:
       CUSTOM:
@@ -8,19 +8,18 @@ Each entry is registered with Detectron2 under its key. Three formats::
         cells_test: {FORMAT: "voc", ROOT: "cells", SPLIT: "test", CLASSES: ["RBC", "WBC"]}
         cars_train: {FORMAT: "yolo", DATA: "cars/data.yaml", SPLIT: "train"}
 
-A COCO or YOLO entry may have ``CLASSES``, too: then its classes are known before the file is read,
-and the file must have these. The config that a run writes has them. A VOC entry may set
-``EVALUATOR`` to ``"coco"`` (the default, which takes the boxes as loaded) or ``"pascal_voc"``
-(which reads the XML files itself, and ignores "difficult" objects). ``PART`` takes a part of the
-images, see :func:`is_in_part`. Relative paths start at the folder in the environment variable
+``CLASSES`` of a COCO or YOLO entry are optional: with them the classes are known before the file is
+read, and the file must have the same. A run writes them into its config. ``EVALUATOR`` of a VOC
+entry is ``"coco"`` (the default, which takes the boxes as loaded) or ``"pascal_voc"`` (which reads
+the XML files itself, and ignores "difficult" objects). ``PART`` takes a part of the images, see
+:func:`is_in_part`. Relative paths start at the folder in the environment variable
 DETECTRON2_DATASETS, or else at ``datasets``, as for Detectron2's built-in data sets.
 """
 
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
+from collections.abc import Mapping
+from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -40,8 +39,8 @@ _KEYS = {
 }
 _PATHS = ("JSON", "IMAGES", "ROOT", "DATA")
 _PARTS = ("train", "test")
-# The entry of each registered data set, and the folder that its relative paths start from.
-_registered: dict[str, tuple[dict, str]] = {}
+# The entry of each registered data set, with full paths.
+_registered: dict[str, dict] = {}
 
 
 def register_custom_datasets(cfg: CfgNode) -> None:
@@ -53,11 +52,11 @@ def register_custom_datasets(cfg: CfgNode) -> None:
         ValueError: for an entry with an unknown format, with missing or unknown keys, or with the
             name of a data set that was registered elsewhere.
     """
-    for name, entry in cfg.DATASETS.CUSTOM.items():
-        registration = (dict(entry), _root())
-        if _registered.get(name) == registration and name in DatasetCatalog:
+    for name, declared in cfg.DATASETS.CUSTOM.items():
+        entry = _with_resolved_paths(declared)
+        if _registered.get(name) == entry and name in DatasetCatalog:
             continue
-        _check_entry(name, registration[0])
+        _check_entry(name, entry)
         if name in DatasetCatalog:
             if name not in _registered:
                 raise ValueError(
@@ -66,16 +65,12 @@ def register_custom_datasets(cfg: CfgNode) -> None:
                 )
             DatasetCatalog.remove(name)
         MetadataCatalog.pop(name, None)
-        _register(name, registration[0])
-        _registered[name] = registration
+        _register(name, entry)
+        _registered[name] = entry
 
 
 def read_entry(name: str, entry: dict) -> RawData:
-    """A data set of DATASETS.CUSTOM as it is.
-
-    Raises:
-        OSError, ValueError: for what cannot be read at all.
-    """
+    """Read the data set of an entry. What cannot be read at all is an OSError or a ValueError."""
     return _read(name, _with_resolved_paths(entry))
 
 
@@ -127,19 +122,19 @@ def _check_entry(name: str, entry: dict) -> None:
             f"{where} must have the keys {sorted(required)} and may have {sorted(optional)}, "
             f"got {sorted(entry)}"
         )
-    if entry.get("EVALUATOR", "coco") not in ("coco", "pascal_voc"):
+    evaluator, part = entry.get("EVALUATOR", "coco"), entry.get("PART")
+    if evaluator not in ("coco", "pascal_voc"):
         raise ValueError(f"{where}.EVALUATOR must be 'coco' or 'pascal_voc'")
-    part = entry.get("PART")
-    if part not in (None, *_PARTS) or (part and entry.get("EVALUATOR") == "pascal_voc"):
+    if part not in (None, *_PARTS) or (part and evaluator != "coco"):
         raise ValueError(
             f"{where}.PART must be one of {list(_PARTS)}, and needs EVALUATOR 'coco', got {part!r}"
         )
 
 
 def is_in_part(file_name: str, part: str) -> bool:
-    """Whether an image is in a part of a data set: "train", or "test", which is about a tenth.
+    """Whether an image is in the part "train", or in "test", which is about a tenth.
 
-    It depends on the file's name alone, so that an image stays in its part when others come.
+    The name of the file alone decides, so that an image stays in its part when others come.
     """
     digest = hashlib.sha256(os.path.basename(file_name).encode(errors="replace")).digest()
     return (digest[0] % 10 == 0) == (part == "test")
@@ -161,20 +156,14 @@ def _keep_part(data: RawData, part: str) -> None:
     left_out = {i["id"] for i in data.images if not is_in_part(i["file_name"], part)}
     data.images = [image for image in data.images if image["id"] not in left_out]
     kept = [i for i, a in enumerate(data.annotations) if a["image_id"] not in left_out]
-    index = {old: new for new, old in enumerate(kept)}
     data.annotations = [data.annotations[i] for i in kept]
     data.places = [data.places[i] for i in kept]
-    data.findings = [
-        f if f.index is None else replace(f, index=index[f.index])
-        for f in data.findings
-        if f.image not in left_out and (f.index is None or f.index in index)
-    ]
+    data.findings = [f for f in data.findings if f.image not in left_out]
 
 
 def _register(name: str, entry: dict) -> None:
-    entry = _with_resolved_paths(entry)
     is_coco = entry["FORMAT"] == "coco"
-    DatasetCatalog.register(name, (_coco_loader if is_coco else _loader)(name, entry))
+    DatasetCatalog.register(name, partial(_load_coco if is_coco else _load, name, entry))
     metadata = MetadataCatalog.get(name).set(evaluator_type=entry.get("EVALUATOR", "coco"))
     if entry.get("CLASSES") is not None:
         metadata.set(thing_classes=list(entry["CLASSES"]))
@@ -185,35 +174,28 @@ def _register(name: str, entry: dict) -> None:
         metadata.set(dirname=entry["ROOT"], split=str(entry["SPLIT"]), year=2012)
 
 
-def _loader(name: str, entry: dict) -> Callable[[], list[dict]]:
-    def load() -> list[dict]:
-        data = _read(name, entry)
-        records = data.training_records()
-        _check_classes(name, entry, data)
-        MetadataCatalog.get(name).set(thing_classes=data.classes)
-        if entry.get("EVALUATOR") == "pascal_voc":
-            check_readable_by_pascal_voc_evaluator(entry["ROOT"], records)
-        return records
-
-    return load
+def _load(name: str, entry: dict) -> list[dict]:
+    """The records of a data set in VOC or YOLO layout."""
+    data = _read(name, entry)
+    records = data.training_records()
+    _check_classes(name, entry, data)
+    MetadataCatalog.get(name).set(thing_classes=data.classes)
+    if entry.get("EVALUATOR") == "pascal_voc":
+        check_readable_by_pascal_voc_evaluator(entry["ROOT"], records)
+    return records
 
 
-def _coco_loader(name: str, entry: dict) -> Callable[[], list[dict]]:
-    @cache
-    def checked_file() -> str:
+def _load_coco(name: str, entry: dict) -> list[dict]:
+    """The records of Detectron2's loader, from a file that is checked the first time."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("json_file") is None:
         data = _read(name, entry)
         file = training_file(data, is_part=entry.get("PART") is not None)
         _check_classes(name, entry, data)
-        return file
-
-    def load() -> list[dict]:
-        # The COCO evaluator reads this file.
-        MetadataCatalog.get(name).set(json_file=checked_file())
-        # For those who do not use our mapper the coordinates are made floating point here.
-        records = load_coco_json(checked_file(), entry["IMAGES"], name)
-        return [with_float_coordinates(record) for record in records]
-
-    return load
+        metadata.set(json_file=file)  # which the COCO evaluator reads, too
+    # Our mapper makes coordinates floating point; here this is done for others.
+    records = load_coco_json(metadata.json_file, entry["IMAGES"], name)
+    return [with_float_coordinates(record) for record in records]
 
 
 def _check_classes(name: str, entry: dict, data: RawData) -> None:
@@ -225,11 +207,7 @@ def _check_classes(name: str, entry: dict, data: RawData) -> None:
         )
 
 
-def _with_resolved_paths(entry: dict) -> dict:
-    """Relative paths of an entry start at the folder of the data sets."""
-    root = _root()
+def _with_resolved_paths(entry: Mapping) -> dict:
+    """A copy of an entry, whose relative paths start at the folder of the data sets."""
+    root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
     return {k: os.path.join(root, v) if k in _PATHS else v for k, v in entry.items()}
-
-
-def _root() -> str:
-    return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))

@@ -1,10 +1,9 @@
-"""What a data.yaml of YOLO says, and where the images and labels are that it means."""
+"""The content of a YOLO data.yaml, and the files of images and labels that it names."""
 
 import os
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 
@@ -13,61 +12,51 @@ from .image_files import IMAGE_SUFFIXES
 
 @dataclass(frozen=True)
 class YoloData:
-    """What a data.yaml says.
-
-    Attributes:
-        file: the data.yaml.
-        folders: those that relative paths may start from, in the order in which they are tried.
-            The last one is the file's own.
-        classes: their order is that of the class numbers.
-        splits: the paths of each split, of folders, lists of images or images, as in the file.
-    """
+    """The content of a data.yaml."""
 
     file: str
+    # That relative paths may start from, in the order in which they are tried; the last one is that
+    # of the file.
     folders: tuple[str, ...]
-    classes: list[str]
-    splits: dict[str, list[str]]
+    classes: list[str]  # in the order of the class numbers
+    splits: dict[str, list[str]]  # paths of folders, of lists of images, or of images
 
 
 def read_data_yaml(data: str) -> YoloData:
-    """What the data.yaml says, as plain data: no code of it is run.
+    """Read a data.yaml as plain data, without running code in it.
 
     Args:
         data: the file or its folder.
 
     Raises:
         OSError: for a missing file.
-        ValueError: for a file that is no YAML, or does not say its classes and splits.
+        ValueError: for a file that is not YAML, or has no valid classes and splits.
     """
     file = _find_data_yaml(data)
     content = _parse(file)
     if "kpt_shape" in content:
         raise ValueError(f"{file} has kpt_shape: its labels have keypoints, which are not read")
-    classes = _classes(file, content)
-    folder = os.path.dirname(file) or "."
-    paths = [content.get("path") or "", ""]
-    if not isinstance(paths[0], str):
-        raise ValueError(f"{file}: path must be a folder, got {_short(paths[0])}")
-    # The folder of another machine may be written there: then that of the file is taken.
-    folders = [os.path.normpath(os.path.join(folder, _p(p))) for p in paths]
+    path = content.get("path") or ""
+    if not isinstance(path, str):
+        raise ValueError(f"{file}: path must be a folder, got {_short(path)}")
+    # The path may be that of another machine: then the folder of the file is taken.
+    own = os.path.dirname(file)
+    folders = [os.path.normpath(os.path.join(own, p)) for p in (_slashes(path), "")]
     folders = tuple(dict.fromkeys(f for f in folders if os.path.isdir(f)))
-    splits = {}
-    for key in ("train", "val", "test"):
-        value = content.get(key)
-        value = [value] if isinstance(value, str) else value
-        if value is None:
-            continue
-        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+    named = {key: content.get(key) for key in ("train", "val", "test")}
+    splits = {k: [x] if isinstance(x, str) else x for k, x in named.items() if x is not None}
+    for key, paths in splits.items():
+        if not isinstance(paths, list) or not all(isinstance(x, str) for x in paths):
             raise ValueError(f"{file}: {key} must be a path or a list of paths")
-        splits[key] = [_p(x) for x in value]
-    return YoloData(file, folders, classes, splits)
+        splits[key] = [_slashes(x) for x in paths]
+    return YoloData(file, folders, _classes(file, content), splits)
 
 
 def image_files(data: YoloData, split: str) -> tuple[list[str], list[str]]:
-    """The files of the images of a split, each once, sorted within each folder.
+    """The images of a split, each once, sorted within each folder.
 
     Returns:
-        the files; and a sentence for each image that is listed, but not there.
+        the files; and a sentence for each image of a list that does not exist.
 
     Raises:
         OSError: for a missing folder or list.
@@ -86,9 +75,10 @@ def image_files(data: YoloData, split: str) -> tuple[list[str], list[str]]:
             files.update(dict.fromkeys(_images_below(source)))
         elif source.endswith(".txt"):
             for number, line in label_lines(source):
-                image = _find((os.path.dirname(source), *data.folders), _p(line))
+                name = _slashes(line)
+                image = _find((os.path.dirname(source), *data.folders), name)
                 if image is None:
-                    missing.append(f"{source}, line {number}: the image {_p(line)} is not there")
+                    missing.append(f"{source}, line {number}: the image {name} is not there")
                 else:
                     files[image] = None
         else:
@@ -99,20 +89,17 @@ def image_files(data: YoloData, split: str) -> tuple[list[str], list[str]]:
 
 
 def label_file(data: YoloData, image_file: str) -> str:
-    """Where the labels of an image are: in "labels" beside "images", or else beside the image."""
-    # Folders above that of data.yaml have no say, whatever they are called.
-    top = data.folders[-1]
-    parts = list(Path(os.path.relpath(image_file, top)).parts)
-    folders = parts[:-1]
-    if "images" in folders:
-        last = len(folders) - 1 - folders[::-1].index("images")
-        parts[last] = "labels"
-    relative = os.path.splitext(os.path.join(*parts))[0]
-    return os.path.normpath(os.path.join(top, f"{relative}.txt"))
+    """The file with the labels of an image: in "labels" beside "images", or beside the image."""
+    top = data.folders[-1]  # a folder above it may be called "images", too
+    folder, name = os.path.split(os.path.relpath(image_file, top))
+    before, images, after = f"/{folder}/".rpartition("/images/")
+    folder = f"{before}/labels/{after}" if images else folder
+    file = os.path.join(top, folder.strip("/"), f"{os.path.splitext(name)[0]}.txt")
+    return os.path.normpath(file)
 
 
 def label_lines(file: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not empty, with their numbers from 1; none if there is no such file."""
+    """The lines that are not empty, numbered from 1; none if there is no such file."""
     if not os.path.lexists(file):
         return
     try:
@@ -169,10 +156,10 @@ def _classes(file: str, content: dict) -> list[str]:
 
 
 def _short(value: object) -> str:
-    return reprlib.repr(value)[:100]  # of lists in lists, which a small file can make huge
+    return reprlib.repr(value)[:100]  # lists in lists are huge, even from a small file
 
 
-def _p(path: str) -> str:
+def _slashes(path: str) -> str:
     return path.strip().replace("\\", "/")  # written on Windows
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from tabulate import tabulate
 
@@ -11,16 +11,12 @@ SEVERITIES = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of finding.
+    """A kind of finding."""
 
-    Attributes:
-        severity: "error": training refuses or drops it, or learns what is wrong. "warning": it may
-            be meant. "note": nothing is wrong.
-        repair: what a cleaned copy does about it: leaves out the "annotation" or the "image", or
-            "clip"s the box; "" for nothing.
-    """
-
+    # "error": training refuses or drops it, or learns what is wrong. "warning": it may be meant.
+    # "note": nothing is wrong.
     severity: str
+    # A cleaned copy leaves out the "annotation" or the "image", or "clip"s the box; "": nothing.
     repair: str = ""
 
 
@@ -86,9 +82,7 @@ class Finding:
 
     def to_dict(self) -> dict:
         """Ready for JSON."""
-        fields = asdict(self)
-        del fields["index"]
-        return {"severity": self.severity} | fields
+        return {"severity": self.severity} | {k: v for k, v in vars(self).items() if k != "index"}
 
 
 def unsound(findings: Iterable[Finding]) -> set[int]:
@@ -113,8 +107,7 @@ def table(findings: Sequence[Finding], examples: int = 3) -> str:
             rows.append((*head, f"{finding.file}{named}: {finding.text}"))
         if len(of_kind) > examples:
             rows.append(("", "", "", f"... and {len(of_kind) - examples} more"))
-    alignment = ("left", "left", "right", "left")
-    header = ("", "finding", "count", "where")
-    return (
-        tabulate(rows, header, colalign=alignment, disable_numparse=True) if rows else "no finding"
-    )
+    if not rows:
+        return "no finding"
+    header, alignment = ("", "finding", "count", "where"), ("left", "left", "right", "left")
+    return tabulate(rows, header, colalign=alignment, disable_numparse=True)

@@ -43,17 +43,19 @@ def check_depth(file: str) -> None:
 
 
 def image_size(file: str) -> tuple[int, int]:
-    """(height, width) in pixels of an image as :func:`read_image` turns it. Reads no pixels.
+    """(height, width) of :func:`read_image`. For errors see :func:`size_and_orientation`."""
+    return size_and_orientation(file)[0]
+
+
+def size_and_orientation(file: str) -> tuple[tuple[int, int], int]:
+    """(height, width) in pixels of :func:`read_image`, and EXIF's orientation; 1 is upright.
+
+    Only the header is read.
 
     Raises:
         OSError: for a file that cannot be read.
         ValueError: for one that is larger than PIL's limit.
     """
-    return size_and_orientation(file)[0]
-
-
-def size_and_orientation(file: str) -> tuple[tuple[int, int], int]:
-    """The same, and EXIF's orientation, of which 1 is upright."""
     try:
         with PathManager.open(file, "rb") as f, Image.open(f) as image:
             # Of the base class: that of PNG files would read the pixels.

@@ -2,13 +2,13 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape, glob
 
 from detectron2.config import CfgNode
 
-from .classes import SECTIONS
+from .classes import num_classes_key
 from .coco import parse_coco_json
 from .data_yaml import read_data_yaml
 from .voc import names_of_objects
@@ -20,15 +20,10 @@ _NO_BOXES = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuf
 
 @dataclass(frozen=True)
 class Layout:
-    """A data set that was recognised.
+    """A data set that was recognised."""
 
-    Attributes:
-        format: "coco", "voc" or "yolo".
-        entries: of DATASETS.CUSTOM, by split; a COCO file that names no split is "all".
-    """
-
-    format: str
-    entries: dict[str, dict]
+    format: str  # "coco", "voc" or "yolo"
+    entries: dict[str, dict]  # of DATASETS.CUSTOM, by split; a COCO file that names none is "all"
 
 
 def recognise(path: str) -> Layout:
@@ -47,8 +42,8 @@ def recognise(path: str) -> Layout:
         if path.lower().endswith(".json"):
             return Layout("coco", {_split_of(path) or "all": _coco_entry(path)})
         raise ValueError(f"{path} is neither a folder, nor a .json file, nor a .yaml file")
-    look: dict[str, Callable[[str], dict]] = {"yolo": _yolo_in, "voc": _voc_in, "coco": _coco_in}
-    found = {name: entries for name, find in look.items() if (entries := find(path))}
+    found = {"yolo": _yolo_in(path), "voc": _voc_in(path), "coco": _coco_in(path)}
+    found = {name: entries for name, entries in found.items() if entries}
     if len(found) != 1:
         raise ValueError(
             f"{path} has {'several layouts: ' + ', '.join(found) if found else 'no known layout'}. "
@@ -76,26 +71,23 @@ def use_data(cfg: CfgNode, path: str, changed: Sequence[str] = ()) -> str:
     """
     layout = recognise(path)
     train = next((s for s in ("train", "trainval", "all") if s in layout.entries), None)
-    held_outs = {"train": ("val", "test"), "trainval": ("test",)}.get(train, ())
-    test = next((s for s in held_outs if s in layout.entries), None)
     if train is None:
         raise ValueError(f"{path} has nothing to train on, but {list(layout.entries)}")
-    entries = {"train": layout.entries[train], "test": layout.entries[test or train]}
-    held_out = f"tested on {test}"
-    if test is None:
-        entries = {part: entry | {"PART": part} for part, entry in entries.items()}
-        held_out = "tested on a tenth of it, which is held out, chosen by the names of the images"
-    for part, entry in entries.items():
+    held_out = {"train": ("val", "test"), "trainval": ("test",), "all": ()}[train]
+    test = next((s for s in held_out if s in layout.entries), None)
+    for part, split in (("train", train), ("test", test or train)):
+        entry = layout.entries[split] | ({"PART": part} if test is None else {})
         cfg.DATASETS.CUSTOM[f"data_{part}"] = CfgNode(entry, new_allowed=True)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("data_train",), ("data_test",)
-    classes = _classes(entries["train"])
-    section = SECTIONS.get(cfg.MODEL.META_ARCHITECTURE)
-    if section is not None and f"MODEL.{section}.NUM_CLASSES" not in changed:
-        cfg.MODEL[section].NUM_CLASSES = len(classes)
+    classes = _classes(layout.entries[train])
+    key = num_classes_key(cfg)
+    if key not in (None, *changed):
+        cfg.merge_from_list([key, len(classes)])
     return (
         f"{path} has the {layout.format.upper()} layout, with {', '.join(layout.entries)}, and "
         f"{len(classes)} classes: {', '.join(classes[:20])}{', ...' * (len(classes) > 20)}. "
-        f"Trained on {train}, {held_out}"
+        f"Trained on {train}, tested on "
+        + (test or "a tenth of it, which is held out, chosen by the names of the images")
     )
 
 
@@ -119,26 +111,20 @@ def _yolo(file: str) -> dict[str, dict]:
 
 
 def _voc_in(folder: str) -> dict[str, dict]:
-    for root in (folder, *sorted(glob(os.path.join(escape(folder), "*", "")))):
-        parts = ("Annotations", os.path.join("ImageSets", "Main"))
-        if not all(os.path.isdir(os.path.join(root, part)) for part in parts):
-            continue
-        root = os.path.normpath(root)
-        splits = [s for s in SPLITS if os.path.isfile(os.path.join(root, parts[1], f"{s}.txt"))]
-        classes = sorted({name for split in splits for name in names_of_objects(root, split)})
-        common = {"FORMAT": "voc", "ROOT": root, "CLASSES": classes}
-        return {split: common | {"SPLIT": split} for split in splits}
+    for root in (folder, *sorted(glob(os.path.join(escape(folder), "*")))):
+        lists = os.path.join(root, "ImageSets", "Main")
+        if os.path.isdir(os.path.join(root, "Annotations")) and os.path.isdir(lists):
+            splits = [s for s in SPLITS if os.path.isfile(os.path.join(lists, f"{s}.txt"))]
+            classes = sorted({name for split in splits for name in names_of_objects(root, split)})
+            common = {"FORMAT": "voc", "ROOT": root, "CLASSES": classes}
+            return {split: common | {"SPLIT": split} for split in splits}
     return {}
 
 
 def _coco_in(folder: str) -> dict[str, dict]:
-    top = escape(folder)
-    files = sorted(
-        f
-        for pattern in ("*.json", "annotations/*.json", "*/_annotations.coco.json")
-        for f in glob(os.path.join(top, pattern))
-        if not os.path.basename(f).startswith(_NO_BOXES)
-    )
+    patterns = ("*.json", "annotations/*.json", "*/_annotations.coco.json")
+    files = sorted(f for p in patterns for f in glob(os.path.join(escape(folder), p)))
+    files = [f for f in files if not os.path.basename(f).startswith(_NO_BOXES)]
     entries: dict[str, dict] = {}
     for file in files:
         split = _split_of(file) or ("all" if len(files) == 1 else None)
@@ -162,17 +148,14 @@ def _split_of(file: str) -> str | None:
 
 
 def _coco_entry(file: str) -> dict:
-    """With the folder where the first image is."""
+    """The entry of an annotation file, with the folder where its first image is."""
     images = parse_coco_json(file)["images"]
     name = next((x["file_name"] for x in images if isinstance(x, dict) and "file_name" in x), None)
     folder = os.path.dirname(file)
     stem = os.path.splitext(os.path.basename(file))[0].removeprefix("instances_")
-    above = os.path.dirname(folder)
-    candidates = [
-        os.path.join(parent, sub)
-        for parent in (folder, above)
-        for sub in ("", "images", stem, os.path.join("images", stem), "JPEGImages")
-    ]
+    below = ("", "images", stem, os.path.join("images", stem), "JPEGImages")
+    parents = (folder, os.path.dirname(folder))
+    candidates = [os.path.join(parent, sub) for parent in parents for sub in below]
     for candidate in candidates:
         if isinstance(name, str) and os.path.isfile(os.path.join(candidate, name)):
             return {"FORMAT": "coco", "JSON": file, "IMAGES": os.path.normpath(candidate)}

@@ -30,17 +30,12 @@ def with_float_coordinates(record: dict) -> dict:
     """A copy of a record, in Detectron2's format, whose coordinates are floating point."""
     record = dict(record)
     if "annotations" in record:
-        record["annotations"] = [_with_float_box(a) for a in record["annotations"]]
+        record["annotations"] = [dict(annotation) for annotation in record["annotations"]]
+    for annotation in record.get("annotations", ()):
+        annotation["bbox"] = [float(x) for x in annotation["bbox"]]
+        polygons = annotation.get("segmentation")
+        if isinstance(polygons, list):
+            annotation["segmentation"] = [np.asarray(p, dtype=np.float64) for p in polygons]
     if "proposal_boxes" in record:
         record["proposal_boxes"] = np.asarray(record["proposal_boxes"], dtype=np.float64)
     return record
-
-
-def _with_float_box(annotation: dict) -> dict:
-    annotation = dict(annotation)
-    annotation["bbox"] = [float(x) for x in annotation["bbox"]]
-    if isinstance(annotation.get("segmentation"), list):
-        annotation["segmentation"] = [
-            np.asarray(polygon, dtype=np.float64) for polygon in annotation["segmentation"]
-        ]
-    return annotation

@@ -4,7 +4,8 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from detectron2.structures import BoxMode
@@ -15,11 +16,16 @@ _NAMED = 10  # boxes of a kind that a warning names
 _DROPPED = {"annotation without image": "of images that the file does not list"}
 
 
+class UnknownCategory(ValueError):
+    """An annotation has a category that the data set does not list."""
+
+
 @dataclass
 class RawData:
     """A data set as it is on disk, faults and all.
 
-    The checks report what is wrong with it. Training is strict, see :meth:`dropped`.
+    Readers note what they cannot read, and go on. The checks report it; training raises the first
+    of these errors, see :meth:`dropped`.
 
     Attributes:
         name: of the data set or the split.
@@ -28,10 +34,10 @@ class RawData:
         images: with unique "id", "file_name", "height" and "width", as in COCO.
         annotations: as in COCO, with a "bbox" of four numbers, [x, y, width, height] in pixels.
         places: of each annotation, its file and what findings call it.
-        findings: what was found while reading, above all about entries that are in no list.
+        findings: about what is in no list, because it cannot be read.
         source: the file or split that it was read from.
-        label: what training calls the box of a finding that it drops.
-        error: what training raises, about the first entry that it refuses.
+        label: what the warning of training calls the box of a finding.
+        error: of the first entry that cannot be read.
     """
 
     name: str
@@ -42,7 +48,7 @@ class RawData:
     places: list[tuple[str, int | str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     source: str = ""
-    label: Callable[["RawData", Finding], str] = lambda _, f: f"{f.file}, {f.annotation}"
+    label: Callable[[Finding], str] = lambda f: f"{f.file}, {f.annotation}"
     error: Exception | None = None
 
     @property
@@ -50,21 +56,15 @@ class RawData:
         """The names of the categories, in the order of the class numbers."""
         return [category["name"] for category in self._ordered_categories()]
 
-    def add(
-        self, annotation: dict, file: str, place: int | str, error: Exception | None = None
-    ) -> int:
-        """Add an annotation, and return its number.
+    def add_image(self, number: int | str, file_name: str, size: tuple[int, int]) -> None:
+        """Add an image by its id, its file and its (height, width)."""
+        height, width = size
+        self.images.append({"id": number, "file_name": file_name, "height": height, "width": width})
 
-        Args:
-            error: what training raises if the category is not listed.
-        """
+    def add(self, annotation: dict, file: str, place: int | str) -> None:
+        """Add an annotation."""
         self.annotations.append(annotation)
         self.places.append((file, place))
-        index = len(self.places) - 1
-        if error is not None:
-            where = {"file": file, "image": annotation["image_id"], "annotation": place}
-            self.refuse(error, "unknown category", index=index, **where)
-        return index
 
     def refuse(self, error: Exception, kind: str = "broken entry", **where) -> None:
         """Note the error that training raises about an entry, and a finding with its text.
@@ -73,22 +73,28 @@ class RawData:
             where: the other attributes of :class:`Finding`, at least "file".
         """
         self.error = self.error or error
+        kind = "unknown category" if isinstance(error, UnknownCategory) else kind
         text = str(error).removeprefix(where["file"]).lstrip(":, ")
         self.findings.append(Finding(kind, text=text[:500], **where))
 
+    @contextmanager
+    def refusing(self, kind: str = "broken entry", **where) -> Iterator[None]:
+        """Leave the block at an OSError or a ValueError, and note it, see :meth:`refuse`."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.refuse(error, kind, **where)
+
     def finding(self, kind: str, index: int, text: str) -> Finding:
-        """About annotation number ``index``."""
+        """A finding about the annotation with an index."""
         file, place = self.places[index]
         return Finding(kind, file, text, self.annotations[index]["image_id"], place, index)
 
     def unlearnable(self) -> list[Finding]:
         """About annotations of images that are not listed, and boxes that cannot be learnt."""
         images = {image["id"]: image for image in self.images}
-        known = unsound(self.findings)
         findings = []
         for i, annotation in enumerate(self.annotations):
-            if i in known:
-                continue
             bbox, image = annotation["bbox"], images.get(annotation["image_id"])
             if image is None:
                 text = f"image {annotation['image_id']!r} is not listed"
@@ -98,17 +104,17 @@ class RawData:
         return findings
 
     def dropped(self) -> list[Finding]:
-        """The strict use: what training drops, after one warning that names it.
+        """What training drops, after one warning that names it.
 
         Raises:
-            OSError, ValueError: about the first entry that training refuses, with its file.
+            OSError, ValueError: about the first entry that cannot be read, with its file.
         """
         if self.error is not None:
             raise self.error
         findings = self.unlearnable()
         labels = defaultdict(list)
         for finding in findings:
-            labels[finding.kind].append(self.label(self, finding))
+            labels[finding.kind].append(self.label(finding))
         parts = [
             f"{len(names)} {_DROPPED.get(kind, f'with {kind}')} "
             f"({'; '.join(names[:_NAMED])}{'; ...' if len(names) > _NAMED else ''})"
@@ -122,13 +128,13 @@ class RawData:
         return findings
 
     def records(self, left_out: Container[int]) -> tuple[list[dict], list[list[int]]]:
-        """In Detectron2's format, without the annotations of some numbers.
+        """In Detectron2's format, without the annotations of some indices.
 
         Categories that are not listed keep their ids.
 
         Returns:
-            the records, with boxes as [x, y, width, height]; and of each one, the numbers that its
-            annotations have here.
+            the records, with boxes as [x, y, width, height]; and for each, the indices of its
+            annotations.
         """
         classes = {c["id"]: i for i, c in enumerate(self._ordered_categories())}
 
@@ -148,8 +154,7 @@ class RawData:
             {
                 "file_name": os.path.join(self.image_root, image["file_name"]),
                 "image_id": image["id"],
-                "height": image["height"],
-                "width": image["width"],
+                **{key: image[key] for key in ("height", "width")},
                 "annotations": [box(self.annotations[i]) for i in indices[image["id"]]],
             }
             for image in self.images
@@ -157,7 +162,7 @@ class RawData:
         return records, list(indices.values())
 
     def training_records(self) -> list[dict]:
-        """The records to train on, with boxes by their corners. See :meth:`dropped`."""
+        """The records to train on, with boxes as [x0, y0, x1, y1]. See :meth:`dropped`."""
         records, _ = self.records(unsound(self.dropped()))
         for box in (box for record in records for box in record["annotations"]):
             x, y, width, height = box["bbox"]

@@ -18,23 +18,18 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetFromList,
-    MetadataCatalog,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from detectron2.utils.file_io import PathManager
+from torch.utils.data import DataLoader, Dataset
 
+from ..checkpoint import read_checkpoint
 from .check import summary
-from .proposals import check_proposal_files
+from .classes import classes_of
 
-ON_BAD_IMAGE = ("raise", "skip")
-# Of DATALOADER.SAMPLER_TRAIN.
 _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 _MAX_SKIPPED_IN_A_ROW = 20
 # The key of an element of a batch that lists what was skipped before it.
@@ -80,10 +75,10 @@ class TrainingLoader:
                 "For another one override Trainer.build_train_loader; such a run does not resume "
                 "exactly"
             )
-        on_bad_image = cfg.DATALOADER.ON_BAD_IMAGE
-        if on_bad_image not in ON_BAD_IMAGE:
+        bad = cfg.DATALOADER.ON_BAD_IMAGE
+        if bad not in ("raise", "skip"):
             raise ValueError(
-                f"DATALOADER.ON_BAD_IMAGE must be one of {list(ON_BAD_IMAGE)}, got {on_bad_image!r}"
+                f"DATALOADER.ON_BAD_IMAGE must be one of ['raise', 'skip'], got {bad!r}"
             )
         batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
         if batch < 1 or batch % world:
@@ -91,29 +86,26 @@ class TrainingLoader:
                 f"SOLVER.IMS_PER_BATCH, {batch} images over all processes, must be a multiple of "
                 f"the {world} processes"
             )
-        grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
         if comm.is_main_process():
-            classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", ())
-            checked = summary(", ".join(cfg.DATASETS.TRAIN), records, classes)
+            names = cfg.DATASETS.TRAIN
+            checked = summary(", ".join(names), records, classes_of(names[0]) or ())
             logging.getLogger(__name__).info(checked)
+        grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
         self.wide = [grouped and r.get("width", 0) > r.get("height", 0) for r in records]
-        self.dataset = _SeededImages(DatasetFromList(records), mapper, on_bad_image == "skip")
+        self.dataset = _SeededImages(DatasetFromList(records), mapper, bad == "skip")
         self.num_skipped = 0
 
     def start(self, seed: int, first_batch: int) -> None:
-        """Where the next iteration over the batches begins.
+        """Set where the next iteration begins: after ``first_batch`` batches, which load no images.
 
-        Args:
-            seed: the same in all processes.
-            first_batch: how many batches a resumed run has had. They are passed over without
-                loading their images.
+        ``seed`` must be the same in all processes.
         """
         self.seed, self.first_batch = seed, first_batch
 
     def __iter__(self) -> Iterator[list[dict]]:
         loader = DataLoader(
             self.dataset,
-            batch_sampler=_BatchSampler(self),
+            batch_sampler=self._share_of_batches(),
             num_workers=self.cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
             worker_init_fn=leave_signals_to_the_trainer,
@@ -139,7 +131,13 @@ class TrainingLoader:
             shuffled = torch.randperm(len(records), generator=generator.manual_seed(subset_seed))
             records = shuffled[: int(len(records) * self.cfg.DATALOADER.RANDOM_SUBSET_RATIO)]
             generator.manual_seed(shuffle_seed)
-        factors = self._repeat_factors()
+        factors = None
+        if self.sampler == "RepeatFactorTrainingSampler":
+            factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+                self.dataset.records,
+                self.cfg.DATALOADER.REPEAT_THRESHOLD,
+                sqrt=self.cfg.DATALOADER.REPEAT_SQRT,
+            )
         while True:
             epoch = records
             if factors is not None:  # the fraction is the probability of one more time
@@ -147,15 +145,18 @@ class TrainingLoader:
                 epoch = records.repeat_interleave(factors.long() + more)
             yield from epoch[torch.randperm(len(epoch), generator=generator)].tolist()
 
-    def _repeat_factors(self) -> Tensor | None:
-        """How often each record is in an epoch, from the frequencies of its classes."""
-        if self.sampler != "RepeatFactorTrainingSampler":
-            return None
-        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            self.dataset.records,
-            self.cfg.DATALOADER.REPEAT_THRESHOLD,
-            sqrt=self.cfg.DATALOADER.REPEAT_SQRT,
-        )
+    def _share_of_batches(self) -> Iterator[list[tuple[int, int, int]]]:
+        """This process's share of batches of one orientation, as (seed, position, index)."""
+        number, rank, world = 0, comm.get_rank(), comm.get_world_size()
+        batches: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
+        for position, index in enumerate(self.indices()):
+            batch = batches[self.wide[index]]
+            batch.append((self.seed, position, index))
+            if len(batch) == self.cfg.SOLVER.IMS_PER_BATCH:
+                if number >= self.first_batch:
+                    yield batch[rank::world]
+                number += 1
+                batch.clear()
 
     def _count_skipped(self, batch: list[dict]) -> None:
         # In the process that trains: what workers log reaches no file.
@@ -170,41 +171,31 @@ class TrainingLoader:
             get_event_storage().put_scalar("skipped_images", self.num_skipped)
 
 
+def check_proposal_files(files: Sequence[str] | None) -> None:
+    """Read files of precomputed proposals as plain data, before Detectron2 unpickles them.
+
+    Raises:
+        ValueError: for a file that holds more than plain data, which could run code.
+    """
+    for file in files or ():
+        read_checkpoint(PathManager.get_local_path(file))
+
+
 def leave_signals_to_the_trainer(worker_id: int) -> None:
-    """For workers of a data loader: only the process that they work for tells them to end.
+    """For workers of a data loader: nothing but SIGTERM of the process that started them ends them.
 
     A cluster or a terminal sends its signals to all processes of a job.
     """
+
+    def end_with_the_trainer() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_the_trainer_says, daemon=True).start()
-
-
-def _end_when_the_trainer_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-class _BatchSampler(Sampler[list[tuple[int, int, int]]]):
-    """This process's share of batches of images in one orientation, as (seed, position, index)."""
-
-    def __init__(self, loader: TrainingLoader):
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        loader, number = self.loader, 0
-        rank, world = comm.get_rank(), comm.get_world_size()
-        batches: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
-        for position, index in enumerate(loader.indices()):
-            batch = batches[loader.wide[index]]
-            batch.append((loader.seed, position, index))
-            if len(batch) == loader.cfg.SOLVER.IMS_PER_BATCH:
-                if number >= loader.first_batch:
-                    yield batch[rank::world]
-                number += 1
-                batch.clear()
+    threading.Thread(target=end_with_the_trainer, daemon=True).start()
 
 
 class _SeededImages(Dataset):
@@ -238,7 +229,7 @@ class _SeededImages(Dataset):
 
 @contextmanager
 def _seeded(*numbers: int) -> Iterator[None]:
-    """Random numbers that depend on ``numbers`` alone; those of the surroundings go on after it."""
+    """Random numbers in the block depend on ``numbers`` alone; those outside of it go on."""
     states = np.random.get_state(), random.getstate(), torch.get_rng_state()
     seed_all(*numbers, cuda=False)
     try:

@@ -4,15 +4,15 @@ import math
 import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from contextlib import suppress
 
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 
-from .findings import Finding
 from .image_files import IMAGE_SUFFIXES, image_size
-from .raw_data import RawData
+from .raw_data import RawData, UnknownCategory
 
 
-def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = None) -> RawData:
+def read_voc(name: str, root: str, split: str, classes: Sequence[str]) -> RawData:
     """A split in VOC layout.
 
     Unlike Detectron2's loader it reads a split of one image, names with spaces, images in other
@@ -21,55 +21,40 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str] | None = N
     Args:
         root: the folder with ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
         split: a file of ``ImageSets/Main`` without ".txt"; each line names an image.
-        classes: all names of objects, in the order of the class numbers. Without them they are
-            those of the split, sorted.
+        classes: all names of objects, in the order of the class numbers.
 
     Raises:
         OSError: for a missing list of the split.
     """
-    classes = names_of_objects(root, split) if classes is None else list(classes)
+    labels: dict[tuple[str, str], str] = {}  # by image and object: with the corners as in the file
     data = RawData(
-        name, os.path.join(root, "JPEGImages"), source=f"{root}, split {split}", label=_label
+        name,
+        os.path.join(root, "JPEGImages"),
+        source=f"{root}, split {split}",
+        label=lambda finding: labels[finding.image, finding.annotation],
     )
     data.categories = [{"id": i + 1, "name": str(c)} for i, c in enumerate(classes)]
-    numbers = {c: i + 1 for i, c in enumerate(classes)}
     image_files = _find_image_files(data.image_root)
     for image in dict.fromkeys(split_names(root, split)):
         xml_file = annotation_file(root, image)
         file_name = image_files.get(image, f"{image}.jpg")
-        try:
+        with data.refusing(file=xml_file, image=image):
             tree = _parse_xml(xml_file)
-            height, width = _image_size(xml_file, tree, os.path.join(data.image_root, file_name))
-        except (OSError, ValueError) as error:
-            data.refuse(error, file=xml_file, image=image)
-            continue
-        data.images.append({"id": image, "file_name": file_name, "height": height, "width": width})
-        for i, element in enumerate(tree.findall("object")):
-            where, place = f"{xml_file}: <object> number {i + 1}", f"object {i + 1}"
-            category = element.findtext("name")
-            try:
-                bbox = _coco_box(*_corners(where, element))
-            except ValueError as error:
-                data.refuse(error, file=xml_file, image=image, annotation=place)
-                continue
-            # An unknown name is a category that is not listed.
-            annotation = {"image_id": image, "category_id": numbers.get(category, category)}
-            error = None
-            if category not in numbers:
-                error = ValueError(
-                    f"{where} has the <name> {category!r}, which CLASSES does not list: {classes}. "
-                    "It must list every <name> of the annotations, with the same spelling"
-                )
-            data.add(annotation | {"bbox": bbox}, xml_file, place, error)
+            size = _image_size(xml_file, tree, os.path.join(data.image_root, file_name))
+            data.add_image(image, file_name, size)
+            for i, element in enumerate(tree.findall("object")):
+                where, place = f"{xml_file}: <object> number {i + 1}", f"object {i + 1}"
+                with data.refusing(file=xml_file, image=image, annotation=place):
+                    corners = _corners(where, element)
+                    labels[image, place] = f"{image} ({', '.join(f'{x:g}' for x in corners)})"
+                    category, bbox = _category(where, element, classes), _coco_box(*corners)
+                    annotation = {"image_id": image, "category_id": category, "bbox": bbox}
+                    data.add(annotation, xml_file, place)
     return data
 
 
 def check_readable_by_pascal_voc_evaluator(root: str, records: Sequence[dict]) -> None:
-    """Report what Detectron2's evaluator cannot read, before the training, not after it.
-
-    Raises:
-        ValueError: naming the file, and what to do.
-    """
+    """Raise a ValueError for a file that Detectron2's evaluator cannot read."""
     for record in records:
         name = record["image_id"]
         file = annotation_file(root, name)
@@ -92,22 +77,20 @@ def names_of_objects(root: str, split: str) -> list[str]:
     """The names of the objects in a split, sorted; without the files that cannot be read."""
     names = set()
     for image in split_names(root, split):
-        try:
-            tree = _parse_xml(annotation_file(root, image))
-        except (OSError, ValueError):
-            continue
-        names |= {element.findtext("name") or "" for element in tree.findall("object")}
+        with suppress(OSError, ValueError):
+            objects = _parse_xml(annotation_file(root, image)).findall("object")
+            names |= {element.findtext("name") or "" for element in objects}
     return sorted(names)
 
 
 def split_names(root: str, split: str) -> list[str]:
-    """The images of a split. For a missing file there is an OSError."""
+    """The names of the images of a split."""
     with open(os.path.join(root, "ImageSets", "Main", f"{split}.txt"), encoding="utf-8") as file:
         return [line.strip() for line in file if line.strip()]
 
 
 def annotation_file(root: str, name: str) -> str:
-    """Where the annotations of an image are."""
+    """The file with the annotations of an image."""
     return os.path.join(root, "Annotations", f"{name}.xml")
 
 
@@ -119,20 +102,18 @@ def _parse_xml(file: str) -> ET.ElementTree:
 
 
 def _find_image_files(folder: str) -> dict[str, str]:
-    """File of each image by its name without suffix; JPEG files come before others."""
+    """The file of each image by its name without suffix; JPEG files come before others."""
     files = os.listdir(folder) if os.path.isdir(folder) else []
-    order = {suffix: i for i, suffix in enumerate(IMAGE_SUFFIXES)}
-    images = [f for f in files if os.path.splitext(f)[1].lower() in order]
-    images.sort(key=lambda f: order[os.path.splitext(f)[1].lower()], reverse=True)
-    return {os.path.splitext(f)[0]: f for f in images}
+    found = {}
+    for suffix in reversed(IMAGE_SUFFIXES):
+        found |= {os.path.splitext(f)[0]: f for f in files if f.lower().endswith(suffix)}
+    return found
 
 
 def _image_size(xml_file: str, tree: ET.ElementTree, image_file: str) -> tuple[int, int]:
     """(height, width) of an image."""
-    try:
+    with suppress(TypeError, ValueError):  # TypeError: no such element
         return int(tree.findtext("size/height")), int(tree.findtext("size/width"))
-    except (TypeError, ValueError):  # TypeError: no such element
-        pass
     try:
         return image_size(image_file)
     except OSError as error:
@@ -140,6 +121,16 @@ def _image_size(xml_file: str, tree: ET.ElementTree, image_file: str) -> tuple[i
             f"{xml_file} has no <size> with whole numbers, and the image {image_file} cannot be "
             f"read: {error}"
         ) from error
+
+
+def _category(where: str, element: ET.Element, classes: Sequence[str]) -> int:
+    name = element.findtext("name")
+    if name not in classes:
+        raise UnknownCategory(
+            f"{where} has the <name> {name!r}, which CLASSES does not list: {list(classes)}. It "
+            "must list every <name> of the annotations, with the same spelling"
+        )
+    return list(classes).index(name) + 1
 
 
 def _corners(where: str, element: ET.Element) -> list[float]:
@@ -162,13 +153,3 @@ def _coco_box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
     Both pixels belong to the box, but where they are the same it has no area.
     """
     return [x0 - 1, y0 - 1, x1 - x0 + (x1 > x0), y1 - y0 + (y1 > y0)]
-
-
-def _label(data: RawData, finding: Finding) -> str:
-    corners = _voc_corners(*data.annotations[finding.index]["bbox"])
-    return f"{finding.image} ({', '.join(f'{x:g}' for x in corners)})"
-
-
-def _voc_corners(x: float, y: float, width: float, height: float) -> list[float]:
-    """The inverse of :func:`_coco_box`."""
-    return [x + 1, y + 1, x + 1 + width - (width > 0), y + 1 + height - (height > 0)]

@@ -31,16 +31,12 @@ def read_yolo(name: str, data_yaml: str, split: str) -> RawData:
         data.refuse(FileNotFoundError(text), "no image", file=described.file)
     for image_file in found:
         image = os.path.relpath(image_file, data.image_root)
-        try:
-            height, width = image_size(image_file)
-        except (OSError, ValueError) as error:
-            data.refuse(error, "unreadable image", file=image_file, image=image)
-            continue
         # Joined to a folder that is a link, ".." would lead to another place.
         file_name = os.path.abspath(image_file) if image.startswith("..") else image
-        data.images.append({"id": image, "file_name": file_name, "height": height, "width": width})
-        label_files.append(label_file(described, image_file))
-        _read_labels(data, label_files[-1], described.classes)
+        with data.refusing("unreadable image", file=image_file, image=image):
+            data.add_image(image, file_name, image_size(image_file))
+            label_files.append(label_file(described, image_file))
+            _read_labels(data, label_files[-1], described.classes)
     if label_files and not any(map(os.path.exists, label_files)):
         error = ValueError(
             f"None of the {len(label_files)} images of the split {split!r} of {described.file} has "
@@ -51,34 +47,22 @@ def read_yolo(name: str, data_yaml: str, split: str) -> RawData:
 
 
 def _read_labels(data: RawData, file: str, classes: Sequence[str]) -> None:
-    """Add what the label file of the last image has."""
+    """Add the boxes of the last image."""
     image, height, width = (data.images[-1][key] for key in ("id", "height", "width"))
-    try:
+    with data.refusing(file=file, image=image):  # a file that is not text
         for number, line in label_lines(file):
             place = f"line {number}"
-            try:
+            with data.refusing(file=file, image=image, annotation=place):
                 box = _parse_line(f"{file}, {place}", line, classes, height, width)
-            except ValueError as error:
-                data.refuse(error, file=file, image=image, annotation=place)
-            else:
                 data.add({"image_id": image} | box, file, place)
-    except (OSError, ValueError) as error:  # no text
-        data.refuse(error, file=file, image=image)
 
 
 def _parse_line(where: str, line: str, classes: Sequence[str], height: int, width: int) -> dict:
     """The annotation of a line: "class x y width height" or "class x0 y0 x1 y1 x2 y2 ...".
 
-    Args:
-        where: the file and the line, for errors.
-        height, width: of the image, in pixels.
-
     Returns:
-        "category_id", "bbox" and for a polygon "segmentation", as in COCO, in pixels. The box may
-        have no area.
-
-    Raises:
-        ValueError: for a line of another form, an unknown class, and values outside of [0, 1].
+        "category_id", "bbox" and for a polygon "segmentation", as in COCO, in pixels of the image
+        of ``height`` and ``width``. The box may have no area.
     """
     try:
         number, *values = map(float, line.split())

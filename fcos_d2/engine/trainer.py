@@ -27,8 +27,11 @@ from ..data import (
     class_names,
     with_class_names,
 )
-from ..data.proposals import check_proposal_files
-from ..data.training_loader import leave_signals_to_the_trainer, seed_all
+from ..data.training_loader import (
+    check_proposal_files,
+    leave_signals_to_the_trainer,
+    seed_all,
+)
 from ..modeling import FCOSWithTTA
 from ..modeling.backbone import check_random_start
 from .amp import AutocastTrainer, amp_dtype

@@ -13,8 +13,13 @@ from test_yolo import write_yolo
 
 from fcos_d2.config import get_cfg
 from fcos_d2.data import check
-from fcos_d2.data.coco import read_coco, training_file
+from fcos_d2.data.coco import cleaned, read_coco, training_file
+from fcos_d2.data.custom import read_entry
+from fcos_d2.data.findings import count
 from fcos_d2.data.layouts import recognise
+from fcos_d2.data.raw_data import RawData
+from fcos_d2.data.voc import names_of_objects, read_voc
+from fcos_d2.data.yolo import read_yolo
 
 # Annotation 1 is good; the kinds of the others, in an image of 40 x 30 pixels.
 BOXES = {
@@ -78,7 +83,7 @@ def found_in(data):
 
 def test_faults_of_annotations(tmp_path):
     file = str(broken_coco(tmp_path))
-    findings = found_in(check.read_coco("pets", file, str(tmp_path)))
+    findings = found_in(read_coco("pets", file, str(tmp_path)))
     by_annotation = [(f.annotation, f.kind) for f in findings if f.annotation is not None]
     expected = [(i, kind) for i, (_, kind) in BOXES.items() if kind]
     expected += [
@@ -105,22 +110,22 @@ def test_faults_of_annotations(tmp_path):
         ],
         key=str,
     )
-    assert check.count(findings)["error"] == 7 + 4 + 5  # of boxes, other annotations, others
+    assert count(findings)["error"] == 7 + 4 + 5  # of boxes, other annotations, others
 
 
 def test_cleaned(tmp_path):
     file = broken_coco(tmp_path)
-    data = check.read_coco("pets", str(file), str(tmp_path))
+    data = read_coco("pets", str(file), str(tmp_path))
     clean = tmp_path / "clean.json"
-    clean.write_text(json.dumps(check.cleaned(data, found_in(data))))
+    clean.write_text(json.dumps(cleaned(data, found_in(data))))
     # The loader need not repair it.
     assert training_file(read_coco("pets", str(clean), str(tmp_path))) == str(clean)
     content = json.loads(clean.read_text())
     boxes = {tuple(a["bbox"]) for a in content["annotations"] if a["image_id"] == 1}
     # Clipped is 9, from 35 to 40.
     assert boxes == {(2, 2, 10, 10), (2, 2, 10, 10.2), (30.5, 20, 10, 10.5), (35, 20, 5, 5)}
-    again = check.read_coco("pets", str(clean), str(tmp_path))
-    assert check.count(found_in(again))["error"] == 0
+    again = read_coco("pets", str(clean), str(tmp_path))
+    assert count(found_in(again))["error"] == 0
 
 
 def test_faults_of_images(tmp_path):
@@ -153,7 +158,7 @@ def test_faults_of_images(tmp_path):
         "turned.jpg": ["other size than annotated", "turned by EXIF"],
         "turned.tif": ["TIFF turned by EXIF"],
     }  # fmt: skip
-    data = check.RawData("pets", str(tmp_path))
+    data = RawData("pets", str(tmp_path))
     data.images = [{"id": n, "file_name": n, "height": 30, "width": 40} for n in expected]
     findings, hashes = check.check_images(data)
     kinds = {name: [f.kind for f in findings if f.image == name] for name in expected}
@@ -168,7 +173,7 @@ def test_faults_of_images(tmp_path):
     leaks = check.check_same_images({"train": {good: hashes[good]}, "test": of_test})
     assert [(f.kind, f.file) for f in leaks] == [("image in two sets", "a copy.png")]
 
-    kept = {image["id"] for image in check.cleaned(data, findings)["images"]}
+    kept = {image["id"] for image in cleaned(data, findings)["images"]}
     assert kept == {"good.png", "GOOD.JPG", "Käfer.bmp", "upside down.jpg"}
 
 
@@ -178,7 +183,7 @@ def test_voc(tmp_path):
               ("cat", "dog", "dog", "dog", "dog"))  # fmt: skip
     (root / "Annotations" / "b.xml").write_text("<annotation>")
     (root / "ImageSets" / "Main" / "train.txt").write_text("a\nb\nc\n")
-    data = check.read_voc("pets", str(root), "train", ["dog", "cow"])
+    data = read_voc("pets", str(root), "train", ["dog", "cow"])
     findings = {(f.file.rpartition("/")[2], f.annotation): f.kind for f in found_in(data)}
     assert findings == {
         ("a.xml", "object 1"): "unknown category",
@@ -190,7 +195,7 @@ def test_voc(tmp_path):
         ("c.xml", None): "broken entry",
         ("pets", None): "class without boxes",
     }
-    assert [c["name"] for c in check.read_voc("x", str(root), "train").categories] == ["cat", "dog"]
+    assert names_of_objects(str(root), "train") == ["cat", "dog"]
 
 
 def test_yolo(tmp_path):
@@ -199,7 +204,7 @@ def test_yolo(tmp_path):
     )
     (tmp_path / "images" / "train" / "c.png").write_text("not an image")
     (tmp_path / "labels" / "train" / "b.txt").write_bytes(b"\xff\xfe")
-    data = check.read_yolo("pets", root, "train")
+    data = read_yolo("pets", root, "train")
     findings = {(f.file.rpartition("/")[2], f.annotation): f.kind for f in found_in(data)}
     assert findings == {
         ("a.txt", "line 2"): "broken entry",
@@ -215,19 +220,19 @@ def test_yolo(tmp_path):
 def test_yolo_without_label_files(tmp_path):
     root = write_yolo(tmp_path)
     (tmp_path / "labels").rename(tmp_path / "elsewhere")
-    kinds = {(f.kind, f.severity) for f in check.read_yolo("pets", root, "train").findings}
+    kinds = {(f.kind, f.severity) for f in read_yolo("pets", root, "train").findings}
     assert kinds == {("broken entry", "error")}
 
 
 def test_yolo_images_of_a_list_that_are_not_there(tmp_path):
     root = write_yolo(tmp_path, yaml="train: list.txt\nnames: [cat]")
     (tmp_path / "list.txt").write_text("gone.png\nimages/train/a.png\ngone too.png\n")
-    data = check.read_yolo("pets", root, "train")
+    data = read_yolo("pets", root, "train")
     assert [(f.kind, f.text.rpartition("/")[2]) for f in data.findings] == [
         ("no image", "list.txt, line 1: the image gone.png is not there"),
         ("no image", "list.txt, line 3: the image gone too.png is not there"),
     ]
-    assert len(data.images) == 1 and len(check.cleaned(data, data.findings)["images"]) == 1
+    assert len(data.images) == 1 and len(cleaned(data, data.findings)["images"]) == 1
 
 
 def test_data_registered_in_python(tmp_path):
@@ -271,7 +276,7 @@ def test_classes_of_several_sets():
     sets = []
     for name, classes in (("a", "xy"), ("b", "yx"), ("c", "xyz"), ("d", "xy")):
         categories = [{"id": i, "name": c} for i, c in enumerate(classes)]
-        sets.append(check.RawData(name, "", categories))
+        sets.append(RawData(name, "", categories))
     findings = check.check_sets(sets)
     assert [f.file for f in findings] == ["b", "c"]
     assert "in another order than a" in findings[0].text and "unlike a" in findings[1].text
@@ -309,7 +314,7 @@ def test_layouts(tmp_path):
         layout = recognise(str(tmp_path / path))
         assert (layout.format, list(layout.entries)) == (name, splits), path
         for split, entry in layout.entries.items():
-            assert len(check.read_entry(split, entry).images) >= 1
+            assert len(read_entry(split, entry).images) >= 1
     assert layout.entries["all"]["IMAGES"] == str(tmp_path / "one" / "images")
     assert recognise(str(tmp_path / "voc")).entries["train"]["CLASSES"] == ["cat"]
 

@@ -17,7 +17,7 @@ _SAME = 0.8
 
 
 def check_annotations(data: RawData, nearly_twice: bool = True) -> list[Finding]:
-    """What is wrong with the boxes and classes of a data set, without those found in reading it.
+    """What is wrong with the boxes and classes that were read.
 
     Args:
         nearly_twice: also compare each box with all others of its image, which takes most of the
@@ -26,17 +26,17 @@ def check_annotations(data: RawData, nearly_twice: bool = True) -> list[Finding]
     images = {image["id"]: image for image in data.images}
     names = {category["id"]: category["name"] for category in data.categories}
     findings = data.unlearnable()
-    bad = unsound([*data.findings, *findings])
+    bad = unsound(findings)
     first: dict[tuple, int] = {}
     sound = defaultdict(list)  # by image, without those that are there twice
     for i, annotation in enumerate(data.annotations):
         if i in bad:
             continue
         bbox, image = annotation["bbox"], images[annotation["image_id"]]
-        kind = _fault_of_place(bbox, image)
-        if kind:
-            findings.append(data.finding(kind, i, box_text(bbox, image)))
-        if kind and kind != "box beyond the edge":
+        fault = _fault_of_place(bbox, image)
+        if fault:
+            findings.append(data.finding(fault, i, box_text(bbox, image)))
+        if fault and fault != "box beyond the edge":
             continue
         is_crowd = annotation.get("iscrowd", 0)
         if is_crowd:
@@ -44,26 +44,25 @@ def check_annotations(data: RawData, nearly_twice: bool = True) -> list[Finding]
         box = (annotation["image_id"], *(round(x, 2) for x in bbox))
         other = first.setdefault(box, i)
         if other != i:
+            kind, text = "box twice", f"the same box as {data.places[other][1]}"
             of_class = data.annotations[other]["category_id"]
-            same = of_class == annotation["category_id"]
-            kind = "box twice" if same else "box twice, of two classes"
-            text = f"the same box as {data.places[other][1]}"
-            text += "" if same else f", which is a {names[of_class]}"
+            if of_class != annotation["category_id"]:
+                kind, text = f"{kind}, of two classes", f"{text}, which is a {names[of_class]}"
             findings.append(data.finding(kind, i, text))
         elif not is_crowd:
             sound[annotation["image_id"]].append(i)
     for indices in sound.values() if nearly_twice else ():
         findings += _nearly_twice(data, indices)
-    return [*findings, *_about_images(data), *_about_classes(data)]
+    return [*findings, *_about_images_and_classes(data)]
 
 
 def summary(name: str, records: Sequence[dict], classes: Sequence[str]) -> str:
-    """What is wrong with records in Detectron2's format, in one line: all that takes little time.
+    """What is wrong with records in Detectron2's format, in one line, without slow checks.
 
-    Records that do not say the size of their image are left out.
+    Records without the size of their image are left out.
 
     Args:
-        classes: their names; any number is one if there are none.
+        classes: their names; without them each number is a class.
     """
     records = [r for r in records if "height" in r and "width" in r]
     if not classes:
@@ -73,13 +72,14 @@ def summary(name: str, records: Sequence[dict], classes: Sequence[str]) -> str:
     findings = [*data.findings, *check_annotations(data, nearly_twice=False)]
     kinds = Counter(f.kind for f in findings if f.severity != "note")
     found = ", ".join(f"{kind} ({number})" for kind, number in kinds.most_common())
-    return f"{name}: {len(data.images)} images, {len(data.annotations)} boxes; " + (
+    boxes = sum(len(r.get("annotations", ())) for r in records)
+    return f"{name}: {len(records)} images, {boxes} boxes; " + (
         f"{found}: tools/check_dataset.py says where" if found else "their annotations are fine"
     )
 
 
 def check_sets(sets: Sequence[RawData]) -> list[Finding]:
-    """Data sets that are to be trained and tested with together: whether classes are the same."""
+    """Compare the classes of data sets for the training and the test of one detector."""
     findings = []
     for data in sets[1:]:
         theirs, first = data.classes, sets[0].classes
@@ -123,16 +123,13 @@ def _nearly_twice(data: RawData, indices: Sequence[int]) -> Iterator[Finding]:
             yield data.finding("box nearly twice", indices[n], text)
 
 
-def _about_images(data: RawData) -> Iterator[Finding]:
+def _about_images_and_classes(data: RawData) -> Iterator[Finding]:
     annotated = {annotation["image_id"] for annotation in data.annotations}
     for image in data.images:
         if image["id"] not in annotated:
             yield Finding("image without boxes", image["file_name"], "", image["id"])
-
-
-def _about_classes(data: RawData) -> Iterator[Finding]:
-    counts = Counter(annotation["category_id"] for annotation in data.annotations)
+    used = {annotation["category_id"] for annotation in data.annotations}
     for category in data.categories:
-        if not counts[category["id"]]:
+        if category["id"] not in used:
             text = f"{category['name']} has no box in {data.name}"
             yield Finding("class without boxes", data.name, text)

@@ -19,16 +19,12 @@ def check_images(data: RawData, progress: bool = False) -> tuple[list[Finding], 
     Returns:
         what is wrong with them; and by file, a hash of the pixels of each that could be read.
     """
+    files = [os.path.join(data.image_root, image["file_name"]) for image in data.images]
     findings, hashes = [], {}
-
-    def look(image: dict) -> tuple[list[tuple[str, str]], bytes | None]:
-        return _look(_file(data, image), image["height"], image["width"])
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(look, data.images)
-        bar = tqdm(results, data.name, len(data.images), unit=" images", disable=not progress)
-        for image, (faults, digest) in zip(data.images, bar, strict=True):
-            file = _file(data, image)
+        results = pool.map(_look, files, data.images)
+        bar = tqdm(results, data.name, len(files), unit=" images", disable=not progress)
+        for file, image, (faults, digest) in zip(files, data.images, bar, strict=True):
             findings += [Finding(kind, file, text, image["id"]) for kind, text in faults]
             if digest is not None:
                 hashes[file] = digest
@@ -54,11 +50,7 @@ def check_same_images(hashes: Mapping[str, Mapping[str, bytes]]) -> list[Finding
     return findings
 
 
-def _file(data: RawData, image: dict) -> str:
-    return os.path.join(data.image_root, image["file_name"])
-
-
-def _look(file: str, height: int, width: int) -> tuple[list[tuple[str, str]], bytes | None]:
+def _look(file: str, image: dict) -> tuple[list[tuple[str, str]], bytes | None]:
     """The kinds of findings about an image with their details, and the hash of its pixels."""
     if not os.path.isfile(file):
         return [("no image", "there is no such file")], None
@@ -67,9 +59,10 @@ def _look(file: str, height: int, width: int) -> tuple[list[tuple[str, str]], by
     except Exception as error:  # of many kinds, in broken headers
         return [("unreadable image", f"{type(error).__name__}: {error}")], None
     faults = []
-    if size != (height, width):
-        text = f"{size[1]} x {size[0]}, but annotated as {width} x {height}"
-        text += ", which is its size before it is turned by EXIF" * (size == (width, height))
+    annotated = image["height"], image["width"]
+    if size != annotated:
+        text = f"{size[1]} x {size[0]}, but annotated as {annotated[1]} x {annotated[0]}"
+        text += ", which is its size before it is turned by EXIF" * (size == annotated[::-1])
         faults.append(("other size than annotated", text))
     if turn != 1:
         faults.append(("turned by EXIF", f"orientation {turn}: boxes must fit the turned image"))
@@ -78,13 +71,11 @@ def _look(file: str, height: int, width: int) -> tuple[list[tuple[str, str]], by
     except ValueError as error:
         return [*faults, ("more than 8 bits", str(error))], None
     try:
-        with Image.open(file) as image:
-            if image.format == "TIFF" and turn != 1:
-                text = (
-                    f"orientation {turn}: PIL turns it, and Detectron2 does again. Save it upright"
-                )
-                faults[-1] = ("TIFF turned by EXIF", text)
-            pixels = image.convert("RGB")
+        with Image.open(file) as opened:
+            if opened.format == "TIFF" and turn != 1:
+                text = f"orientation {turn}: PIL turns it, and Detectron2 does again."
+                faults[-1] = ("TIFF turned by EXIF", f"{text} Save it upright")
+            pixels = opened.convert("RGB")
     except Exception as error:  # of many kinds, in broken files
         return [*faults, ("truncated image", f"{type(error).__name__}: {error}")], None
     digest = hashlib.blake2b(f"{pixels.size}".encode(), digest_size=16)

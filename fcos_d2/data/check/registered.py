@@ -1,4 +1,4 @@
-"""The data sets of a config, and others that are registered with Detectron2, as they are."""
+"""Reads the data sets of a config, and others that are registered with Detectron2."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from ..classes import classes_of
 from ..coco import read_coco
 from ..custom import load_dataset, read_entry
 from ..image_files import image_size
-from ..raw_data import RawData
+from ..raw_data import RawData, UnknownCategory
 from ..voc import read_voc
 
 
@@ -28,7 +29,7 @@ def read_registered(cfg: CfgNode, name: str) -> RawData:
         if metadata.get("evaluator_type") == "pascal_voc":
             return read_voc(name, metadata.dirname, metadata.split, metadata.thing_classes)
     records = load_dataset(cfg, name)
-    return read_records(name, records, MetadataCatalog.get(name).get("thing_classes", ()))
+    return read_records(name, records, classes_of(name) or ())
 
 
 def read_records(name: str, records: Sequence[dict], classes: Sequence[str]) -> RawData:
@@ -37,23 +38,25 @@ def read_records(name: str, records: Sequence[dict], classes: Sequence[str]) -> 
     data.categories = [{"id": i + 1, "name": str(c)} for i, c in enumerate(classes)]
     for i, record in enumerate(records):
         file = record["file_name"]
-        try:
-            if "height" in record and "width" in record:
-                height, width = record["height"], record["width"]
-            else:
-                height, width = image_size(file)
-        except (OSError, ValueError) as error:
-            data.refuse(error, "unreadable image", file=file, image=i)
-            continue
-        data.images.append({"id": i, "file_name": file, "height": height, "width": width})
-        for j, annotation in enumerate(record.get("annotations", ())):
-            bbox = [float(x) for x in annotation["bbox"]]
-            if annotation["bbox_mode"] != BoxMode.XYWH_ABS:
-                bbox = BoxMode.convert(bbox, annotation["bbox_mode"], BoxMode.XYWH_ABS)
-            category, place = annotation["category_id"], f"annotation {j}"
-            box = {"image_id": i, "category_id": category + 1, "bbox": list(bbox)}
-            error = None
-            if category not in range(len(classes)):
-                error = ValueError(f"{file}: {place} has the class {category}, which is not listed")
-            data.add(box | {"iscrowd": annotation.get("iscrowd", 0)}, file, place, error)
+        with data.refusing("unreadable image", file=file, image=i):
+            known = "height" in record and "width" in record
+            size = (record["height"], record["width"]) if known else image_size(file)
+            data.add_image(i, file, size)
+            for j, annotation in enumerate(record.get("annotations", ())):
+                place = f"annotation {j}"
+                try:
+                    box = _coco_annotation(annotation, len(classes))
+                    data.add({"image_id": i} | box, file, place)
+                except ValueError as error:
+                    data.refuse(error, file=file, image=i, annotation=place)
     return data
+
+
+def _coco_annotation(annotation: dict, num_classes: int) -> dict:
+    bbox, mode = [float(x) for x in annotation["bbox"]], annotation["bbox_mode"]
+    if mode != BoxMode.XYWH_ABS:
+        bbox = list(BoxMode.convert(bbox, mode, BoxMode.XYWH_ABS))
+    category = annotation["category_id"]
+    if category not in range(num_classes):
+        raise UnknownCategory(f"has the class {category}, which is not listed")
+    return {"category_id": category + 1, "bbox": bbox, "iscrowd": annotation.get("iscrowd", 0)}
