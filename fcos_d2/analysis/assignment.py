@@ -28,11 +28,19 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
+from torch import Tensor
 from tqdm import tqdm
 
 from ..modeling import FCOS
 from .positives import assign, boxes_at_test_resize
-from .statistics import SIZES, AssignmentStatistics, BoxStatistics, LevelStatistics, SizeStatistics
+from .statistics import (
+    SIZES,
+    AssignmentStatistics,
+    BoxStatistics,
+    LevelStatistics,
+    SizeStatistics,
+    share,
+)
 
 
 def analyze_assignment(
@@ -81,18 +89,27 @@ def analyze_assignment(
         crowds, no_areas = crowds + crowd, no_areas + no_area
     sizes, owned = torch.cat(sizes), torch.cat(owned)
     by_level = owned.sum(dim=0).tolist(), *ambiguous.tolist()
-    by_size = zip(SIZES, (owned[sizes == i].sum(dim=1) for i in range(len(SIZES))), strict=True)
+    total = _of_size("all", owned)
+    shares = [share(n, total.positives) for n in ambiguous.sum(dim=1).tolist()]
     return AssignmentStatistics(
-        images=len(records),
+        len(records),
+        total.boxes,
+        total.recalled,
+        total.positives,
+        total.recall,
+        *shares,
         crowd_left_out=crowds,
         no_area_left_out=no_areas,
         levels=tuple(map(LevelStatistics, names, detector.levels.strides, *by_level)),
-        sizes=tuple(
-            SizeStatistics(name, len(n), int((n > 0).sum()), int(n.sum())) for name, n in by_size
-        ),
+        sizes=tuple(_of_size(name, owned[sizes == i]) for i, name in enumerate(SIZES)),
         settings=_settings(cfg, detector),
         of_boxes=BoxStatistics(names, tuple(numbers), torch.cat(sides), owned),
     )
+
+
+def _of_size(name: str, owned: Tensor) -> SizeStatistics:
+    """``owned``: (M, L) locations that each box owns on each level."""
+    return SizeStatistics(name, len(owned), int(owned.any(dim=1).sum()), int(owned.sum()))
 
 
 def analyze_boxes(
