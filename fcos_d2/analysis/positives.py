@@ -5,6 +5,7 @@ Shapes: M boxes of an image, P positives.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import (
@@ -22,8 +23,8 @@ from ..modeling.backbone import padded_size
 from ..modeling.target_assignment import Positives, cell_numbers
 from .inspection import image_scale
 
-# The areas in pixels of the original image that COCO's second and third size begin at. The area is
-# the box's: COCO's own evaluation takes the mask's, which not every data set has.
+# Where COCO's second and third size begin, in pixels of the original image. The area is the box's:
+# COCO's own evaluation takes the mask's, which not every data set has.
 _SIZE_BEGINS = (32**2, 96**2)
 
 
@@ -48,7 +49,9 @@ def boxes_at_test_resize(
     resized = [{k: a[k] for k in ("bbox", "bbox_mode", "category_id")} for a in annotations]
     resized = [transform_instance_annotations(a, resize, size) for a in resized]
     image = annotations_to_instances(resized, size)
-    image.coco_size = torch.tensor([_coco_size(a) for a in annotations], dtype=torch.int64)
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS) for a in annotations]
+    areas = [width * height for _, _, width, height in boxes]
+    image.coco_size = torch.from_numpy(np.digitize(areas, _SIZE_BEGINS))
     image.annotation = torch.arange(len(annotations))
     is_crowd = torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations], dtype=torch.bool)
     is_crowd &= not include_crowd
@@ -67,19 +70,12 @@ def resize_for_test(cfg: CfgNode, height: int, width: int) -> tuple[Transform, t
     return ResizeTransform(height, width, *size), size
 
 
-def _coco_size(annotation: dict) -> int:
-    _, _, width, height = BoxMode.convert(
-        annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS
-    )
-    return sum(width * height >= begin for begin in _SIZE_BEGINS)
-
-
 def level_shapes(
     backbone: Backbone, levels: Levels, height: int, width: int
 ) -> tuple[tuple[int, int], ...]:
     """(height, width) in cells of each level, for an image of (height, width) pixels.
 
-    Exact for ResNet and FPN: their strided convolutions and poolings halve, rounding up.
+    The strided convolutions and poolings of ResNet and FPN halve, rounding up.
     """
     height, width = padded_size(backbone, height, width)
     return tuple((-(-height // stride), -(-width // stride)) for stride in levels.strides)
@@ -122,7 +118,6 @@ def locate_positives(cfg: CfgNode, model: FCOS, record: dict) -> LocatedPositive
     """Assign the boxes of an image at the test resize; training may resize otherwise.
 
     Args:
-        cfg: of the model.
         record: in Detectron2's format, with "height", "width" and "annotations".
 
     Raises:

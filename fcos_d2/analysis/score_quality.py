@@ -38,11 +38,11 @@ class ScoresAndIoUs:
 def scores_and_ious(
     predictor: Predictor, cfg: CfgNode, records: Sequence[dict], *, progress: bool = False
 ) -> ScoresAndIoUs:
-    """Compare the candidates of images with their ground truth.
+    """Compare the candidates of images with their ground truth, which crowds are no part of.
 
     Args:
         predictor: of an FCOS, made of ``cfg``.
-        records: in Detectron2's format, with the files of images. Crowds are not ground truth.
+        records: in Detectron2's format, with the files of images.
         progress: show a progress bar.
 
     Raises:
@@ -84,9 +84,8 @@ def scores_figure(points: ScoresAndIoUs, quality: str, score_fusion: str) -> Fig
         axes.plot([0, 1], [0, 1], "--", color="black", linewidth=1)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=name)
         axes.set_ylabel("IoU with the ground truth of the class")
-        found = points.iou >= 0.5
-        pairs = (scores, points.iou), (scores[found], points.iou[found])
-        correlations = (rank_correlation(*pair) for pair in pairs)
+        chosen = (slice(None), points.iou >= 0.5)
+        correlations = [rank_correlation(scores[x], points.iou[x]) for x in chosen]
         numbers = ("-" if c is None else f"{c:.2f}" for c in correlations)
         axes.set_title("rank correlation {}, of IoU ≥ 0.5: {}".format(*numbers), fontsize=10)
     figure.suptitle(f"{len(points.iou):,} candidates (before NMS), {points.images:,} image(s)")
@@ -98,10 +97,9 @@ def rank_correlation(a: Tensor, b: Tensor) -> float | None:
 
     1 where a larger value of one always means a larger value of the other, 0 where it says nothing.
     """
-    ranks = [_ranks(x) for x in (a, b)]
-    if len(a) < 2 or any(r.std() == 0 for r in ranks):
+    if len(a.unique()) < 2 or len(b.unique()) < 2:
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
 
 
 def _ranks(x: Tensor) -> np.ndarray:
