@@ -48,7 +48,7 @@ def _read_run(folder: Path, name: str, dataset: str, truth: COCO) -> Run:
         evaluation = BoxEvaluation(truth, json.loads(file.read_text()))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} has no detections on {dataset!r}: {error}") from error
-    rows = [dict(row) for row in metrics_rows(str(folder / "metrics.json"))]
+    rows = metrics_rows(str(folder / "metrics.json"))
     for row in rows:
         ap = row.get(f"{dataset}/bbox/AP", row.get("bbox/AP"))
         if ap is not None:
