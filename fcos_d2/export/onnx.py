@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # The largest difference to PyTorch that a file may have; see largest_difference for its unit.
 LIMIT = 1e-3
-_OPSET, _DEFORMABLE_OPSET = 18, 19
 # No size here is 0, 1 or that of another axis, which a graph would take for a constant; the
 # coarsest of the usual levels, of stride 128, has more than one cell on either side.
 _TRACED_SHAPE = (2, 3, 192, 320)
@@ -95,19 +94,18 @@ def to_onnx(
     model = copy.deepcopy(model).cpu().float().eval()
     model.runtime = Runtime()  # not compiled
     graph = (RawGraph if raw else DetectionGraph)(model).eval()
-    # Opened first: what cannot be written shall fail now, not in a minute.
+    settings = {
+        "outputs": "raw" if raw else "detections",
+        "input_type": input_type,
+        "class_names": None if class_names is None else list(class_names),
+        "min_size": min_size,
+        "max_size": max_size,
+    }
+    # Opened first: what cannot be written fails now, not in a minute.
     with replacing(file, own=True) as partial:
         proto = _export(graph, getattr(torch, input_type), opset)
-        metadata = _metadata(
-            model,
-            outputs="raw" if raw else "detections",
-            input_type=input_type,
-            class_names=None if class_names is None else list(class_names),
-            min_size=min_size,
-            max_size=max_size,
-        )
-        for key, value in metadata.items():
-            proto.metadata_props.add(key=key, value=value)
+        for key, value in (_metadata(model) | settings).items():
+            proto.metadata_props.add(key=key, value=json.dumps(value))
         partial.write(proto.SerializeToString())
         partial.flush()
         difference = largest_difference(model, partial.name)
@@ -144,7 +142,7 @@ def _check_model(model: FCOS) -> None:
 
 def _check_opset(model: FCOS, opset: int | None) -> int:
     deformable = any(isinstance(m, PortableDeformConv) for m in model.modules())
-    lowest = _DEFORMABLE_OPSET if deformable else _OPSET
+    lowest = 19 if deformable else 18
     opset = lowest if opset is None else opset
     if opset < lowest:
         reason = " with deformable convolutions" if deformable else ""
@@ -166,7 +164,12 @@ def _check_packages() -> None:
 
 def _export(graph: RawGraph, dtype: torch.dtype, opset: int) -> "onnx.ModelProto":
     images = torch.zeros(_TRACED_SHAPE, dtype=dtype)
-    with torch.no_grad(), _quiet():
+    logger = logging.getLogger("onnx_ir")
+    with torch.no_grad(), warnings.catch_warnings(), ExitStack() as end:
+        # The exporter's warnings are about its own parts.
+        warnings.simplefilter("ignore")
+        end.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         program = torch.onnx.export(
             graph,
             (images,),
@@ -194,34 +197,22 @@ def _onnx_nms(boxes, scores, limit: int, iou: float):
     )
 
 
-@contextmanager
-def _quiet():
-    """Without the exporter's warnings, which are about its own parts."""
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _metadata(model: FCOS, **settings) -> dict[str, str]:
-    """What a file says of itself. All values are JSON."""
+def _metadata(model: FCOS) -> dict:
+    """What a file says of the model."""
     post = model.post_processor
-    of_post = ("quality", "score_fusion", "score_thresh", "score_thresh_on")
-    of_post += ("topk_candidates", "nms_thresh", "clip_boxes")
-    values = {
+    return {
         "fcos_d2_version": __version__,
-        **settings,
         "channel_order": model.input_format,
         "num_classes": model.num_classes,
-        "levels": list(model.head_in_features),
-        "strides": list(model.levels.strides),
+        "levels": model.head_in_features,
+        "strides": model.levels.strides,
         "location_offset": model.levels.offset,
-        **{name: getattr(post, name) for name in of_post},
+        "quality": post.quality,
+        "score_fusion": post.score_fusion,
+        "score_thresh": post.score_thresh,
+        "score_thresh_on": post.score_thresh_on,
+        "topk_candidates": post.topk_candidates,
+        "nms_thresh": post.nms_thresh,
+        "clip_boxes": post.clip_boxes,
         "detections_per_image": post.max_detections_per_image,
     }
-    return {key: json.dumps(value) for key, value in values.items()}
