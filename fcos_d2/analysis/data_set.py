@@ -19,8 +19,7 @@ from ..inference.drawing import plain_text
 from .assignment import analyze_boxes
 from .charts import COLORS, grouped_bars, save_charts
 
-# Sides of boxes, the square roots of their areas, in pixels, that the bins of the tables begin at.
-_BINS = (0, 16, 32, 64, 128, 256, 512)
+_BINS = (0, 16, 32, 64, 128, 256, 512)  # sides of boxes in pixels: square roots of their areas
 _MOST_CLASSES = 40  # in a plot
 _GREY = "#7f7f7f"
 _NONE = "no location"
@@ -30,12 +29,12 @@ _NONE = "no location"
 class DataStatistics:
     """Of one data set; crowds and boxes with an error are left out of ``sizes``."""
 
-    name: str  # of the data set
-    images: int  # that the annotations list
+    name: str
+    images: int
     boxes: dict[str, int]  # by class, in the order of the class numbers
-    images_with: dict[str, int]  # number of images with the class, by class
-    # The sides of boxes in pixels, by the name of the level where a box owns most locations, or
-    # "no location". Without a config there is one level, "boxes".
+    images_with: dict[str, int]  # number of images by class
+    # Sides of boxes in pixels, by the level where a box owns most locations, or "no location".
+    # Without a config there is one level, "boxes".
     sizes: dict[str, list[float]]
 
     def to_dict(self) -> dict:
@@ -72,7 +71,7 @@ def data_statistics(
 
     Args:
         findings: of ``check_annotations``.
-        cfg: of the detector that assigns the boxes. Without one, no box is found to own none, and
+        cfg: of the detector that assigns the boxes. Without one there are no such findings, and
             sizes are those in the files.
     """
     pairs = [(a["image_id"], a["category_id"]) for a in data.annotations]

@@ -31,13 +31,11 @@ class ModelStatistics:
     """What a dense detector costs for one image."""
 
     parameters: int  # including frozen ones, without running statistics
-    # As fvcore counts them: a multiply-add of a convolution is one. Normalisation and upsampling
-    # add a few per element. FCOS's backbones fold their batch norms into the convolutions, which
+    # As fvcore counts them. FCOS's backbones fold their batch norms into the convolutions, which
     # makes 0.2 % less for R-50.
     multiply_adds: int
     outputs: int  # number of values that the head returns
-    # How often each operator occurs that multiply_adds leaves out: they work element by element.
-    not_counted: dict[str, int]
+    not_counted: dict[str, int]  # how often each operator that multiply_adds leaves out occurs
     input_size: tuple[int, int]  # (height, width) in pixels, padded
 
 
@@ -81,8 +79,8 @@ def analyze_model(cfg: CfgNode, height: int, width: int) -> ModelStatistics:
 def retinanet_cfg(cfg: CfgNode) -> CfgNode:
     """Detectron2's RetinaNet with the ResNet-FPN and the number of classes of an FCOS config.
 
-    Everything else is as in Detectron2's ``retinanet_R_50_FPN_1x.yaml``: P3 to P7 with P6 and P7
-    from res5, 9 anchors per location, towers of four convolutions without normalisation.
+    The rest is Detectron2's ``retinanet_R_50_FPN_1x.yaml``: P3 to P7 with P6 and P7 from res5,
+    9 anchors per location, towers of four convolutions without normalisation.
 
     Raises:
         ValueError: if the backbone is not from one of the ResNet-FPN builders.

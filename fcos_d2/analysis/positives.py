@@ -34,9 +34,9 @@ def boxes_at_test_resize(
     """The boxes that training would see if it resized as in tests.
 
     Returns:
-        an image of the size before padding, with ``gt_boxes`` in its pixels, ``gt_classes``,
-        ``coco_size`` (M,) of the original box: 0 is small, and ``annotation`` (M,), the number in
-        the record; and how many annotations are left out as crowds, and for want of an area.
+        an image of the size before padding, with ``gt_boxes``, ``gt_classes``, ``coco_size`` (M,)
+        of the original box, 0 for small, and ``annotation`` (M,), the number in the record; and how
+        many annotations are left out as crowds, and because they have no area.
 
     Raises:
         ValueError: for a record without height and width.
@@ -55,7 +55,7 @@ def boxes_at_test_resize(
     image.annotation = torch.arange(len(annotations))
     is_crowd = torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations], dtype=torch.bool)
     is_crowd &= not include_crowd
-    # What training leaves out too, after resizing and clipping (filter_empty_instances).
+    # Training leaves these out too, after resizing and clipping (filter_empty_instances).
     no_area = ~image.gt_boxes.nonempty(threshold=1e-5) & ~is_crowd
     return image[~is_crowd & ~no_area], int(is_crowd.sum()), int(no_area.sum())
 
@@ -92,7 +92,7 @@ def assign(model: FCOS, image: Instances) -> tuple[Positives, Tensor, Tensor]:
     shapes = level_shapes(model.backbone, model.levels, *image.image_size)
     candidates = model.assigner.candidates(model.levels, shapes, boxes)
     positives = model.assigner.resolve(candidates, shapes, boxes)
-    # The number of the positive at the location of each candidate, and its box.
+    # For each candidate the positive at its location, and the box that owns it.
     cell, order = cell_numbers(positives, shapes, 1).sort()
     at = order[torch.searchsorted(cell, cell_numbers(candidates, shapes, 1))]
     gt = positives.gt[at]

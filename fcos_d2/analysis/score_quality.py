@@ -1,4 +1,4 @@
-"""How well scores say how good the boxes are, without and with quality (1904.01355, appendix)."""
+"""How well scores rank boxes, without and with quality (1904.01355, appendix)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +22,11 @@ from .positives import boxes_at_test_resize
 class ScoresAndIoUs:
     """The candidates of a data set: locations and classes above the threshold, before NMS."""
 
-    images: int  # how many they are of
+    images: int
     class_probability: Tensor  # (C,)
     quality: Tensor  # (C,) in [0, 1]; 1 with QUALITY "none"
-    score: Tensor  # (C,) what the detector makes of the two (SCORE_FUSION)
-    # (C,) with the ground-truth box of the candidate's class that it overlaps most; 0 without one.
-    iou: Tensor
+    score: Tensor  # (C,) of the two (SCORE_FUSION)
+    iou: Tensor  # (C,) the highest with a ground-truth box of the candidate's class; 0 without one
 
     @property
     def product(self) -> Tensor:
@@ -93,10 +92,7 @@ def scores_figure(points: ScoresAndIoUs, quality: str, score_fusion: str) -> Fig
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's: of the ranks of two (C,) tensors, equal values sharing theirs; None if constant.
-
-    1 where a larger value of one always means a larger value of the other, 0 where it says nothing.
-    """
+    """Spearman's rank correlation of two (C,) tensors; None if one is constant."""
     if len(a.unique()) < 2 or len(b.unique()) < 2:
         return None
     return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])

@@ -16,12 +16,11 @@ from ..modeling import FCOS
 from ..modeling.head import HeadOutputs
 from ..modeling.points import centerness, ltrb_to_boxes
 
-# What a candidate of score 0, as of a location on the side of its box, has instead.
-_LEAST_SCORE = 1e-30
+_LEAST_SCORE = 1e-30  # of candidates: 0, as on the side of a box, is for what is no candidate
 
 
 class RawGraph(nn.Module):
-    """The dense part alone, of a model in evaluation mode: images to the maps of the head."""
+    """Images to the maps of the head. The model is in evaluation mode."""
 
     def __init__(self, model: FCOS):
         super().__init__()
@@ -86,9 +85,7 @@ class DetectionGraph(RawGraph):
         if clip_first:
             boxes = _clip(boxes, height, width)
             valid &= _nonempty(boxes)
-        scores = torch.where(valid, scores, 0.0)
-
-        scores = self._suppress(boxes, scores, classes)
+        scores = self._suppress(boxes, torch.where(valid, scores, 0.0), classes)
         limit = post.max_detections_per_image
         boxes, scores, classes = _best(boxes, scores, classes, limit)
         if not clip_first:
@@ -122,24 +119,18 @@ class DetectionGraph(RawGraph):
         cell, classes = index // num_classes, index % num_classes
         row = cell // width
         locations = levels.locations(level, cell - row * width, row)  # % width has no translation
-        ltrb = ltrb.flatten(2).transpose(1, 2)
-        return ltrb_to_boxes(locations, _take(ltrb, cell)), scores, classes
+        ltrb = _take(ltrb.flatten(2).transpose(1, 2), cell)
+        return ltrb_to_boxes(locations, ltrb), scores, classes
 
     def _suppress(self, boxes: Tensor, scores: Tensor, classes: Tensor) -> Tensor:
         """Class-wise NMS: the scores (N, C), with 0 for what is suppressed."""
         post = self.model.post_processor
         of_class = classes[:, None] == torch.arange(self.model.num_classes)[:, None]  # (N, K, C)
-        kept = class_wise_nms(
-            boxes,
-            torch.where(of_class, scores[:, None], 0.0),
-            post.max_detections_per_image,
-            post.nms_thresh,
-        )
-        image, _, candidate = kept.unbind(dim=1)
-        is_kept = torch.zeros_like(scores).index_put(
-            (image, candidate), torch.ones_like(image, dtype=scores.dtype)
-        )
-        return scores * is_kept
+        by_class = torch.where(of_class, scores[:, None], 0.0)
+        limit = post.max_detections_per_image
+        image, _, box = class_wise_nms(boxes, by_class, limit, post.nms_thresh).unbind(dim=1)
+        kept = torch.ones_like(image, dtype=scores.dtype)
+        return scores * torch.zeros_like(scores).index_put((image, box), kept)
 
 
 def _clip(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -168,8 +159,7 @@ def class_wise_nms(boxes: Tensor, scores: Tensor, limit: int, iou: float) -> Ten
     Args:
         boxes: (N, C, 4).
         scores: (N, K, C); 0 for what is no candidate.
-        limit: of boxes for each image and class, for ONNX alone: the detections are cut to it
-            in any case.
+        limit: of boxes for each image and class. Only ONNX heeds it.
         iou: a box is suppressed by a better one with an IoU above this.
 
     Returns:
@@ -177,9 +167,8 @@ def class_wise_nms(boxes: Tensor, scores: Tensor, limit: int, iou: float) -> Ten
     """
     image, class_number, box = (scores > 0).nonzero(as_tuple=True)
     group = image * scores.shape[1] + class_number
-    keep = batched_nms(
-        boxes[image, box].double(), scores[image, class_number, box].double(), group, iou
-    )
+    scores = scores[image, class_number, box].double()
+    keep = batched_nms(boxes[image, box].double(), scores, group, iou)
     return torch.stack([image, class_number, box], dim=1)[keep]
 
 

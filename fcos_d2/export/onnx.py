@@ -46,19 +46,19 @@ def to_onnx(
 ) -> float:
     """Export a detector to one ONNX file, and compare the file with it in ONNX Runtime.
 
-    The file takes ``images`` (N, 3, H, W) in [0, 255], in the channel order of ``INPUT.FORMAT``,
-    all of one size, which may be any; it computes in float32. It gives
+    The file takes ``images`` (N, 3, H, W) of any size, in [0, 255] and in the channel order of
+    ``INPUT.FORMAT``. It computes in float32 and gives
 
     - ``boxes`` (N, D, 4) as x0, y0, x1, y1 in pixels of the H x W image, inside it,
     - ``scores`` (N, D), best first,
     - ``classes`` (N, D) int64,
-    - ``num_detections`` (N,) int64: how many of the D are detections; what follows them is 0,
+    - ``num_detections`` (N,) int64: how many of the D are detections; the rest is 0,
 
     with D = ``TEST.DETECTIONS_PER_IMAGE``. Names and settings are in its metadata (docs/export.md).
 
     Args:
         model: left as it is.
-        file: written when all is well; one that is there is then replaced. Folders are made.
+        file: an earlier one stays if anything fails. Folders are made.
         raw: instead of detections give the maps of the head for the image padded to the stride of
             the backbone: ``class_logits_p3`` (N, K, H3, W3), ``ltrb_p3`` (N, 4, H3, W3) in pixels,
             ``quality_logits_p3`` (N, 1, H3, W3) if there is a quality branch, and so on.
@@ -117,18 +117,16 @@ def to_onnx(
     return difference
 
 
-def check_is_fcos(meta_architecture: str) -> None:
-    """Raise a ValueError for another detector."""
-    if meta_architecture != "FCOS":
-        raise ValueError(
-            f"Only META_ARCHITECTURE 'FCOS' can be exported, not {meta_architecture!r}. For other "
-            "detectors use Detectron2's tools/deploy/export_model.py"
-        )
+def only_fcos(other: str) -> ValueError:
+    return ValueError(
+        f"Only META_ARCHITECTURE 'FCOS' can be exported, not {other!r}. For other detectors use "
+        "Detectron2's tools/deploy/export_model.py"
+    )
 
 
 def _check_model(model: FCOS) -> None:
     if not isinstance(model, FCOS):
-        check_is_fcos(type(model).__name__)
+        raise only_fcos(type(model).__name__)
     limit = model.post_processor.max_detections_per_image
     if limit < 1:
         raise ValueError(
