@@ -32,14 +32,7 @@ from tqdm import tqdm
 
 from ..modeling import FCOS
 from .positives import assign, boxes_at_test_resize
-from .statistics import (
-    SIZES,
-    AssignmentStatistics,
-    BoxStatistics,
-    LevelStatistics,
-    SizeStatistics,
-    share,
-)
+from .statistics import SIZES, AssignmentStatistics, BoxStatistics, LevelStatistics, SizeStatistics
 
 
 def analyze_assignment(
@@ -51,7 +44,7 @@ def analyze_assignment(
 ) -> AssignmentStatistics:
     """Assign all boxes of a data set as the detector of a config would, and count.
 
-    Every image is padded by itself: to pad to the largest of a batch, as training does, adds no
+    Every image is padded by itself. Padding to the largest of a batch, as training does, adds no
     location inside a box.
 
     Args:
@@ -88,14 +81,12 @@ def analyze_assignment(
     sizes, owned = torch.cat(sizes), torch.cat(owned)
     by_level = owned.sum(dim=0).tolist(), *ambiguous.tolist()
     total = _of_size("all", owned)
-    shares = [share(n, total.positives) for n in ambiguous.sum(dim=1).tolist()]
+    some = total.positives > 0
+    shares = [n / total.positives if some else None for n in ambiguous.sum(dim=1).tolist()]
+    numbers = total.boxes, total.recalled, total.positives, total.recall, *shares
     return AssignmentStatistics(
         len(records),
-        total.boxes,
-        total.recalled,
-        total.positives,
-        total.recall,
-        *shares,
+        *numbers,
         crowd_left_out=crowds,
         no_area_left_out=no_areas,
         levels=tuple(map(LevelStatistics, names, detector.levels.strides, *by_level)),

@@ -5,7 +5,6 @@ from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..inference.drawing import plain_text
@@ -16,9 +15,7 @@ BLUE, ORANGE = COLORS[:2]
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of so many inches. Unlike pyplot it needs no display and changes no global state."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def new_chart(height: float) -> tuple[Figure, Axes]:

@@ -19,7 +19,7 @@ from ..inference.drawing import plain_text
 from .assignment import analyze_boxes
 from .charts import COLORS, grouped_bars, save_charts
 
-_BINS = (0, 16, 32, 64, 128, 256, 512)  # sides of boxes in pixels: square roots of their areas
+_BINS = (0, 16, 32, 64, 128, 256, 512)  # where bins of square roots of areas begin, in pixels
 _MOST_CLASSES = 40  # in a plot
 _GREY = "#7f7f7f"
 _NONE = "no location"
@@ -129,9 +129,9 @@ def _sizes(axes: Axes, data: DataStatistics) -> None:
     low = max(min(sides, default=8), 1) / 1.1
     high = max(max(sides, default=8), 4 * low)
     shown = {name: of_level for name, of_level in data.sizes.items() if of_level}
-    order = list(data.sizes)
-    colors = [_GREY if n == _NONE else COLORS[order.index(n) % len(COLORS)] for n in shown]
     if shown:
+        colors = dict(zip(data.sizes, itertools.cycle(COLORS))) | {_NONE: _GREY}
+        colors = [colors[name] for name in shown]
         clipped = [np.maximum(of_level, low) for of_level in shown.values()]
         edges = np.geomspace(low, high * 1.001, 41)
         labels = [f"{name} ({len(sides):,})" for name, sides in shown.items()]

@@ -1,4 +1,4 @@
-"""Compares the parameters, multiply-adds and outputs of FCOS with those of RetinaNet.
+"""Compare FCOS with RetinaNet: parameters, multiply-adds and outputs.
 
 The paper says "9x fewer network output variables" than a detector with 9 anchors per location
 (1904.01355, section 3.1). Only the backbone and the head are counted: no preprocessing, decoding or
@@ -40,7 +40,7 @@ class ModelStatistics:
 
 
 def analyze_model(cfg: CfgNode, height: int, width: int) -> ModelStatistics:
-    """Count the cost of one image of (height, width) pixels, padded as by the detector, on CPU.
+    """Count on CPU what one image of (height, width) pixels costs, padded as the detector does.
 
     Args:
         cfg: of a dense detector, FCOS or Detectron2's RetinaNet. Weights are not loaded.

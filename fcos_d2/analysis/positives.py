@@ -12,7 +12,7 @@ from detectron2.data.detection_utils import (
     annotations_to_instances,
     transform_instance_annotations,
 )
-from detectron2.data.transforms import NoOpTransform, ResizeShortestEdge, ResizeTransform, Transform
+from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
 from detectron2.modeling import Backbone
 from detectron2.structures import BoxMode, Instances
 from torch import Tensor
@@ -60,13 +60,13 @@ def boxes_at_test_resize(
     return image[~is_crowd & ~no_area], int(is_crowd.sum()), int(no_area.sum())
 
 
-def resize_for_test(cfg: CfgNode, height: int, width: int) -> tuple[Transform, tuple[int, int]]:
+def resize_for_test(
+    cfg: CfgNode, height: int, width: int
+) -> tuple[ResizeTransform, tuple[int, int]]:
     """INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST for an image, and its new (height, width)."""
-    if cfg.INPUT.MIN_SIZE_TEST == 0:  # Detectron2's way to say: as it is
-        return NoOpTransform(), (height, width)
-    size = ResizeShortestEdge.get_output_shape(
-        height, width, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    )
+    size, shortest = (height, width), cfg.INPUT.MIN_SIZE_TEST
+    if shortest > 0:  # 0 is for no resizing
+        size = ResizeShortestEdge.get_output_shape(*size, shortest, cfg.INPUT.MAX_SIZE_TEST)
     return ResizeTransform(height, width, *size), size
 
 

@@ -108,7 +108,7 @@ def read_record_image(record: dict, file: str | None = None) -> np.ndarray:
     """(H, W, 3) uint8, BGR, of a record in Detectron2's format.
 
     Args:
-        file: read in place of the record's own.
+        file: read instead of the record's own.
 
     Raises:
         ValueError: if the image has another size than the record says.

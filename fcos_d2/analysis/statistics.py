@@ -33,7 +33,7 @@ class SizeStatistics:
 
     @property
     def recall(self) -> float | None:
-        return share(self.recalled, self.boxes)
+        return _share(self.recalled, self.boxes)
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class AssignmentStatistics:
             (
                 f"{x.name} (stride {x.stride})",
                 x.positives,
-                _percent(share(x.positives, self.positives)),
-                *(_percent(share(n, x.positives)) for n in (x.ambiguous, x.ambiguous_classes)),
+                _percent(_share(x.positives, self.positives)),
+                *(_percent(_share(n, x.positives)) for n in (x.ambiguous, x.ambiguous_classes)),
             )
             for x in self.levels
         ]
@@ -111,7 +111,7 @@ class AssignmentStatistics:
         )
 
 
-def share(part: int, whole: int) -> float | None:
+def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 

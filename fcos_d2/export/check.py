@@ -1,4 +1,4 @@
-"""An exported file beside PyTorch, in ONNX Runtime."""
+"""Compare an exported file in ONNX Runtime with PyTorch."""
 
 import sys
 

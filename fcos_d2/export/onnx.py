@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,13 +18,10 @@ from ..runtime import Runtime
 from .check import largest_difference
 from .graph import DetectionGraph, RawGraph
 
-if TYPE_CHECKING:
-    import onnx
-
 # The largest difference to PyTorch that a file may have; see largest_difference for its unit.
 LIMIT = 1e-3
-# No size here is 0, 1 or that of another axis, which a graph would take for a constant; the
-# coarsest of the usual levels, of stride 128, has more than one cell on either side.
+# The exporter takes a size of 0, 1 or another axis for a constant. p7, of stride 128, has more than
+# one cell on either side.
 _TRACED_SHAPE = (2, 3, 192, 320)
 
 
@@ -160,7 +156,8 @@ def _check_packages() -> None:
         ) from error
 
 
-def _export(graph: RawGraph, dtype: torch.dtype, opset: int) -> "onnx.ModelProto":
+def _export(graph: RawGraph, dtype: torch.dtype, opset: int):
+    """The onnx.ModelProto of a graph."""
     images = torch.zeros(_TRACED_SHAPE, dtype=dtype)
     logger = logging.getLogger("onnx_ir")
     with torch.no_grad(), warnings.catch_warnings(), ExitStack() as end:

@@ -13,9 +13,9 @@ from ..inference.drawing import class_colors, draw_instances
 from .errors import Error
 from .evaluation import BoxEvaluation
 
-_AROUND = 1  # sides of the box that are shown on each side of it
+_AROUND = 1  # margin of a part on each side of the box, in sides of the box
 _LEAST = 96  # pixels of the image along a side of the part
-_NARROWEST = 1 / 20  # height over width of a part, or the reverse: the rest is filled with white
+_NARROWEST = 1 / 20  # height over width of a part, or the reverse: white fills the rest
 _SIDE = 420  # pixels of the picture along the longer side of a part
 _GAP = 8
 
@@ -23,10 +23,10 @@ _GAP = 8
 def draw_error(
     image: np.ndarray, error: Error, evaluation: BoxEvaluation, threshold: float
 ) -> np.ndarray:
-    """What is annotated on the left, what was detected on the right, the error in a frame.
+    """The ground truth on the left, the detections on the right, the error in a frame.
 
     Args:
-        image: (H, W, 3) uint8, BGR, that of the error.
+        image: (H, W, 3) uint8, BGR.
         threshold: detections with a smaller score are not drawn.
 
     Returns:
@@ -35,7 +35,7 @@ def draw_error(
     part = _part(error.box, image.shape[:2])
     x0, y0, x1, y1 = part
     crop = image[y0:y1, x0:x1]
-    longest = max(crop.shape)
+    longest = max(crop.shape[:2])
     scale = _SIDE / longest
     below, beside = (max(math.ceil(_NARROWEST * longest) - n, 0) for n in crop.shape[:2])
     crop = np.pad(crop, ((0, below), (0, beside), (0, 0)), constant_values=255)
@@ -85,7 +85,7 @@ def _part(
 
 
 def _frame(picture: np.ndarray, box: np.ndarray, scale: float) -> None:
-    """Draw a white frame with a black edge just outside of a box."""
+    """Draw a white frame with a black edge just outside a box."""
     for outset, color in ((5, (0, 0, 0)), (3, (255, 255, 255))):
         corners = np.concatenate([box[:2] * scale - outset, box[2:] * scale + outset])
         corners = corners.clip(1, np.tile(picture.shape[1::-1], 2) - 2).round().astype(int).tolist()

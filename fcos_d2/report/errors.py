@@ -8,7 +8,7 @@ import numpy as np
 from .evaluation import MATCH_IOU, BoxEvaluation
 
 POOR_IOU = 0.1  # a detection that overlaps no box by more has nothing to do with any
-# A false positive is the first of these that is true of it.
+# A false positive is of the first kind that is true of it.
 KINDS = {
     "twice": "a box of its class that another detection found",
     "wrong class": f"a box of another class, with an IoU of {MATCH_IOU:g} or more",
@@ -25,7 +25,7 @@ class Error:
     kind: str  # one of KINDS
     image_id: int | str  # of COCO's file
     box: tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the image
-    category: int  # the detection's, or that of the missed box
+    category: int  # of the detection or the missed box
     score: float | None  # None for a missed box
     iou: float  # with the box, or for a missed box with the detection, that it overlaps most
     other: int | None  # the category of that one; None if there is no overlap
@@ -34,8 +34,8 @@ class Error:
 def confusion_matrix(evaluation: BoxEvaluation, threshold: float) -> np.ndarray:
     """(K + 1, K + 1) counts: ground truth in rows, detections in columns, background last.
 
-    Boxes and detections are matched without regard to class, the best scores first, at an IoU of
-    ``MATCH_IOU``. Crowds, and what lies in them, are left out.
+    COCOeval matches boxes and detections of any class, the best scores first, at an IoU of
+    ``MATCH_IOU``. Crowds, and detections in them, are left out.
 
     Args:
         threshold: detections with a smaller score are left out.
@@ -78,15 +78,15 @@ def find_errors(evaluation: BoxEvaluation, threshold: float) -> list[Error]:
 
 
 def _counted(image: dict, threshold: float) -> list[int]:
-    """The ids of detections that are right or wrong: those in crowds are neither."""
+    """The ids of detections that are right or wrong: in crowds they are neither."""
     counted = np.asarray(image["dtScores"]) >= threshold
     return np.asarray(image["dtIds"])[counted & ~image["dtIgnore"][0].astype(bool)].tolist()
 
 
 def _boxes(image: dict) -> Iterator[tuple[int, int, bool]]:
-    """Each box's id, that of the detection that found it (0 for none), and if it is ignored.
+    """The id of each box, the id of the detection that found it or 0, and if it is ignored.
 
-    The other way round, ``dtMatches`` rounds large ids of boxes, and a 0 may be an id.
+    ``dtMatches``, the other way round, rounds large ids of boxes; its 0 may be an id.
     """
     found_by = image["gtMatches"][0].astype(int).tolist()
     return zip(image["gtIds"], found_by, map(bool, image["gtIgnore"]), strict=True)
@@ -112,7 +112,7 @@ def _errors_of_image(
 
 
 def _kind(ious: np.ndarray, same_class: np.ndarray) -> str:
-    """The kind of a false positive, from its IoU with each box and whether that is of its class."""
+    """The kind of a false positive, by its IoU with each box and whether the classes agree."""
     if (ious[same_class] >= MATCH_IOU).any():
         return "twice"
     if (ious[~same_class] >= MATCH_IOU).any():

@@ -48,7 +48,7 @@ class BoxEvaluation:
     Attributes:
         truth, detections: the two sides, as pycocotools has them.
         class_names: by category id, in the order of the ids.
-        by_class: COCOeval as evaluators run it: a box is found by a detection of its class.
+        by_class: COCOeval as evaluators run it: a detection finds boxes of its class.
         agnostic: the same without classes, at ``CURVE_IOUS``.
     """
 
@@ -125,9 +125,9 @@ class BoxEvaluation:
         )
 
     def matches(self, category: int | None = None) -> Iterator[dict]:
-        """COCOeval's own result of each image and class, or of one class, for boxes of all sizes.
+        """COCOeval's result of each image and class, or of one class, for boxes of all sizes.
 
-        The first row of its arrays is that of an IoU of ``MATCH_IOU``.
+        The first row of its arrays is for an IoU of ``MATCH_IOU``.
         """
         images = len(self.by_class.params.imgIds)
         matches = self.by_class.evalImgs

@@ -2,10 +2,11 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from jinja2 import Environment, PackageLoader
@@ -132,13 +133,10 @@ class _Report:
 
     def _charts(self) -> dict[str, Figure | None]:
         """By the name of the file; for None there is nothing to draw."""
-        evaluations = {run.name: run.evaluation for run in self.runs}
-        names = self.evaluation.class_names
-        sizes, classes = (
-            {run: [e.average_precision(**{key: x}) for x in of] for run, e in evaluations.items()}
-            for key, of in (("area", AREAS), ("category", names))
-        )
-        names = list(names.values())
+        evaluations = self._by_run(lambda e: e)
+        names = list(self.evaluation.class_names.values())
+        sizes = self._by_run(lambda e: [e.average_precision(area=area) for area in AREAS])
+        classes = self._by_run(lambda e: [e.average_precision(category=c) for c in e.class_names])
         return {
             "training.png": run_charts.training_figure({r.name: r.metrics for r in self.runs}),
             "precision_recall.png": run_charts.precision_recall_figure(evaluations),
@@ -148,19 +146,19 @@ class _Report:
             "confusion.png": run_charts.confusion_figure(self.confusion, names),
         }
 
+    def _by_run(self, value: Callable[[BoxEvaluation], Any]) -> dict[str, Any]:
+        return {run.name: value(run.evaluation) for run in self.runs}
+
     def _numbers(self) -> dict:
         """All that the page says, for programs."""
-        evaluations = {run.name: run.evaluation for run in self.runs}
         return {
             "dataset": self.dataset,
-            "ap": {
-                run: {name: e.average_precision(**of) for name, of in _AP.items()}
-                for run, e in evaluations.items()
-            },
-            "class_agnostic_ap": {
-                run: {str(i): 100 * float(e.precision_recall(i)[1].mean()) for i in CURVE_IOUS}
-                for run, e in evaluations.items()
-            },
+            "ap": self._by_run(
+                lambda e: {name: e.average_precision(**of) for name, of in _AP.items()}
+            ),
+            "class_agnostic_ap": self._by_run(
+                lambda e: {str(x): 100 * e.precision_recall(x)[1].mean() for x in CURVE_IOUS}
+            ),
             "threshold": self.curve.threshold,
             "classes": [
                 {
@@ -205,14 +203,12 @@ class _Report:
     def _caption(self, error: Error) -> str:
         names = self.evaluation.class_names
         x0, y0, x1, y1 = error.box
-        said = f"{x1 - x0:.0f} x {y1 - y0:.0f} pixels"
-        if error.score is not None:
-            said = f"{error.score:.2f}, {said}"
-        overlap = f"; IoU {error.iou:.2f}" if error.iou else ""
-        if error.other is not None:
-            whose = "detection" if error.kind == "missed" else "box"
-            overlap += f" with a {whose} of {names[error.other]}"
-        return f"{names[error.category]} {said}{overlap}"
+        score = "" if error.score is None else f"{error.score:.2f}, "
+        text = f"{names[error.category]} {score}{x1 - x0:.0f} x {y1 - y0:.0f} pixels"
+        if error.other is None:
+            return text
+        whose = "detection" if error.kind == "missed" else "box"
+        return f"{text}; IoU {error.iou:.2f} with a {whose} of {names[error.other]}"
 
 
 def _number(value: float | None, digits: int = 1) -> str:
