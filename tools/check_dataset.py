@@ -63,22 +63,18 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_sets(args: argparse.Namespace, cfg) -> list[RawData]:
-    """What the arguments name. For errors see the functions that are called."""
+    """The data sets that the arguments name."""
     if args.data is None:
         names = args.dataset or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
         return [read_registered(cfg, name) for name in dict.fromkeys(names)]
     layout = recognise(args.data)
-    splits = args.split or _without_trainval(list(layout.entries))
+    parts = {"train", "val"} <= layout.entries.keys()
+    splits = args.split or [s for s in layout.entries if s != "trainval" or not parts]
     unknown = [s for s in splits if s not in layout.entries]
     if unknown:
         raise ValueError(f"{args.data} has no split {unknown[0]!r}; it has {list(layout.entries)}")
     print(f"{args.data} has the {layout.format.upper()} layout, with {', '.join(layout.entries)}")
     return [read_entry(split, layout.entries[split]) for split in splits]
-
-
-def _without_trainval(splits: list[str]) -> list[str]:
-    both = {"train", "val"} <= set(splits)
-    return [s for s in splits if s != "trainval" or not both]
 
 
 def find_all(

@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""Says whether everything fcos_d2 needs is installed and works, and what to do where it is not.
+"""Check that all that fcos_d2 needs is installed and works, and say what to do where it does not.
 
     python tools/doctor.py
 
-It runs from any folder, and checks the Python that runs it. It exits with 1 if something that is
-needed does not work.
+Checks the Python that runs it, from any folder. Exits with 1 if a check fails.
 """
 
 import importlib
@@ -36,8 +35,8 @@ def _check_torchvision_ops() -> str:
     return "work"
 
 
-def _check_pkg_resources() -> str:
-    importlib.import_module("pkg_resources")
+def _check_import(name: str) -> str:
+    importlib.import_module(name)
     return "importable"
 
 
@@ -49,11 +48,6 @@ def _check_detectron2_ops() -> str:
     boxes = torch.tensor([[5.0, 5, 10, 10, 0], [5, 5, 10, 9, 0], [30, 30, 4, 4, 0]])
     assert nms_rotated(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist() == [0, 2]
     return "work"
-
-
-def _check_opencv() -> str:
-    importlib.import_module("cv2")
-    return "importable"
 
 
 def _check_cuda() -> str:
@@ -88,7 +82,7 @@ CHECKS: list[tuple[str, Callable[[], str], str]] = [
     ),
     (
         "pkg_resources",
-        _check_pkg_resources,
+        lambda: _check_import("pkg_resources"),
         "Detectron2 imports it, and setuptools dropped it in 81: pip install 'setuptools<81'",
     ),
     (
@@ -99,7 +93,7 @@ CHECKS: list[tuple[str, Callable[[], str], str]] = [
     ),
     (
         "OpenCV",
-        _check_opencv,
+        lambda: _check_import("cv2"),
         "it needs the system's libGL: apt-get install libgl1 (or pip install "
         "opencv-python-headless in place of opencv-python)",
     ),
@@ -130,7 +124,7 @@ def main() -> int:
     for name, check, advice in CHECKS:
         try:
             print(f"ok    {name}: {check()}")
-        except Exception as error:  # whatever it is, the user shall read it and the advice
+        except Exception as error:  # the user reads it and the advice
             failed += 1
             print(f"FAIL  {name}: {type(error).__name__}: {error}\n      what to do: {advice}")
     print("All is well." if not failed else f"{failed} of {len(CHECKS)} checks failed.")

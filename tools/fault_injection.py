@@ -4,10 +4,9 @@
     python tools/fault_injection.py [--kills 20] [--folder output/faults]
 
 Kills, signals, damaged checkpoints, a full disk, a folder that cannot be written to, and files that
-would run code, in one and two processes on CPU. After each fault the run is resumed. It has
-survived if its weights are those of a run that nothing has disturbed or, on another number of
-processes, if it has ended. Takes about ten minutes on
-two cores; exits with 1 if a run did not survive.
+would run code, in one and two processes on CPU. After each fault the run is resumed. It survives if
+its weights are those of an undisturbed run or, on another number of processes, if it ends. Takes
+about ten minutes on two cores; exits with 1 if a run does not survive.
 """
 
 import argparse
@@ -42,7 +41,7 @@ SETTINGS = [
 
 
 class Run:
-    """A training in a folder of its own, which is started again and again."""
+    """A training in its own folder, which starts again and again."""
 
     def __init__(self, folder: Path, name: str, processes: int = 1):
         self.output, self.processes = folder / name, processes
@@ -71,17 +70,21 @@ class Run:
         return self.start(**options).wait(timeout=600)
 
     def start_and_kill(self, checkpoints: int) -> None:
-        """Killed as soon as it has written so many."""
+        """Kill it as soon as it has written this many."""
         process = self.start()
-        wait_for_checkpoints(self, process, checkpoints)
+        self.wait_for_checkpoints(process, checkpoints)
         kill_all(process)
         process.wait()
+
+    def wait_for_checkpoints(self, process: subprocess.Popen, count: int) -> None:
+        while process.poll() is None and len(self.checkpoints()) < count:
+            time.sleep(0.02)
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.output.glob("model_0*.pth"), key=os.path.getmtime)
 
     def wait_for(self, process: subprocess.Popen, text: str) -> None:
-        """Until the log has it once more."""
+        """Wait until the log has the text once more."""
         before = self.log.read_text().count(text)
         while process.poll() is None and self.log.read_text().count(text) == before:
             time.sleep(0.02)
@@ -96,13 +99,8 @@ class Run:
 
 
 def kill_all(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
-    """To the whole session, as a cluster does it."""
+    """Signal the whole session, as a cluster does."""
     os.killpg(process.pid, number)
-
-
-def wait_for_checkpoints(run: Run, process: subprocess.Popen, count: int) -> None:
-    while process.poll() is None and len(run.checkpoints()) < count:
-        time.sleep(0.02)
 
 
 def random_kills(run: Run, count: int, seconds: float) -> str:
@@ -128,7 +126,7 @@ def stop_signal(
     if evaluating:
         run.wait_for(process, "Start inference on")
     else:
-        wait_for_checkpoints(run, process, 1)
+        run.wait_for_checkpoints(process, 1)
     begin = time.monotonic()
     kill_all(process, number)
     exit_code = process.wait(timeout=120)
@@ -196,7 +194,7 @@ class Payload:
 
 
 def payload(run: Run, name: str) -> str:
-    """Start from a file that would run code; after that a run without it."""
+    """Start from a file that would run code, then without it."""
     run.output.mkdir()
     file, ran = run.output / name, run.output / "ran"
     options = {}
@@ -271,7 +269,7 @@ def main() -> None:
             what = inject(run)
             difference = largest_difference(run.weights(), undisturbed[kind].weights())
             survived = math.isfinite(difference) if kind == MIXED else difference == 0
-            # Each row once, whatever the number of times that it was written.
+            # metrics.json has each iteration once.
             survived &= len(set(run.logged_losses())) == len(run.logged_losses())
         except (RuntimeError, OSError, LookupError, subprocess.TimeoutExpired) as error:
             what, difference, survived = f"{error!r}; see {run.log}", float("nan"), False

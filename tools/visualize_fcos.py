@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pictures of what an FCOS saw in an image, or of its scores on a data set.
+"""Pictures of what an FCOS sees in an image, or of its scores on a data set.
 
     python tools/visualize_fcos.py --config-file output/config.yaml --input photo.jpg \\
         --output pictures MODEL.WEIGHTS output/model_final.pth
@@ -9,7 +9,7 @@
         --output pictures MODEL.WEIGHTS output/model_final.pth
 
 Of an image: quality.png and classes.png, heat maps of each level; detections.png, where each
-detection came from; with --dataset and --image-id also positives.png, which location would learn
+detection comes from; with --dataset and --image-id also positives.png, which location would learn
 which box. Of a data set: scores.png, scores against IoU without and with quality.
 """
 

@@ -1,4 +1,4 @@
-"""What the papers say about FCOS beside AP: recall, ambiguous samples, FLOPs, pictures."""
+"""What the papers count besides AP: recall, ambiguous samples, FLOPs, pictures."""
 
 from .assignment import analyze_assignment, analyze_boxes
 from .inspection import inspect_image

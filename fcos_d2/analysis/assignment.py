@@ -2,13 +2,13 @@
 
 Definitions, for a config and the boxes of a data set at the config's test resize:
 
-- Best possible recall: the share of boxes that own at least one location, after each location
-  was given to one box (section 4.1.1).
-- Ambiguous: a positive location that was eligible for more than one box. The share is that of all
-  positive locations, as in the paper's table 2 ("Amb. samples"), each location counted once.
-- Ambiguous between classes: an ambiguous location whose eligible boxes are not all of one class.
-  The share is that of all positive locations too ("Amb. samples (diff.)"): between boxes of one
-  class, either answer names the right class.
+- Best possible recall: the share of boxes that own a location, each location going to one box
+  (section 4.1.1).
+- Ambiguous: the share of positive locations that are eligible for more than one box ("Amb. samples"
+  in table 2).
+- Ambiguous between classes: the share of positive locations that are eligible for boxes of more
+  than one class ("Amb. samples (diff.)"). Between boxes of one class, either answer names the
+  right class.
 
 What the paper found on COCO minival (val2017)::
 
@@ -17,9 +17,8 @@ What the paper found on COCO minival (val2017)::
     ambiguous positives                     7.14 %       23.16 %
     ambiguous between classes               3.75 %       17.84 %
 
-The paper takes all locations in a box: CENTER_SAMPLING_RADIUS 0. With centre sampling, the default
-of 2006.09214, the numbers are others. So take configs/Ablations/iccv_R_50_FPN_1x.yaml for the first
-column and p4_only_R_50_1x.yaml beside it for the second.
+The paper takes all locations in a box, without the centre sampling of 2006.09214:
+configs/Ablations/iccv_R_50_FPN_1x.yaml is the first column, p4_only_R_50_1x.yaml the second.
 
 Shapes: M boxes, P positives, L levels.
 """
@@ -28,6 +27,7 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
+from torch import Tensor
 from tqdm import tqdm
 
 from ..modeling import FCOS
@@ -44,8 +44,8 @@ def analyze_assignment(
 ) -> AssignmentStatistics:
     """Assign all boxes of a data set as the detector of a config would, and count.
 
-    Every image is padded by itself, as when detecting; training pads to the largest of a batch,
-    which adds no location inside of a box.
+    Every image is padded by itself. Padding to the largest of a batch, as training does, adds no
+    location inside a box.
 
     Args:
         cfg: with MODEL.META_ARCHITECTURE "FCOS".
@@ -58,8 +58,7 @@ def analyze_assignment(
         ValueError: for another meta architecture, and for a record without height and width.
     """
     check_is_fcos(cfg)
-    # The detector itself, so that its own checks, strides and assigner are used. On the meta
-    # device it has shapes but no weights, and takes no time.
+    # The detector brings its checks, strides and assigner. On the meta device it has no weights.
     with torch.device("meta"):
         detector = FCOS(cfg)
     names, num_levels = tuple(detector.head_in_features), len(detector.levels)
@@ -81,24 +80,31 @@ def analyze_assignment(
         crowds, no_areas = crowds + crowd, no_areas + no_area
     sizes, owned = torch.cat(sizes), torch.cat(owned)
     by_level = owned.sum(dim=0).tolist(), *ambiguous.tolist()
-    by_size = zip(SIZES, (owned[sizes == i].sum(dim=1) for i in range(len(SIZES))), strict=True)
+    total = _of_size("all", owned)
+    some = total.positives > 0
+    shares = [n / total.positives if some else None for n in ambiguous.sum(dim=1).tolist()]
+    numbers = total.boxes, total.recalled, total.positives, total.recall, *shares
     return AssignmentStatistics(
-        images=len(records),
+        len(records),
+        *numbers,
         crowd_left_out=crowds,
         no_area_left_out=no_areas,
         levels=tuple(map(LevelStatistics, names, detector.levels.strides, *by_level)),
-        sizes=tuple(
-            SizeStatistics(name, len(n), int((n > 0).sum()), int(n.sum())) for name, n in by_size
-        ),
+        sizes=tuple(_of_size(name, owned[sizes == i]) for i, name in enumerate(SIZES)),
         settings=_settings(cfg, detector),
         of_boxes=BoxStatistics(names, tuple(numbers), torch.cat(sides), owned),
     )
 
 
+def _of_size(name: str, owned: Tensor) -> SizeStatistics:
+    """``owned``: (M, L) locations that each box owns on each level."""
+    return SizeStatistics(name, len(owned), int(owned.any(dim=1).sum()), int(owned.sum()))
+
+
 def analyze_boxes(
     cfg: CfgNode, records: Sequence[dict], *, progress: bool = False
 ) -> BoxStatistics:
-    """As :func:`analyze_assignment`, but for each box: the locations that it owns on each level."""
+    """The locations that each box owns on each level; see :func:`analyze_assignment`."""
     return analyze_assignment(cfg, records, progress=progress).of_boxes
 
 
@@ -111,7 +117,7 @@ def check_is_fcos(cfg: CfgNode) -> None:
 
 
 def _settings(cfg: CfgNode, detector: FCOS) -> dict:
-    """The config's part in the numbers, for JSON, which has no infinity: null there."""
+    """What the numbers depend on, with None for an infinite range: JSON has no infinity."""
     return {
         "regression_ranges": [
             [low, None if high == float("inf") else high]

@@ -1,7 +1,6 @@
 """Boxes over an image: where detections came from, and which locations would learn the truth.
 
-In the axes, pixels of the original image count from its upper left corner, so that the first pixel
-reaches from 0 to 1.
+Axes are in pixels of the original image; the first pixel reaches from 0 to 1.
 """
 
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ Color = tuple[float, float, float]
 def origins_figure(inspection: Inspection, threshold: float = 0.4) -> Figure:
     """Boxes of detections, with the four distances as arrows from the location that said them.
 
-    Arrows may end outside of their box, which was clipped to the image.
+    Arrows may end outside their box, which is clipped to the image.
 
     Args:
         threshold: detections with a smaller score are left out.
@@ -111,7 +110,7 @@ def positives_figure(inspection: Inspection, positives: LocatedPositives) -> Fig
 
 
 def _draw_image(axes: Axes, image: np.ndarray, **style) -> None:
-    """With a margin, so that boxes on its border and their labels are seen."""
+    """With a margin for boxes on its border and their labels."""
     height, width = image.shape[:2]
     axes.imshow(image, extent=(0, width, height, 0), **style)
     margin = 0.04 * max(width, height)

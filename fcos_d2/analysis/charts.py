@@ -5,7 +5,6 @@ from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..inference.drawing import plain_text
@@ -15,14 +14,12 @@ BLUE, ORANGE = COLORS[:2]
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches. Unlike pyplot, no display is needed, no global state changed."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    """A figure of so many inches. Unlike pyplot it needs no display and changes no global state."""
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def new_chart(height: float) -> tuple[Figure, Axes]:
-    """A figure with one chart, whose sides are open on top and on the right."""
+    """A figure with one chart, open on top and on the right."""
     figure = new_figure(6.4, height)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -32,7 +29,7 @@ def new_chart(height: float) -> tuple[Figure, Axes]:
 def save_charts(
     charts: Mapping[str, Callable[[Axes], None]], folder: str | Path, height: float = 4.4
 ) -> list[Path]:
-    """Write a file for each chart, by what draws it, over earlier ones; returns the paths."""
+    """Write what each function draws into the file of its name; returns the paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in charts.items():
@@ -53,7 +50,7 @@ def grouped_bars(
     Args:
         names: of the rows.
         groups: by name, a value for each row; None is no bar, and the text "-".
-        text: what is written at the end of a bar.
+        text: makes the text at the end of a bar.
     """
     thickness = 0.8 / len(groups)
     for i, (color, (group, values)) in enumerate(zip(cycle(COLORS), groups.items())):

@@ -1,11 +1,13 @@
 """Classes and sizes of the boxes of a data set, and the levels that the sizes go to."""
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from matplotlib.axes import Axes
@@ -19,8 +21,7 @@ from ..inference.drawing import plain_text
 from .assignment import analyze_boxes
 from .charts import COLORS, grouped_bars, save_charts
 
-# Sides of boxes, the square roots of their areas, in pixels, that the bins of the tables begin at.
-_BINS = (0, 16, 32, 64, 128, 256, 512)
+_BINS = (0, 16, 32, 64, 128, 256, 512)  # where bins of square roots of areas begin, in pixels
 _MOST_CLASSES = 40  # in a plot
 _GREY = "#7f7f7f"
 _NONE = "no location"
@@ -30,33 +31,37 @@ _NONE = "no location"
 class DataStatistics:
     """Of one data set; crowds and boxes with an error are left out of ``sizes``."""
 
-    name: str  # of the data set
-    images: int  # that the annotations list
+    name: str
+    images: int
     boxes: dict[str, int]  # by class, in the order of the class numbers
-    images_with: dict[str, int]  # number of images with the class, by class
-    # The sides of boxes in pixels, by the name of the level where a box owns most locations, or
-    # "no location". Without a config there is one level, "boxes".
+    images_with: dict[str, int]  # number of images by class
+    # Sides of boxes in pixels, by the level where a box owns most locations, or "no location".
+    # Without a config there is one level, "boxes".
     sizes: dict[str, list[float]]
 
     def to_dict(self) -> dict:
         """Ready for JSON, with the number of boxes in each bin of sizes."""
-        return {
-            "images": self.images,
-            "boxes": self.boxes,
-            "images_with": self.images_with,
-            "sizes": {level: _binned(sides) for level, sides in self.sizes.items()},
-        }
+        numbers = vars(self) | {"sizes": self.binned()}
+        del numbers["name"]
+        return numbers
+
+    def binned(self) -> dict[str, dict[str, int]]:
+        """For each level the number of boxes in each bin of sizes."""
+        ends = [f"{low}-{high}" for low, high in itertools.pairwise((*_BINS, ""))]
+        counts = {level: np.histogram(x, [*_BINS, np.inf])[0] for level, x in self.sizes.items()}
+        return {level: dict(zip(ends, n.tolist(), strict=True)) for level, n in counts.items()}
 
     def table(self) -> str:
         """As text for a terminal."""
         classes = [(c, n, self.images_with[c]) for c, n in self.boxes.items()]
-        columns = {level: _binned(sides) for level, sides in self.sizes.items()}
-        sizes = [(f"{bin} px", *(c[bin] for c in columns.values())) for bin in _binned([])]
+        levels = self.binned()
+        sizes = {"side of the box": [f"{bin} px" for bin in next(iter(levels.values()))]}
+        sizes |= {level: bins.values() for level, bins in levels.items()}
         return "\n\n".join(
             (
                 f"{self.name}: {self.images} images, {sum(self.boxes.values())} boxes",
                 tabulate(classes, ("class", "boxes", "images"), disable_numparse=True),
-                tabulate(sizes, ("side of the box", *columns), disable_numparse=True),
+                tabulate(sizes, "keys", disable_numparse=True),
             )
         )
 
@@ -68,12 +73,14 @@ def data_statistics(
 
     Args:
         findings: of ``check_annotations``.
-        cfg: of the detector that assigns the boxes. Without one, no box is found to own none, and
+        cfg: of the detector that assigns the boxes. Without one there are no such findings, and
             sizes are those in the files.
     """
-    names = {c["id"]: c["name"] for c in data.categories}
-    known = [(a["image_id"], a["category_id"]) for a in data.annotations]
-    counts, images = (Counter(c for _, c in pairs) for pairs in (known, set(known)))
+    pairs = [(a["image_id"], a["category_id"]) for a in data.annotations]
+    boxes, images_with = (
+        {c["name"]: count[c["id"]] for c in data.categories}
+        for count in (Counter(c for _, c in found) for found in (pairs, set(pairs)))
+    )
     records, indices = to_records(data, findings)
     unowned = []
     if cfg is None:
@@ -89,9 +96,6 @@ def data_statistics(
             _, _, width, height = data.annotations[index]["bbox"]
             size = f"{width:g} x {height:g} pixels in the file"
             unowned.append(data.finding("box owns no location", index, size))
-    boxes, images_with = (
-        {name: of_class[i] for i, name in names.items()} for of_class in (counts, images)
-    )
     return DataStatistics(data.name, len(data.images), boxes, images_with, sizes), unowned
 
 
@@ -126,13 +130,12 @@ def _sizes(axes: Axes, data: DataStatistics) -> None:
     sides = [side for of_level in data.sizes.values() for side in of_level]
     low = max(min(sides, default=8), 1) / 1.1
     high = max(max(sides, default=8), 4 * low)
-    steps = 40
-    edges = [low * (high * 1.001 / low) ** (i / steps) for i in range(steps + 1)]
     shown = {name: of_level for name, of_level in data.sizes.items() if of_level}
-    order = list(data.sizes)
-    colors = [_GREY if n == _NONE else COLORS[order.index(n) % len(COLORS)] for n in shown]
-    clipped = [[max(side, low) for side in of_level] for of_level in shown.values()]
     if shown:
+        colors = dict(zip(data.sizes, itertools.cycle(COLORS))) | {_NONE: _GREY}
+        colors = [colors[name] for name in shown]
+        clipped = [np.maximum(of_level, low) for of_level in shown.values()]
+        edges = np.geomspace(low, high * 1.001, 41)
         labels = [f"{name} ({len(sides):,})" for name, sides in shown.items()]
         axes.hist(clipped, edges, stacked=True, color=colors, label=labels)
         title = "" if "boxes" in shown else "level where a box owns most locations (boxes)"
@@ -146,11 +149,3 @@ def _sizes(axes: Axes, data: DataStatistics) -> None:
     axes.set_xlabel(f"square root of the area, in pixels {where}")
     axes.set_ylabel("boxes")
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-
-
-def _binned(sides: list[float]) -> dict[str, int]:
-    ends = (*_BINS[1:], float("inf"))
-    return {
-        f"{low}-{high}" if high < float("inf") else f"{low}-": sum(low <= x < high for x in sides)
-        for low, high in zip(_BINS, ends, strict=True)
-    }

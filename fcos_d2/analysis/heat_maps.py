@@ -7,15 +7,11 @@ from torch import Tensor
 from .charts import new_figure
 from .inspection import Inspection
 
-# Rows of the classes' heat maps: more would not be legible.
-_MAX_CLASSES = 4
+_MAX_CLASSES = 4  # rows of heat maps: more would not be legible
 
 
 def quality_figure(inspection: Inspection, kind: str) -> Figure:
-    """Heat maps of quality, one panel for each level.
-
-    Dots are the locations of candidates. Elsewhere quality decides nothing; and where there is no
-    object it was never trained.
+    """Heat maps of quality. Dots are the locations of candidates: only there it decides something.
 
     Args:
         kind: MODEL.FCOS.QUALITY.
@@ -72,8 +68,7 @@ def _heat_figure(inspection: Inspection, rows: dict[str, list[Tensor]], label: s
 def _extent(inspection: Inspection, level: int) -> tuple[float, float, float, float]:
     """Left, right, bottom, top of a level's cells, each cell around its location."""
     stride = inspection.levels.strides[level]
-    shift = (inspection.levels.offset - 0.5) * stride
+    begin = (inspection.levels.offset - 0.5) * stride
     height, width = inspection.class_probability[level].shape[1:]
     x, y = inspection.scale
-    left, top = shift * x, shift * y
-    return left, (shift + width * stride) * x, (shift + height * stride) * y, top
+    return begin * x, (begin + width * stride) * x, (begin + height * stride) * y, begin * y

@@ -1,9 +1,6 @@
-"""What a detector saw in an image: the maps of its head, and where each detection came from.
+"""What a detector sees in an image: the maps of its head, and where each detection comes from.
 
 Shapes: K classes, (Hi, Wi) cells of level i.
-
-The network input is resized and padded: maps and candidates are in its pixels, detections in those
-of the image.
 """
 
 import sys
@@ -22,22 +19,21 @@ from ..modeling.points import centerness
 
 @dataclass(frozen=True)
 class Inspection:
-    """An image, and what a detector made of it. All tensors are on CPU.
+    """An image, and what a detector makes of it. All tensors are on CPU.
 
-    Detections and candidates have their cells; see FCOSPostProcessor.candidates.
+    Detections and candidates have the fields of their cells; see FCOSPostProcessor.candidates.
     """
 
     image: np.ndarray  # (H, W, 3) uint8, RGB
     input_size: tuple[int, int]  # (height, width) in pixels of the network input, without padding
-    class_names: list[str]  # those that the weights or the data sets say, or else numbers
+    class_names: list[str]  # from the weights or the data sets, or else numbers
     level_names: tuple[str, ...]  # as in MODEL.FCOS.IN_FEATURES
     levels: Levels  # in pixels of the network input
     class_probability: list[Tensor]  # (K, Hi, Wi) for each level
     # (Hi, Wi) in [0, 1] for each level, NaN where it is undefined; None with QUALITY "none".
     quality: list[Tensor] | None
-    detections: Instances  # the detector's, best first, in pixels of the image
-    # What they were chosen from, before top-k, NMS and clipping. In pixels of the network input.
-    candidates: Instances
+    detections: Instances  # best first, in pixels of the image
+    candidates: Instances  # before top-k, NMS and clipping, in pixels of the network input
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -59,7 +55,6 @@ def inspect_image(predictor: Predictor, image: np.ndarray) -> Inspection:
     """Detect as the predictor does, and keep what explains the detections.
 
     Args:
-        predictor: of an FCOS.
         image: (H, W, 3) uint8, BGR.
 
     Raises:
@@ -74,32 +69,28 @@ def inspect_image(predictor: Predictor, image: np.ndarray) -> Inspection:
     (candidates,) = model.post_processor.candidates(*found, topk=sys.maxsize, with_cells=True)
     (best,) = model.post_processor.candidates(*found, with_cells=True)
     detections = model.post_processor.suppress(best).to("cpu")
+    detections = detector_postprocess(detections, *image.shape[:2])
+    scale = torch.tensor(image_scale(image.shape[:2], best.image_size))
+    detections.locations = detections.locations * scale
+    detections.ltrb = detections.ltrb * scale.repeat(2)
     return Inspection(
         image=image[:, :, ::-1],
-        input_size=tuple(detections.image_size),
+        input_size=tuple(best.image_size),
         class_names=predictor.metadata.get("thing_classes", None)
         or [f"class {i}" for i in range(model.num_classes)],
         level_names=tuple(model.head_in_features),
         levels=model.levels,
         class_probability=[x[0].float().sigmoid().cpu() for x in outputs.class_logits],
         quality=_quality_maps(outputs, model.post_processor.quality),
-        detections=_in_pixels_of_the_image(detections, image.shape[:2]),
+        detections=detections,
         candidates=candidates.to("cpu"),
     )
 
 
 def _quality_maps(outputs: HeadOutputs, quality: str) -> list[Tensor] | None:
-    """(Hi, Wi) on each level, of the first image of a batch; ``quality``: MODEL.FCOS.QUALITY."""
+    """(Hi, Wi) on each level, of the first image of a batch."""
     if quality == "none":
         return None
     if quality == "computed":
         return [centerness(x[:1].float())[0].cpu() for x in outputs.ltrb]
     return [x[0, 0].float().sigmoid().cpu() for x in outputs.quality_logits]
-
-
-def _in_pixels_of_the_image(detections: Instances, image_size: tuple[int, int]) -> Instances:
-    scale = torch.tensor(image_scale(image_size, detections.image_size))
-    detections = detector_postprocess(detections, *image_size)
-    detections.locations = detections.locations * scale
-    detections.ltrb = detections.ltrb * scale.repeat(2)
-    return detections

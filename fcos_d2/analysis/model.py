@@ -1,14 +1,12 @@
-"""Compares the parameters, multiply-adds and outputs of FCOS with those of RetinaNet.
+"""Compare FCOS with RetinaNet: parameters, multiply-adds and outputs.
 
-FCOS is said to have "9x fewer network output variables" than a detector with 9 anchors per location
-(1904.01355, section 3.1), and to need about 10 % fewer FLOPs than RetinaNet.
-
-Only the backbone and the head are counted: no preprocessing, decoding or NMS.
+The paper says "9x fewer network output variables" than a detector with 9 anchors per location
+(1904.01355, section 3.1). Only the backbone and the head are counted: no preprocessing, decoding or
+NMS.
 """
 
 from collections import Counter
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from detectron2 import model_zoo
@@ -17,7 +15,7 @@ from detectron2.export.flatten import flatten_to_tuple
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from fvcore.nn import FlopCountAnalysis
-from fvcore.nn.jit_handles import get_shape
+from fvcore.nn.jit_handles import conv_flop_count, get_shape
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -33,18 +31,16 @@ class ModelStatistics:
     """What a dense detector costs for one image."""
 
     parameters: int  # including frozen ones, without running statistics
-    # As fvcore counts them: a multiply-add of a convolution is one. Normalisation and upsampling
-    # add a few per element. FCOS's backbones fold their batch norms into the convolutions, which
+    # As fvcore counts them. FCOS's backbones fold their batch norms into the convolutions, which
     # makes 0.2 % less for R-50.
     multiply_adds: int
     outputs: int  # number of values that the head returns
-    # How often each operator occurs that multiply_adds leaves out: they work element by element.
-    not_counted: dict[str, int]
+    not_counted: dict[str, int]  # how often each operator that multiply_adds leaves out occurs
     input_size: tuple[int, int]  # (height, width) in pixels, padded
 
 
 def analyze_model(cfg: CfgNode, height: int, width: int) -> ModelStatistics:
-    """Count the cost of one image of (height, width) pixels, padded as by the detector, on CPU.
+    """Count on CPU what one image of (height, width) pixels costs, padded as the detector does.
 
     Args:
         cfg: of a dense detector, FCOS or Detectron2's RetinaNet. Weights are not loaded.
@@ -83,8 +79,8 @@ def analyze_model(cfg: CfgNode, height: int, width: int) -> ModelStatistics:
 def retinanet_cfg(cfg: CfgNode) -> CfgNode:
     """Detectron2's RetinaNet with the ResNet-FPN and the number of classes of an FCOS config.
 
-    Everything else is as in Detectron2's ``retinanet_R_50_FPN_1x.yaml``: P3 to P7 with P6 and P7
-    from res5, 9 anchors per location, towers of four convolutions without normalisation.
+    The rest is Detectron2's ``retinanet_R_50_FPN_1x.yaml``: P3 to P7 with P6 and P7 from res5,
+    9 anchors per location, towers of four convolutions without normalisation.
 
     Raises:
         ValueError: if the backbone is not from one of the ResNet-FPN builders.
@@ -144,7 +140,7 @@ def comparison_table(fcos: ModelStatistics, retinanet: ModelStatistics) -> str:
 class _Network(nn.Module):
     """Backbone and head of a dense detector, from an image (1, 3, H, W) to all output maps."""
 
-    outputs: int  # number of values in the maps of the last call
+    outputs: int  # of the last call: the number of values in the maps
 
     def __init__(self, model: DenseDetector):
         super().__init__()
@@ -155,14 +151,12 @@ class _Network(nn.Module):
         features = self.backbone(image)
         maps, _ = flatten_to_tuple(self.head([features[f] for f in self.head_in_features]))
         maps = tuple(x for x in maps if x is not None)  # a branch that does not exist
-        self.outputs = sum(prod(map(int, x.shape)) for x in maps)
+        self.outputs = sum(int(x.numel()) for x in maps)
         return maps
 
 
 def _deform_conv_flops(inputs: list, outputs: list) -> Counter:
     """Multiply-adds of the convolution, without the interpolation where it samples."""
-    out_channels, *kernel = get_shape(inputs[1])  # (out, in / groups, height, width)
-    batch, channels, *size = get_shape(outputs[0])
-    if channels != out_channels:
-        raise ValueError(f"{channels} output channels for {out_channels} filters")
-    return Counter({"deform_conv": batch * prod(size) * out_channels * prod(kernel)})
+    image, weights, *_ = inputs
+    shapes = map(get_shape, (image, weights, outputs[0]))
+    return Counter(deform_conv=conv_flop_count(*shapes))

@@ -5,13 +5,14 @@ Shapes: M boxes of an image, P positives.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import (
     annotations_to_instances,
     transform_instance_annotations,
 )
-from detectron2.data.transforms import NoOpTransform, ResizeShortestEdge, ResizeTransform, Transform
+from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
 from detectron2.modeling import Backbone
 from detectron2.structures import BoxMode, Instances
 from torch import Tensor
@@ -22,8 +23,8 @@ from ..modeling.backbone import padded_size
 from ..modeling.target_assignment import Positives, cell_numbers
 from .inspection import image_scale
 
-# The areas in pixels of the original image that COCO's second and third size begin at. The area is
-# the box's: COCO's own evaluation takes the mask's, which not every data set has.
+# Where COCO's second and third size begin, in pixels of the original image. The area is the box's:
+# COCO's own evaluation takes the mask's, which not every data set has.
 _SIZE_BEGINS = (32**2, 96**2)
 
 
@@ -33,9 +34,9 @@ def boxes_at_test_resize(
     """The boxes that training would see if it resized as in tests.
 
     Returns:
-        an image of the size before padding, with ``gt_boxes`` in its pixels, ``gt_classes``,
-        ``coco_size`` (M,) of the original box: 0 is small, and ``annotation`` (M,), the number in
-        the record; and how many annotations are left out as crowds, and for want of an area.
+        an image of the size before padding, with ``gt_boxes``, ``gt_classes``, ``coco_size`` (M,)
+        of the original box, 0 for small, and ``annotation`` (M,), the number in the record; and how
+        many annotations are left out as crowds, and because they have no area.
 
     Raises:
         ValueError: for a record without height and width.
@@ -48,30 +49,25 @@ def boxes_at_test_resize(
     resized = [{k: a[k] for k in ("bbox", "bbox_mode", "category_id")} for a in annotations]
     resized = [transform_instance_annotations(a, resize, size) for a in resized]
     image = annotations_to_instances(resized, size)
-    image.coco_size = torch.tensor([_coco_size(a) for a in annotations], dtype=torch.int64)
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS) for a in annotations]
+    areas = [width * height for _, _, width, height in boxes]
+    image.coco_size = torch.from_numpy(np.digitize(areas, _SIZE_BEGINS))
     image.annotation = torch.arange(len(annotations))
     is_crowd = torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations], dtype=torch.bool)
     is_crowd &= not include_crowd
-    # What training leaves out too, after resizing and clipping (filter_empty_instances).
+    # Training leaves these out too, after resizing and clipping (filter_empty_instances).
     no_area = ~image.gt_boxes.nonempty(threshold=1e-5) & ~is_crowd
     return image[~is_crowd & ~no_area], int(is_crowd.sum()), int(no_area.sum())
 
 
-def resize_for_test(cfg: CfgNode, height: int, width: int) -> tuple[Transform, tuple[int, int]]:
+def resize_for_test(
+    cfg: CfgNode, height: int, width: int
+) -> tuple[ResizeTransform, tuple[int, int]]:
     """INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST for an image, and its new (height, width)."""
-    if cfg.INPUT.MIN_SIZE_TEST == 0:  # Detectron2's way to say: as it is
-        return NoOpTransform(), (height, width)
-    size = ResizeShortestEdge.get_output_shape(
-        height, width, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    )
+    size, shortest = (height, width), cfg.INPUT.MIN_SIZE_TEST
+    if shortest > 0:  # 0 is for no resizing
+        size = ResizeShortestEdge.get_output_shape(*size, shortest, cfg.INPUT.MAX_SIZE_TEST)
     return ResizeTransform(height, width, *size), size
-
-
-def _coco_size(annotation: dict) -> int:
-    _, _, width, height = BoxMode.convert(
-        annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS
-    )
-    return sum(width * height >= begin for begin in _SIZE_BEGINS)
 
 
 def level_shapes(
@@ -79,7 +75,7 @@ def level_shapes(
 ) -> tuple[tuple[int, int], ...]:
     """(height, width) in cells of each level, for an image of (height, width) pixels.
 
-    Exact for ResNet and FPN: their strided convolutions and poolings halve, rounding up.
+    The strided convolutions and poolings of ResNet and FPN halve, rounding up.
     """
     height, width = padded_size(backbone, height, width)
     return tuple((-(-height // stride), -(-width // stride)) for stride in levels.strides)
@@ -96,7 +92,7 @@ def assign(model: FCOS, image: Instances) -> tuple[Positives, Tensor, Tensor]:
     shapes = level_shapes(model.backbone, model.levels, *image.image_size)
     candidates = model.assigner.candidates(model.levels, shapes, boxes)
     positives = model.assigner.resolve(candidates, shapes, boxes)
-    # The number of the positive at the location of each candidate, and its box.
+    # For each candidate the positive at its location, and the box that owns it.
     cell, order = cell_numbers(positives, shapes, 1).sort()
     at = order[torch.searchsorted(cell, cell_numbers(candidates, shapes, 1))]
     gt = positives.gt[at]
@@ -122,7 +118,6 @@ def locate_positives(cfg: CfgNode, model: FCOS, record: dict) -> LocatedPositive
     """Assign the boxes of an image at the test resize; training may resize otherwise.
 
     Args:
-        cfg: of the model.
         record: in Detectron2's format, with "height", "width" and "annotations".
 
     Raises:

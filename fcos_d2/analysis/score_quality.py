@@ -1,4 +1,4 @@
-"""How well scores say how good the boxes are, without and with quality (1904.01355, appendix)."""
+"""How well scores rank boxes, without and with quality (1904.01355, appendix)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +22,11 @@ from .positives import boxes_at_test_resize
 class ScoresAndIoUs:
     """The candidates of a data set: locations and classes above the threshold, before NMS."""
 
-    images: int  # how many they are of
+    images: int
     class_probability: Tensor  # (C,)
     quality: Tensor  # (C,) in [0, 1]; 1 with QUALITY "none"
-    score: Tensor  # (C,) what the detector makes of the two (SCORE_FUSION)
-    # (C,) with the ground-truth box of the candidate's class that it overlaps most; 0 without one.
-    iou: Tensor
+    score: Tensor  # (C,) of the two (SCORE_FUSION)
+    iou: Tensor  # (C,) the highest with a ground-truth box of the candidate's class; 0 without one
 
     @property
     def product(self) -> Tensor:
@@ -38,11 +37,11 @@ class ScoresAndIoUs:
 def scores_and_ious(
     predictor: Predictor, cfg: CfgNode, records: Sequence[dict], *, progress: bool = False
 ) -> ScoresAndIoUs:
-    """Compare the candidates of images with their ground truth.
+    """Compare the candidates of images with their ground truth, which crowds are no part of.
 
     Args:
         predictor: of an FCOS, made of ``cfg``.
-        records: in Detectron2's format, with the files of images. Crowds are not ground truth.
+        records: in Detectron2's format, with the files of images.
         progress: show a progress bar.
 
     Raises:
@@ -84,9 +83,8 @@ def scores_figure(points: ScoresAndIoUs, quality: str, score_fusion: str) -> Fig
         axes.plot([0, 1], [0, 1], "--", color="black", linewidth=1)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=name)
         axes.set_ylabel("IoU with the ground truth of the class")
-        found = points.iou >= 0.5
-        pairs = (scores, points.iou), (scores[found], points.iou[found])
-        correlations = (rank_correlation(*pair) for pair in pairs)
+        chosen = (slice(None), points.iou >= 0.5)
+        correlations = [rank_correlation(scores[x], points.iou[x]) for x in chosen]
         numbers = ("-" if c is None else f"{c:.2f}" for c in correlations)
         axes.set_title("rank correlation {}, of IoU ≥ 0.5: {}".format(*numbers), fontsize=10)
     figure.suptitle(f"{len(points.iou):,} candidates (before NMS), {points.images:,} image(s)")
@@ -94,14 +92,10 @@ def scores_figure(points: ScoresAndIoUs, quality: str, score_fusion: str) -> Fig
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's: of the ranks of two (C,) tensors, equal values sharing theirs; None if constant.
-
-    1 where a larger value of one always means a larger value of the other, 0 where it says nothing.
-    """
-    ranks = [_ranks(x) for x in (a, b)]
-    if len(a) < 2 or any(r.std() == 0 for r in ranks):
+    """Spearman's rank correlation of two (C,) tensors; None if one is constant."""
+    if len(a.unique()) < 2 or len(b.unique()) < 2:
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
 
 
 def _ranks(x: Tensor) -> np.ndarray:
@@ -114,7 +108,7 @@ def read_record_image(record: dict, file: str | None = None) -> np.ndarray:
     """(H, W, 3) uint8, BGR, of a record in Detectron2's format.
 
     Args:
-        file: read in place of the record's own.
+        file: read instead of the record's own.
 
     Raises:
         ValueError: if the image has another size than the record says.

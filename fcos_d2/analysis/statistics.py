@@ -1,6 +1,9 @@
-"""The results of :func:`analyze_assignment`, whose module defines the terms."""
+"""The results of :func:`analyze_assignment`, whose module defines the terms.
 
-from dataclasses import asdict, dataclass
+Shares are in [0, 1], or None if the whole is 0.
+"""
+
+from dataclasses import asdict, dataclass, replace
 
 from tabulate import tabulate
 from torch import Tensor
@@ -21,16 +24,15 @@ class LevelStatistics:
 
 @dataclass(frozen=True)
 class SizeStatistics:
-    """Boxes of one COCO size, those that own a location, and the locations they own."""
+    """Boxes of one COCO size."""
 
     name: str
     boxes: int
-    recalled: int
-    positives: int
+    recalled: int  # boxes that own a location
+    positives: int  # locations that the boxes own
 
     @property
     def recall(self) -> float | None:
-        """Share of the boxes that own a location; None without boxes."""
         return _share(self.recalled, self.boxes)
 
 
@@ -39,8 +41,7 @@ class BoxStatistics:
     """The locations that each of M boxes owns on each of L levels."""
 
     level_names: tuple[str, ...]  # finest first
-    # Of each box, the number of its record and that of its annotation in there.
-    boxes: tuple[tuple[int, int], ...]
+    boxes: tuple[tuple[int, int], ...]  # (M) numbers of the record, and of the annotation in it
     sides: Tensor  # (M,) square roots of the boxes' areas, in pixels at the test resize
     positives: Tensor  # (M, L) int64 number of locations
 
@@ -56,52 +57,26 @@ class AssignmentStatistics:
     """How a config assigns the boxes of a data set to locations."""
 
     images: int  # including those without boxes
-    crowd_left_out: int  # boxes left out because they are crowds
-    no_area_left_out: int  # those that have no area inside the image at the test resize
+    boxes: int
+    recalled: int
+    positives: int
+    best_possible_recall: float | None
+    ambiguous: float | None  # share of the positives, as the next one
+    ambiguous_classes: float | None
+    crowd_left_out: int  # boxes
+    no_area_left_out: int  # boxes without an area inside the image at the test resize
     levels: tuple[LevelStatistics, ...]  # finest first
     sizes: tuple[SizeStatistics, ...]  # of SIZES
     settings: dict  # the values of the config that the numbers depend on
     of_boxes: BoxStatistics  # what the others sum up
 
-    @property
-    def boxes(self) -> int:
-        return sum(size.boxes for size in self.sizes)
-
-    @property
-    def recalled(self) -> int:
-        return sum(size.recalled for size in self.sizes)
-
-    @property
-    def positives(self) -> int:
-        return sum(level.positives for level in self.levels)
-
-    @property
-    def best_possible_recall(self) -> float | None:
-        """Share of the boxes that own a location; None without boxes."""
-        return _share(self.recalled, self.boxes)
-
-    @property
-    def ambiguous(self) -> float | None:
-        """Share of the positives that were eligible for several boxes; None without positives."""
-        return _share(sum(level.ambiguous for level in self.levels), self.positives)
-
-    @property
-    def ambiguous_classes(self) -> float | None:
-        """Share of the positives that were eligible for boxes of different classes."""
-        return _share(sum(level.ambiguous_classes for level in self.levels), self.positives)
-
     def to_dict(self) -> dict:
-        """All numbers, ready for JSON; shares are in [0, 1], or None if the whole is 0."""
-        names = (
-            "images", "boxes", "recalled", "positives", "best_possible_recall", "ambiguous",
-            "ambiguous_classes",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names} | {
-            "left_out": {"crowd": self.crowd_left_out, "no_area": self.no_area_left_out},
-            "levels": [asdict(level) for level in self.levels],
-            "sizes": [asdict(size) | {"recall": size.recall} for size in self.sizes],
-            "settings": self.settings,
-        }
+        """All numbers but those of single boxes, ready for JSON."""
+        numbers = asdict(replace(self, of_boxes=None))
+        del numbers["of_boxes"]
+        left_out = {name: numbers.pop(f"{name}_left_out") for name in ("crowd", "no_area")}
+        sizes = [asdict(size) | {"recall": size.recall} for size in self.sizes]
+        return numbers | {"left_out": left_out, "sizes": sizes}
 
     def table(self) -> str:
         """The numbers as text for a terminal."""
@@ -125,8 +100,7 @@ class AssignmentStatistics:
             for x in self.levels
         ]
         by_size = [
-            (size.name, size.boxes, size.recalled, _percent(size.recall), size.positives)
-            for size in self.sizes
+            (x.name, x.boxes, x.recalled, _percent(x.recall), x.positives) for x in self.sizes
         ]
         level_header = ("level", "positives", "share", "ambiguous", "between classes")
         size_header = ("box size", "boxes", "recalled", "recall", "positives")

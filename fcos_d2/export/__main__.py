@@ -19,7 +19,7 @@ from ..command_line import config_parser, exit_on_error
 from ..config import load_cfg
 from ..data import class_names
 from ..modeling import FCOS
-from .onnx import LIMIT, ExportError, check_is_fcos, to_onnx
+from .onnx import LIMIT, ExportError, only_fcos, to_onnx
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,15 +45,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def load_model(cfg: CfgNode) -> tuple[FCOS, list[str] | None]:
-    """The detector of a config on CPU, with its weights; and the names of its classes.
-
-    The names are those that the weights say, or else those of the data set; None if neither does.
+    """The detector of a config on CPU, and the names of its classes from weights or data set.
 
     Raises:
         ValueError: for another detector than FCOS, for weights that do not fill the model, and for
             other numbers of names than of classes.
     """
-    check_is_fcos(cfg.MODEL.META_ARCHITECTURE)
+    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
+        raise only_fcos(cfg.MODEL.META_ARCHITECTURE)
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("Name the weights to export: MODEL.WEIGHTS FILE")
     cfg = cfg.clone()

@@ -1,4 +1,4 @@
-"""An exported file beside PyTorch, in ONNX Runtime."""
+"""Compare an exported file in ONNX Runtime with PyTorch."""
 
 import sys
 
@@ -13,27 +13,25 @@ from .graph import DetectionGraph
 
 # (N, H, W) of the batches: from less than a cell to many, one image and several.
 _SHAPES = ((1, 1, 1), (1, 64, 97), (3, 130, 201), (1, 320, 480))
-# A threshold is chosen by which this many candidates remain, so that there is what to compare.
-_CANDIDATES = 200
-# Where a score or an IoU is this near to a limit, rounding decides on which side it is.
-_ROUNDING = 1e-4
+_CANDIDATES = 200  # about as many remain above the second threshold
+_ROUNDING = 1e-4  # a score or an IoU this near to a limit may lie on either side
 
 
 def largest_difference(model: FCOS, file: str) -> float:
     """Compare a file with the model it was made from, on batches of several sizes.
 
-    Detections are compared twice: with the file as it is, and with a score threshold by which
-    there are some in random images. Each must have its like, of the same class, in the other list,
-    unless rounding decides whether it is there: at the limit of detections or of the IoU in NMS.
+    Detections are compared twice: with the file as it is, and with a score threshold that leaves
+    some in random images. Each is compared with the nearest of its class in the other list, unless
+    rounding decides whether it is there: at the limit of detections or of the IoU in NMS.
 
     Args:
         model: on CPU, in evaluation mode. The threshold of its post-processor is changed.
         file: of :func:`fcos_d2.export.to_onnx`.
 
     Returns:
-        the largest difference of box coordinates in pixels and of scores, or with the outputs
-        "raw" of any value; divided by the value where that is above 1. Of a detection, to that of
-        the same class which is nearest in this sense; infinite if there is none.
+        the largest difference of box coordinates in pixels and of scores, or of the maps of a raw
+        file; divided by the value where that is above 1. Infinite for a detection without another
+        of its class.
     """
     import onnx
 
@@ -91,9 +89,8 @@ def _detections_difference(model: FCOS, session, images: Tensor) -> float:
     differences = []
     for image, *actual, count in zip(images, *_run(session, images), strict=True):
         found = model([{"image": image}])[0]["instances"]
-        expected = found.pred_boxes.tensor, found.scores, found.pred_classes
-        actual = tuple(x[:count] for x in actual)
-        expected = tuple(x.numpy() for x in expected)
+        expected = found.pred_boxes.tensor.numpy(), found.scores.numpy(), found.pred_classes.numpy()
+        actual = [x[:count] for x in actual]
         differences.append(compare(expected, actual, model.post_processor))
     return float(np.max(differences))
 
@@ -104,11 +101,9 @@ def compare(expected: tuple, actual: tuple, post_processor) -> float:
     Args:
         expected, actual: boxes (D, 4), scores (D,) and classes (D,) as arrays.
     """
-    (boxes_a, scores_a, classes_a), (boxes_b, scores_b, classes_b) = expected, actual
-    values_a = np.concatenate([boxes_a, scores_a[:, None]], axis=1)
-    values_b = np.concatenate([boxes_b, scores_b[:, None]], axis=1)
-    differences = _difference(values_a[:, None], values_b[None]).max(axis=2)
-    differences[classes_a[:, None] != classes_b[None]] = np.inf
+    a, b = (np.column_stack([boxes, scores]) for boxes, scores, _ in (expected, actual))
+    differences = _difference(a[:, None], b).max(axis=2)
+    differences[expected[2][:, None] != actual[2]] = np.inf
     of_a = differences.min(axis=1, initial=np.inf)
     of_b = differences.min(axis=0, initial=np.inf)
     open_a = _left_to_rounding(expected, actual, post_processor)
@@ -126,7 +121,7 @@ def _left_to_rounding(detections: tuple, others: tuple, post_processor) -> np.nd
         is_open |= scores < scores.min() + _ROUNDING
     ious = box_iou(torch.from_numpy(boxes), torch.from_numpy(others[0])).numpy()
     near = np.abs(ious - post_processor.nms_thresh) < _ROUNDING
-    near &= classes[:, None] == others[2][None]
+    near &= classes[:, None] == others[2]
     return is_open | near.any(axis=1)
 
 

@@ -3,25 +3,24 @@
 Shapes: N images, (H, W) pixels, L levels, K classes, C candidates of an image (at most
 ``TOPK_CANDIDATES_TEST`` of each level), D ``TEST.DETECTIONS_PER_IMAGE``.
 
-The steps are those of :mod:`fcos_d2.modeling.post_processing`. There, what is no candidate is left
-out. Here it stays, with a score of 0, since a graph that knows its sizes runs everywhere.
+The steps are as in :mod:`fcos_d2.modeling.post_processing`, but what is no candidate stays, with a
+score of 0: a graph that knows its sizes runs everywhere.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from ..modeling import FCOS
 from ..modeling.head import HeadOutputs
 from ..modeling.points import centerness, ltrb_to_boxes
 
-# What a candidate of score 0, as of a location on the side of its box, has instead.
-_LEAST_SCORE = 1e-30
+_LEAST_SCORE = 1e-30  # of candidates: 0, as on the side of a box, is for what is no candidate
 
 
 class RawGraph(nn.Module):
-    """The dense part alone, of a model in evaluation mode: images to the maps of the head."""
+    """Images to the maps of the head. The model is in evaluation mode."""
 
     def __init__(self, model: FCOS):
         super().__init__()
@@ -59,8 +58,8 @@ class DetectionGraph(RawGraph):
         super().__init__(model)
         post = model.post_processor
         score_thresh = post.score_thresh if post.score_thresh_on == "score" else -1.0
-        # By name in the exported file, so that the check of the file can choose others; and of a
-        # shape that no other tensor has, since the exporter merges those that are equal.
+        # The check of the file replaces them by name. No other tensor has their shape: the exporter
+        # merges equal tensors.
         self.register_buffer("logit_thresh", torch.full((1, 1, 1), post.logit_thresh))
         self.register_buffer("score_thresh", torch.full((1, 1, 1), score_thresh))
 
@@ -77,22 +76,20 @@ class DetectionGraph(RawGraph):
             boxes (N, D, 4) as x0, y0, x1, y1 in pixels, scores (N, D), classes (N, D) int64, best
             first, and the number of detections (N,) int64; zeros where there are fewer than D.
         """
-        post, (height, width) = self.model.post_processor, images.shape[-2:]
+        post = self.model.post_processor
         clip_first = post.clip_boxes == "before_nms"
         outputs = self.head_outputs(images)
         levels = [self._candidates(outputs, level) for level in range(len(self.model.levels))]
         boxes, scores, classes = (torch.cat(x, dim=1) for x in zip(*levels, strict=True))
         valid = boxes.isfinite().all(dim=2)
         if clip_first:
-            boxes = _clip(boxes, height, width)
+            boxes = clip_boxes_to_image(boxes, images.shape[-2:])
             valid &= _nonempty(boxes)
-        scores = torch.where(valid, scores, 0.0)
-
-        scores = self._suppress(boxes, scores, classes)
+        scores = self._suppress(boxes, torch.where(valid, scores, 0.0), classes)
         limit = post.max_detections_per_image
         boxes, scores, classes = _best(boxes, scores, classes, limit)
         if not clip_first:
-            boxes = _clip(boxes, height, width)
+            boxes = clip_boxes_to_image(boxes, images.shape[-2:])
             scores = torch.where(_nonempty(boxes), scores, 0.0)
             boxes, scores, classes = _best(boxes, scores, classes, limit)
         found = scores > 0
@@ -122,29 +119,18 @@ class DetectionGraph(RawGraph):
         cell, classes = index // num_classes, index % num_classes
         row = cell // width
         locations = levels.locations(level, cell - row * width, row)  # % width has no translation
-        ltrb = ltrb.flatten(2).transpose(1, 2)
-        return ltrb_to_boxes(locations, _take(ltrb, cell)), scores, classes
+        ltrb = _take(ltrb.flatten(2).transpose(1, 2), cell)
+        return ltrb_to_boxes(locations, ltrb), scores, classes
 
     def _suppress(self, boxes: Tensor, scores: Tensor, classes: Tensor) -> Tensor:
         """Class-wise NMS: the scores (N, C), with 0 for what is suppressed."""
         post = self.model.post_processor
         of_class = classes[:, None] == torch.arange(self.model.num_classes)[:, None]  # (N, K, C)
-        kept = class_wise_nms(
-            boxes,
-            torch.where(of_class, scores[:, None], 0.0),
-            post.max_detections_per_image,
-            post.nms_thresh,
-        )
-        image, _, candidate = kept.unbind(dim=1)
-        is_kept = torch.zeros_like(scores).index_put(
-            (image, candidate), torch.ones_like(image, dtype=scores.dtype)
-        )
-        return scores * is_kept
-
-
-def _clip(boxes: Tensor, height: int, width: int) -> Tensor:
-    x, y = boxes[..., 0::2].clamp(min=0, max=width), boxes[..., 1::2].clamp(min=0, max=height)
-    return torch.stack([x, y], dim=3).flatten(2)  # x0, y0, x1, y1
+        by_class = torch.where(of_class, scores[:, None], 0.0)
+        limit = post.max_detections_per_image
+        image, _, box = class_wise_nms(boxes, by_class, limit, post.nms_thresh).unbind(dim=1)
+        kept = torch.ones_like(image, dtype=scores.dtype)
+        return scores * torch.zeros_like(scores).index_put((image, box), kept)
 
 
 def _nonempty(boxes: Tensor) -> Tensor:
@@ -168,8 +154,7 @@ def class_wise_nms(boxes: Tensor, scores: Tensor, limit: int, iou: float) -> Ten
     Args:
         boxes: (N, C, 4).
         scores: (N, K, C); 0 for what is no candidate.
-        limit: of boxes for each image and class, for ONNX alone: the detections are cut to it
-            in any case.
+        limit: of boxes for each image and class. Only ONNX heeds it.
         iou: a box is suppressed by a better one with an IoU above this.
 
     Returns:
@@ -177,9 +162,8 @@ def class_wise_nms(boxes: Tensor, scores: Tensor, limit: int, iou: float) -> Ten
     """
     image, class_number, box = (scores > 0).nonzero(as_tuple=True)
     group = image * scores.shape[1] + class_number
-    keep = batched_nms(
-        boxes[image, box].double(), scores[image, class_number, box].double(), group, iou
-    )
+    scores = scores[image, class_number, box].double()
+    keep = batched_nms(boxes[image, box].double(), scores, group, iou)
     return torch.stack([image, class_number, box], dim=1)[keep]
 
 

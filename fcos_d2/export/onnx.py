@@ -6,8 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
 
 import torch
 
@@ -19,14 +18,10 @@ from ..runtime import Runtime
 from .check import largest_difference
 from .graph import DetectionGraph, RawGraph
 
-if TYPE_CHECKING:
-    import onnx
-
 # The largest difference to PyTorch that a file may have; see largest_difference for its unit.
 LIMIT = 1e-3
-_OPSET, _DEFORMABLE_OPSET = 18, 19
-# No size here is 0, 1 or that of another axis, which a graph would take for a constant; the
-# coarsest of the usual levels, of stride 128, has more than one cell on either side.
+# The exporter takes a size of 0, 1 or another axis for a constant. p7, of stride 128, has more than
+# one cell on either side.
 _TRACED_SHAPE = (2, 3, 192, 320)
 
 
@@ -47,19 +42,19 @@ def to_onnx(
 ) -> float:
     """Export a detector to one ONNX file, and compare the file with it in ONNX Runtime.
 
-    The file takes ``images`` (N, 3, H, W) in [0, 255], in the channel order of ``INPUT.FORMAT``,
-    all of one size, which may be any; it computes in float32. It gives
+    The file takes ``images`` (N, 3, H, W) of any size, in [0, 255] and in the channel order of
+    ``INPUT.FORMAT``. It computes in float32 and gives
 
     - ``boxes`` (N, D, 4) as x0, y0, x1, y1 in pixels of the H x W image, inside it,
     - ``scores`` (N, D), best first,
     - ``classes`` (N, D) int64,
-    - ``num_detections`` (N,) int64: how many of the D are detections; what follows them is 0,
+    - ``num_detections`` (N,) int64: how many of the D are detections; the rest is 0,
 
     with D = ``TEST.DETECTIONS_PER_IMAGE``. Names and settings are in its metadata (docs/export.md).
 
     Args:
         model: left as it is.
-        file: written when all is well; one that is there is then replaced. Folders are made.
+        file: an earlier one stays if anything fails. Folders are made.
         raw: instead of detections give the maps of the head for the image padded to the stride of
             the backbone: ``class_logits_p3`` (N, K, H3, W3), ``ltrb_p3`` (N, 4, H3, W3) in pixels,
             ``quality_logits_p3`` (N, 1, H3, W3) if there is a quality branch, and so on.
@@ -95,19 +90,18 @@ def to_onnx(
     model = copy.deepcopy(model).cpu().float().eval()
     model.runtime = Runtime()  # not compiled
     graph = (RawGraph if raw else DetectionGraph)(model).eval()
-    # Opened first: what cannot be written shall fail now, not in a minute.
+    settings = {
+        "outputs": "raw" if raw else "detections",
+        "input_type": input_type,
+        "class_names": None if class_names is None else list(class_names),
+        "min_size": min_size,
+        "max_size": max_size,
+    }
+    # Opened first: what cannot be written fails now, not in a minute.
     with replacing(file, own=True) as partial:
         proto = _export(graph, getattr(torch, input_type), opset)
-        metadata = _metadata(
-            model,
-            outputs="raw" if raw else "detections",
-            input_type=input_type,
-            class_names=None if class_names is None else list(class_names),
-            min_size=min_size,
-            max_size=max_size,
-        )
-        for key, value in metadata.items():
-            proto.metadata_props.add(key=key, value=value)
+        for key, value in (_metadata(model) | settings).items():
+            proto.metadata_props.add(key=key, value=json.dumps(value))
         partial.write(proto.SerializeToString())
         partial.flush()
         difference = largest_difference(model, partial.name)
@@ -119,18 +113,16 @@ def to_onnx(
     return difference
 
 
-def check_is_fcos(meta_architecture: str) -> None:
-    """Raise a ValueError for another detector."""
-    if meta_architecture != "FCOS":
-        raise ValueError(
-            f"Only META_ARCHITECTURE 'FCOS' can be exported, not {meta_architecture!r}. For other "
-            "detectors use Detectron2's tools/deploy/export_model.py"
-        )
+def only_fcos(other: str) -> ValueError:
+    return ValueError(
+        f"Only META_ARCHITECTURE 'FCOS' can be exported, not {other!r}. For other detectors use "
+        "Detectron2's tools/deploy/export_model.py"
+    )
 
 
 def _check_model(model: FCOS) -> None:
     if not isinstance(model, FCOS):
-        check_is_fcos(type(model).__name__)
+        raise only_fcos(type(model).__name__)
     limit = model.post_processor.max_detections_per_image
     if limit < 1:
         raise ValueError(
@@ -144,7 +136,7 @@ def _check_model(model: FCOS) -> None:
 
 def _check_opset(model: FCOS, opset: int | None) -> int:
     deformable = any(isinstance(m, PortableDeformConv) for m in model.modules())
-    lowest = _DEFORMABLE_OPSET if deformable else _OPSET
+    lowest = 19 if deformable else 18
     opset = lowest if opset is None else opset
     if opset < lowest:
         reason = " with deformable convolutions" if deformable else ""
@@ -164,9 +156,15 @@ def _check_packages() -> None:
         ) from error
 
 
-def _export(graph: RawGraph, dtype: torch.dtype, opset: int) -> "onnx.ModelProto":
+def _export(graph: RawGraph, dtype: torch.dtype, opset: int):
+    """The onnx.ModelProto of a graph."""
     images = torch.zeros(_TRACED_SHAPE, dtype=dtype)
-    with torch.no_grad(), _quiet():
+    logger = logging.getLogger("onnx_ir")
+    with torch.no_grad(), warnings.catch_warnings(), ExitStack() as end:
+        # The exporter's warnings are about its own parts.
+        warnings.simplefilter("ignore")
+        end.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         program = torch.onnx.export(
             graph,
             (images,),
@@ -194,34 +192,22 @@ def _onnx_nms(boxes, scores, limit: int, iou: float):
     )
 
 
-@contextmanager
-def _quiet():
-    """Without the exporter's warnings, which are about its own parts."""
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _metadata(model: FCOS, **settings) -> dict[str, str]:
-    """What a file says of itself. All values are JSON."""
+def _metadata(model: FCOS) -> dict:
+    """What a file says of the model."""
     post = model.post_processor
-    of_post = ("quality", "score_fusion", "score_thresh", "score_thresh_on")
-    of_post += ("topk_candidates", "nms_thresh", "clip_boxes")
-    values = {
+    return {
         "fcos_d2_version": __version__,
-        **settings,
         "channel_order": model.input_format,
         "num_classes": model.num_classes,
-        "levels": list(model.head_in_features),
-        "strides": list(model.levels.strides),
+        "levels": model.head_in_features,
+        "strides": model.levels.strides,
         "location_offset": model.levels.offset,
-        **{name: getattr(post, name) for name in of_post},
+        "quality": post.quality,
+        "score_fusion": post.score_fusion,
+        "score_thresh": post.score_thresh,
+        "score_thresh_on": post.score_thresh_on,
+        "topk_candidates": post.topk_candidates,
+        "nms_thresh": post.nms_thresh,
+        "clip_boxes": post.clip_boxes,
         "detections_per_image": post.max_detections_per_image,
     }
-    return {key: json.dumps(value) for key, value in values.items()}

@@ -28,14 +28,11 @@ class Detections:
 
 
 class OnnxPredictor:
-    """Runs an exported detector on an image or a list: fcos_d2.Predictor in ONNX Runtime.
-
-    Images are resized as there. Results are the same up to rounding, but :class:`Detections` take
-    the place of Detectron2's Instances.
+    """fcos_d2.Predictor in ONNX Runtime: the same results up to rounding, as :class:`Detections`.
 
     Attributes:
         class_names: of each class, or None if the file has none.
-        settings: all that the metadata of the file says.
+        settings: the metadata of the file.
     """
 
     def __init__(
@@ -49,10 +46,9 @@ class OnnxPredictor:
         """
         Args:
             file: of :func:`fcos_d2.export.to_onnx` or ``python -m fcos_d2.export``.
-            batch_size: the most images that run together, of those that follow one another and
-                are of one size once resized. More than 1 is for GPUs: on CPU it gains nothing.
-            channels: of arrays that are given: "BGR", as OpenCV reads them, or "RGB". Files know
-                their own. What the model wants is seen to.
+            batch_size: how many images run together at most; they must follow one another and have
+                one size once resized. More than 1 is for GPUs: on CPU it gains nothing.
+            channels: of arrays: "BGR", as OpenCV reads them, or "RGB". Files know their own.
             providers: of ONNX Runtime, e.g. ``["CUDAExecutionProvider"]``. None for CPU.
 
         Raises:
@@ -104,7 +100,7 @@ class OnnxPredictor:
 
         If an image cannot be read, the detections of all before it are yielded first.
         """
-        batch: list[tuple[np.ndarray, tuple[int, int]]] = []
+        batch = []
         for index, image in enumerate(images):
             try:
                 pixels, size = self._prepare(image, index)
@@ -152,8 +148,8 @@ class OnnxPredictor:
         for (_, (height, width)), boxes, scores, classes, n in zip(batch, *outputs, strict=True):
             scale = np.array([width / images.shape[3], height / images.shape[2]] * 2, np.float32)
             boxes = (boxes[:n] * scale).clip(0, np.array([width, height] * 2, np.float32))
-            full = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-            found = boxes[full], scores[:n][full], classes[:n][full]
+            kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+            found = boxes[kept], scores[kept], classes[kept]
             yield {"instances": Detections((height, width), *found)}
 
 
@@ -183,7 +179,7 @@ def _check_image(image: np.ndarray, index: int) -> None:
 
 
 def _resized(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
-    """(height, width) by Detectron2's ResizeShortestEdge; a shortest edge of 0 is for none."""
+    """(height, width) by Detectron2's ResizeShortestEdge, which 0 switches off."""
     if shortest == 0:
         return size
     scale = shortest / min(size)

@@ -8,7 +8,7 @@ import numpy as np
 from .evaluation import MATCH_IOU, BoxEvaluation
 
 POOR_IOU = 0.1  # a detection that overlaps no box by more has nothing to do with any
-# A false positive is the first of these that is true of it.
+# A false positive is of the first kind that is true of it.
 KINDS = {
     "twice": "a box of its class that another detection found",
     "wrong class": f"a box of another class, with an IoU of {MATCH_IOU:g} or more",
@@ -25,18 +25,17 @@ class Error:
     kind: str  # one of KINDS
     image_id: int | str  # of COCO's file
     box: tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the image
-    category: int  # the detection's, or that of the missed box
+    category: int  # of the detection or the missed box
     score: float | None  # None for a missed box
-    # With the box that it overlaps most, or of the detection that overlaps the missed box most.
-    iou: float
+    iou: float  # with the box, or for a missed box with the detection, that it overlaps most
     other: int | None  # the category of that one; None if there is no overlap
 
 
 def confusion_matrix(evaluation: BoxEvaluation, threshold: float) -> np.ndarray:
     """(K + 1, K + 1) counts: ground truth in rows, detections in columns, background last.
 
-    Boxes and detections are matched without regard to class, the best scores first, at an IoU of
-    ``MATCH_IOU``. Crowds, and what lies in them, are left out.
+    COCOeval matches boxes and detections of any class, the best scores first, at an IoU of
+    ``MATCH_IOU``. Crowds, and detections in them, are left out.
 
     Args:
         threshold: detections with a smaller score are left out.
@@ -67,10 +66,11 @@ def find_errors(evaluation: BoxEvaluation, threshold: float) -> list[Error]:
     wrong, missed = set(), set()
     for image in evaluation.matches():
         counted = set(_counted(image, threshold))
-        wrong |= counted.difference(detection for _, detection, _ in _boxes(image))
-        missed.update(
-            i for i, detection, ignored in _boxes(image) if not ignored and detection not in counted
-        )
+        wrong |= counted
+        for i, detection, ignored in _boxes(image):
+            wrong.discard(detection)
+            if not ignored and detection not in counted:
+                missed.add(i)
     errors = []
     for image in evaluation.agnostic_matches():
         errors += _errors_of_image(evaluation, image, threshold, wrong, missed)
@@ -78,15 +78,15 @@ def find_errors(evaluation: BoxEvaluation, threshold: float) -> list[Error]:
 
 
 def _counted(image: dict, threshold: float) -> list[int]:
-    """The ids of detections that are right or wrong: those in crowds are neither."""
+    """The ids of detections that are right or wrong: in crowds they are neither."""
     counted = np.asarray(image["dtScores"]) >= threshold
     return np.asarray(image["dtIds"])[counted & ~image["dtIgnore"][0].astype(bool)].tolist()
 
 
 def _boxes(image: dict) -> Iterator[tuple[int, int, bool]]:
-    """Each box's id, that of the detection that found it (0 for none), and if it is ignored.
+    """The id of each box, the id of the detection that found it or 0, and if it is ignored.
 
-    The other way round, ``dtMatches`` rounds large ids of boxes, and a 0 may be an id.
+    ``dtMatches``, the other way round, rounds large ids of boxes; its 0 may be an id.
     """
     found_by = image["gtMatches"][0].astype(int).tolist()
     return zip(image["gtIds"], found_by, map(bool, image["gtIgnore"]), strict=True)
@@ -94,30 +94,25 @@ def _boxes(image: dict) -> Iterator[tuple[int, int, bool]]:
 
 def _errors_of_image(
     evaluation: BoxEvaluation, image: dict, threshold: float, wrong: set[int], missed: set[int]
-) -> list[Error]:
-    # Rows are those of dtIds; columns are boxes, class by class.
+) -> Iterator[Error]:
+    # COCOeval's IoUs: a row for each of dtIds, a column for each box, class by class.
     boxes = evaluation.truth.imgToAnns[image["image_id"]]
     boxes = sorted(boxes, key=lambda box: box["category_id"])
     found = [evaluation.detections.anns[i] for i in image["dtIds"]]
     ious = np.asarray(evaluation.agnostic.ious[image["image_id"], -1])
     ious = ious.reshape(len(found), len(boxes)) * [not g["iscrowd"] for g in boxes]
-    categories = ([x["category_id"] for x in side] for side in (found, boxes))
-    same_class = np.equal.outer(*categories)
-    errors = [
-        _error(_kind(ious[row], same_class[row]), detection, boxes, ious[row])
-        for row, detection in enumerate(found)
-        if detection["id"] in wrong
-    ]
-    ious[[i for i, d in enumerate(found) if d["score"] < threshold]] = 0
-    return errors + [
-        _error("missed", box, found, ious[:, column])
-        for column, box in enumerate(boxes)
-        if box["id"] in missed
-    ]
+    same_class = np.equal.outer(*([x["category_id"] for x in side] for side in (found, boxes)))
+    for row, detection in enumerate(found):
+        if detection["id"] in wrong:
+            yield _error(_kind(ious[row], same_class[row]), detection, boxes, ious[row])
+    ious[[d["score"] < threshold for d in found]] = 0
+    for column, box in enumerate(boxes):
+        if box["id"] in missed:
+            yield _error("missed", box, found, ious[:, column])
 
 
 def _kind(ious: np.ndarray, same_class: np.ndarray) -> str:
-    """The kind of a false positive, from its IoU with each box and whether that is of its class."""
+    """The kind of a false positive, by its IoU with each box and whether the classes agree."""
     if (ious[same_class] >= MATCH_IOU).any():
         return "twice"
     if (ious[~same_class] >= MATCH_IOU).any():
@@ -127,18 +122,17 @@ def _kind(ious: np.ndarray, same_class: np.ndarray) -> str:
 
 def _error(kind: str, annotation: dict, others: list[dict], ious: np.ndarray) -> Error:
     x, y, width, height = annotation["bbox"]
-    best = int(ious.argmax()) if len(ious) and ious.max() > 0 else None
     return Error(
         kind,
         annotation["image_id"],
         (x, y, x + width, y + height),
         annotation["category_id"],
         annotation.get("score"),
-        iou=0.0 if best is None else float(ious[best]),
-        other=None if best is None else others[best]["category_id"],
+        iou=float(ious.max(initial=0)),
+        other=others[ious.argmax()]["category_id"] if ious.any() else None,
     )
 
 
 def _badness(error: Error) -> float:
     x0, y0, x1, y1 = error.box
-    return (x1 - x0) * (y1 - y0) if error.score is None else error.score
+    return (x1 - x0) * (y1 - y0) if error.kind == "missed" else error.score

@@ -1,7 +1,4 @@
-"""COCOeval of the boxes of a run, and what its arrays say at each score.
-
-Shapes: D detections, G ground-truth boxes, S different scores.
-"""
+"""COCOeval of the boxes of a run, and what its arrays say at each of S different scores."""
 
 import contextlib
 import io
@@ -20,7 +17,7 @@ _EVERY_AREA, _MOST_DETECTIONS = 0, -1  # indices of COCOeval's parameters
 
 @dataclass(frozen=True)
 class ScoreCurve:
-    """What is found, and how much of it is right, with detections of at least each score."""
+    """Recall, precision and F1 of the detections of at least each score."""
 
     boxes: int  # of the ground truth
     scores: np.ndarray  # (S,) descending
@@ -51,7 +48,7 @@ class BoxEvaluation:
     Attributes:
         truth, detections: the two sides, as pycocotools has them.
         class_names: by category id, in the order of the ids.
-        by_class: COCOeval as evaluators run it: a box is found by a detection of its class.
+        by_class: COCOeval as evaluators run it: a detection finds boxes of its class.
         agnostic: the same without classes, at ``CURVE_IOUS``.
     """
 
@@ -80,7 +77,7 @@ class BoxEvaluation:
     def average_precision(
         self, iou: float | None = None, area: str = "all", category: int | None = None
     ) -> float | None:
-        """AP in percent as COCO's evaluator says it; None without such boxes.
+        """AP in percent as COCO's evaluator prints it; None without such boxes.
 
         Args:
             iou: one of 0.5, 0.55, ..., 0.95, or None for their mean.
@@ -128,9 +125,9 @@ class BoxEvaluation:
         )
 
     def matches(self, category: int | None = None) -> Iterator[dict]:
-        """COCOeval's own result of each image and class, or of one class, for boxes of all sizes.
+        """COCOeval's result of each image and class, or of one class, for boxes of all sizes.
 
-        The first row of its arrays is that of an IoU of ``MATCH_IOU``.
+        The first row of its arrays is for an IoU of ``MATCH_IOU``.
         """
         images = len(self.by_class.params.imgIds)
         matches = self.by_class.evalImgs
@@ -169,8 +166,8 @@ def _evaluate(truth: COCO, detections: COCO, by_class: bool) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
-    # The list goes class by class, each of them area by area, each of these image by image. What
-    # it has of other sizes is most of the memory, and has been counted.
+    # The list goes class by class, area by area, image by image. The other areas, which take most
+    # of the memory, are in the accumulated numbers.
     images, areas = len(evaluation.params.imgIds), len(evaluation.params.areaRng)
     evaluation.evalImgs = [
         match

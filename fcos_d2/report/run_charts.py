@@ -79,7 +79,7 @@ def precision_recall_figure(runs: Mapping[str, BoxEvaluation]) -> Figure:
 def score_figure(curve: ScoreCurve) -> Figure:
     """Precision, recall and F1 over the score threshold."""
     figure, axes = new_chart(4)
-    # A threshold keeps what lies above it: each value counts down to the next lower score.
+    # Each value holds from its score down to the next lower one.
     for color, name in zip(cycle(COLORS), ("precision", "recall", "f1")):
         label = "F1" if name == "f1" else name
         axes.step(curve.scores, getattr(curve, name), where="post", color=color, label=label)
@@ -97,12 +97,11 @@ def score_figure(curve: ScoreCurve) -> Figure:
 def bars_figure(
     names: Sequence[str], runs: Mapping[str, Sequence[float | None]], title: str
 ) -> Figure:
-    """AP of each class or size, a bar for each run; None is drawn as no bar.
+    """AP of each class or size, a bar for each run. Of many, those with the lowest AP of the first.
 
     Args:
-        names: of the classes or sizes. Of many, those with the lowest AP of the first run are
-            shown.
-        runs: by name, the AP of each of ``names``.
+        names: of the classes or sizes.
+        runs: by name, the AP of each of ``names``; None is no bar.
     """
     first = np.array(next(iter(runs.values())), dtype=np.float64)  # NaN, for None, is last
     shown = np.sort(first.argsort(kind="stable")[:_MOST_BARS])
@@ -118,18 +117,14 @@ def bars_figure(
 
 
 def confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
-    """
-    Args:
-        matrix: of :func:`~fcos_d2.report.errors.confusion_matrix`.
-        names: of the classes. Of many, those that are confused most are shown.
-    """
+    """The result of :func:`~fcos_d2.report.errors.confusion_matrix`; of many classes the worst."""
     wrong = matrix - np.diag(matrix.diagonal())
     confused = (wrong.sum(0) + wrong.sum(1))[:-1]
     shown = np.sort((-confused).argsort(kind="stable")[:_MOST_CLASSES])
     rows = [*shown, len(names)]
     counts = matrix[np.ix_(rows, rows)]
     labels = [plain_text(names[i][:20]) for i in shown] + ["background"]
-    # Shares of each row, over all columns, so that rare classes are seen too.
+    # Shares of each row, over all columns: they show rare classes too.
     shares = counts / matrix[rows].sum(1, keepdims=True).clip(1)
     side = min(2.6 + 0.42 * len(labels), 12)
     figure = new_figure(side + 0.6, side)

@@ -23,9 +23,9 @@ from .evaluation import BoxEvaluation
 class Run:
     """A run's detections on a data set, and its training."""
 
-    name: str  # what its folder is called
-    written: datetime  # when its detections were
-    evaluation: BoxEvaluation  # of them
+    name: str
+    written: datetime  # the time of its detections
+    evaluation: BoxEvaluation
     metrics: list[dict]  # the rows of its metrics.json, with the data set's AP as "AP"
 
 
@@ -48,7 +48,7 @@ def _read_run(folder: Path, name: str, dataset: str, truth: COCO) -> Run:
         evaluation = BoxEvaluation(truth, json.loads(file.read_text()))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} has no detections on {dataset!r}: {error}") from error
-    rows = [dict(row) for row in metrics_rows(str(folder / "metrics.json"))]
+    rows = metrics_rows(str(folder / "metrics.json"))
     for row in rows:
         ap = row.get(f"{dataset}/bbox/AP", row.get("bbox/AP"))
         if ap is not None:
@@ -57,10 +57,7 @@ def _read_run(folder: Path, name: str, dataset: str, truth: COCO) -> Run:
 
 
 def _results_file(folder: Path, dataset: str) -> Path:
-    """The file that Detectron2's COCO evaluator writes; see ``Trainer.build_evaluator``.
-
-    A run that was evaluated on several data sets, and on one of them, has two: the last counts.
-    """
+    """The file of Detectron2's COCO evaluator: the last, if it also evaluated several data sets."""
     name = "coco_instances_results.json"
     files = (folder / "inference" / dataset / name, folder / "inference" / name)
     if found := [file for file in files if file.is_file()]:

@@ -2,10 +2,11 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from jinja2 import Environment, PackageLoader
@@ -33,10 +34,7 @@ _AP = {
 
 
 def report_after_training(cfg: CfgNode) -> None:
-    """Write ``OUTPUT_DIR/report``; what stands in the way of it is a warning.
-
-    To be called by one process.
-    """
+    """Write ``OUTPUT_DIR/report``, in one process; errors become warnings."""
     logger = logging.getLogger(__name__)
     for name in cfg.DATASETS.TEST:
         try:
@@ -56,8 +54,8 @@ def write_report(
 
     Args:
         cfg: of the run. Each data set of DATASETS.TEST has a report.
-        folder: OUTPUT_DIR/report if not given. With several data sets, reports lie in folders
-            under it, with their names. Files of an earlier report are replaced.
+        folder: OUTPUT_DIR/report if not given. Several data sets have folders of their names in
+            it. Files of an earlier report are replaced.
         compare: folders of other runs, whose detections are compared with these.
 
     Returns:
@@ -82,14 +80,14 @@ def _write_one(
 
 
 class _Report:
-    """On the first of some runs, the others beside it."""
+    """A report on the first of the runs, with the others beside it."""
 
     def __init__(self, folder: Path, dataset: str, runs: Sequence[Run]):
         self.folder, self.dataset, self.runs = folder, dataset, runs
         self.evaluation: BoxEvaluation = runs[0].evaluation
         self.curve = self.evaluation.score_curve()
         self.curves = {c: self.evaluation.score_curve(c) for c in self.evaluation.class_names}
-        # Any does where nothing is found.
+        # Where nothing is found, any threshold does.
         self.threshold = 0.5 if self.curve.threshold is None else self.curve.threshold
         self.errors = find_errors(self.evaluation, self.threshold)
         self.confusion = confusion_matrix(self.evaluation, self.threshold)
@@ -102,8 +100,8 @@ class _Report:
         (self.folder / "thresholds.json").unlink(missing_ok=True)
         if self.curve.threshold is not None:
             # What ``fcos_d2.predict --threshold`` reads.
-            found = {row["name"]: row["threshold"] for row in numbers["classes"]}
-            best = {name: self.threshold if t is None else t for name, t in found.items()}
+            found = ((row["name"], row["threshold"]) for row in numbers["classes"])
+            best = {name: self.threshold if t is None else t for name, t in found}
             content = {"iou": MATCH_IOU, "threshold": self.threshold, "classes": best}
             self._write_json("thresholds.json", content)
         widths = {}  # in pixels of a page
@@ -134,14 +132,11 @@ class _Report:
             json.dump(content, file, indent=1)
 
     def _charts(self) -> dict[str, Figure | None]:
-        """By the name of the file; None is not drawn."""
-        evaluations = {run.name: run.evaluation for run in self.runs}
-        names = self.evaluation.class_names
-        sizes, classes = (
-            {run: [e.average_precision(**{key: x}) for x in of] for run, e in evaluations.items()}
-            for key, of in (("area", AREAS), ("category", names))
-        )
-        names = list(names.values())
+        """By the name of the file; for None there is nothing to draw."""
+        evaluations = self._by_run(lambda e: e)
+        names = list(self.evaluation.class_names.values())
+        sizes = self._by_run(lambda e: [e.average_precision(area=area) for area in AREAS])
+        classes = self._by_run(lambda e: [e.average_precision(category=c) for c in e.class_names])
         return {
             "training.png": run_charts.training_figure({r.name: r.metrics for r in self.runs}),
             "precision_recall.png": run_charts.precision_recall_figure(evaluations),
@@ -151,19 +146,19 @@ class _Report:
             "confusion.png": run_charts.confusion_figure(self.confusion, names),
         }
 
+    def _by_run(self, value: Callable[[BoxEvaluation], Any]) -> dict[str, Any]:
+        return {run.name: value(run.evaluation) for run in self.runs}
+
     def _numbers(self) -> dict:
         """All that the page says, for programs."""
-        evaluations = {run.name: run.evaluation for run in self.runs}
         return {
             "dataset": self.dataset,
-            "ap": {
-                run: {name: e.average_precision(**of) for name, of in _AP.items()}
-                for run, e in evaluations.items()
-            },
-            "class_agnostic_ap": {
-                run: {str(i): 100 * float(e.precision_recall(i)[1].mean()) for i in CURVE_IOUS}
-                for run, e in evaluations.items()
-            },
+            "ap": self._by_run(
+                lambda e: {name: e.average_precision(**of) for name, of in _AP.items()}
+            ),
+            "class_agnostic_ap": self._by_run(
+                lambda e: {str(x): 100 * e.precision_recall(x)[1].mean() for x in CURVE_IOUS}
+            ),
             "threshold": self.curve.threshold,
             "classes": [
                 {
@@ -183,39 +178,37 @@ class _Report:
         }
 
     def _write_pictures(self, records: Sequence[dict]) -> tuple[dict[str, list[dict]], str]:
-        """Pictures of the largest errors of each kind, and what is to be said of missing ones."""
+        """Pictures of the largest errors of each kind, and why some are missing."""
         sources = {record["image_id"]: record["file_name"] for record in records}
         pictures, problem = {kind: [] for kind in KINDS}, ""
         for kind in KINDS:
+            name = f"errors/{kind.replace(' ', '_')}_"
+            for earlier in self.folder.glob(f"{name}[1-{_PICTURES}].png"):
+                earlier.unlink()
             largest = [e for e in self.errors if e.kind == kind][:_PICTURES]
-            for number in range(_PICTURES):
-                name = f"errors/{kind.replace(' ', '_')}_{number + 1}.png"
-                (self.folder / name).unlink(missing_ok=True)
-                if number >= len(largest):
-                    continue
-                source = sources.get(largest[number].image_id, "")
+            for number, error in enumerate(largest, 1):
+                source = sources.get(error.image_id, "")
                 try:
                     image = read_image(source, "BGR")
                 except Exception as unread:  # PIL raises many kinds
                     problem = f"Some pictures are missing. {source} could not be read: {unread}"
                     continue
-                picture = draw_error(image, largest[number], self.evaluation, self.threshold)
-                Image.fromarray(picture[:, :, ::-1]).save(self.folder / name)
-                caption = f"{self._caption(largest[number])}. {Path(source).name}"
-                pictures[kind].append({"file": name, "caption": caption})
+                picture = draw_error(image, error, self.evaluation, self.threshold)
+                file = f"{name}{number}.png"
+                Image.fromarray(picture[:, :, ::-1]).save(self.folder / file)
+                caption = f"{self._caption(error)}. {Path(source).name}"
+                pictures[kind].append({"file": file, "caption": caption})
         return pictures, problem
 
     def _caption(self, error: Error) -> str:
         names = self.evaluation.class_names
         x0, y0, x1, y1 = error.box
-        said = f"{x1 - x0:.0f} x {y1 - y0:.0f} pixels"
-        if error.score is not None:
-            said = f"{error.score:.2f}, {said}"
-        overlap = f"; IoU {error.iou:.2f}" if error.iou else ""
-        if error.other is not None:
-            whose = "detection" if error.kind == "missed" else "box"
-            overlap += f" with a {whose} of {names[error.other]}"
-        return f"{names[error.category]} {said}{overlap}"
+        score = "" if error.score is None else f"{error.score:.2f}, "
+        text = f"{names[error.category]} {score}{x1 - x0:.0f} x {y1 - y0:.0f} pixels"
+        if error.other is None:
+            return text
+        whose = "detection" if error.kind == "missed" else "box"
+        return f"{text}; IoU {error.iou:.2f} with a {whose} of {names[error.other]}"
 
 
 def _number(value: float | None, digits: int = 1) -> str:
