@@ -15,8 +15,7 @@ class YoloData:
     """The content of a data.yaml."""
 
     file: str
-    # That relative paths may start from, in the order in which they are tried; the last one is that
-    # of the file.
+    # Relative paths start at the first of these where they exist; the last one is the file's own.
     folders: tuple[str, ...]
     classes: list[str]  # in the order of the class numbers
     splits: dict[str, list[str]]  # paths of folders, of lists of images, or of images

@@ -62,7 +62,7 @@ class RawData:
         self.images.append({"id": number, "file_name": file_name, "height": height, "width": width})
 
     def add(self, annotation: dict, file: str, place: int | str) -> None:
-        """Add an annotation."""
+        """Add an annotation with its place."""
         self.annotations.append(annotation)
         self.places.append((file, place))
 
@@ -154,7 +154,8 @@ class RawData:
             {
                 "file_name": os.path.join(self.image_root, image["file_name"]),
                 "image_id": image["id"],
-                **{key: image[key] for key in ("height", "width")},
+                "height": image["height"],
+                "width": image["width"],
                 "annotations": [box(self.annotations[i]) for i in indices[image["id"]]],
             }
             for image in self.images

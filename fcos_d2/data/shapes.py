@@ -42,17 +42,9 @@ def make_shapes_dataset(folder: str | Path) -> None:
             height, width = pixels.shape[:2]
             images.append({"id": image_id, "file_name": name, "height": height, "width": width})
             for shape in shapes:
-                x0, y0, x1, y1 = shape.box
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": image_id,
-                        "category_id": shape.category + 1,
-                        "bbox": [x0, y0, x1 - x0, y1 - y0],
-                        "area": (x1 - x0) * (y1 - y0),
-                        "iscrowd": 0,
-                    }
-                )
+                ids = {"id": len(annotations) + 1, "image_id": image_id}
+                box = {"bbox": shape.box, "area": shape.box[2] * shape.box[3], "iscrowd": 0}
+                annotations.append(ids | {"category_id": shape.category + 1} | box)
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
         data = {"images": images, "annotations": annotations, "categories": categories}
         (folder / f"{split}.json").write_text(json.dumps(data))
@@ -61,7 +53,7 @@ def make_shapes_dataset(folder: str | Path) -> None:
 @dataclass
 class _Shape:
     category: int
-    box: tuple[float, float, float, float]
+    box: list[float]  # x, y, width, height
     area: int  # in pixels, when drawn
     visible: int  # pixels that no later shape covers
 
@@ -86,7 +78,7 @@ def _draw_image(rng: np.random.Generator, empty: bool) -> tuple[np.ndarray, list
         top[mask] = len(shapes)
         image[mask] = _color(rng, category)
         ys, xs = mask.nonzero()
-        box = tuple(float(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+        box = [float(v) for v in (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1)]
         shapes.append(_Shape(category, box, area, area))
     image = image + rng.normal(0, 6, image.shape)
     return image.clip(0, 255).astype(np.uint8), shapes

@@ -75,10 +75,10 @@ class TrainingLoader:
                 "For another one override Trainer.build_train_loader; such a run does not resume "
                 "exactly"
             )
-        bad = cfg.DATALOADER.ON_BAD_IMAGE
-        if bad not in ("raise", "skip"):
+        on_bad_image = cfg.DATALOADER.ON_BAD_IMAGE
+        if on_bad_image not in ("raise", "skip"):
             raise ValueError(
-                f"DATALOADER.ON_BAD_IMAGE must be one of ['raise', 'skip'], got {bad!r}"
+                f"DATALOADER.ON_BAD_IMAGE must be one of ['raise', 'skip'], got {on_bad_image!r}"
             )
         batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
         if batch < 1 or batch % world:
@@ -92,7 +92,7 @@ class TrainingLoader:
             logging.getLogger(__name__).info(checked)
         grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
         self.wide = [grouped and r.get("width", 0) > r.get("height", 0) for r in records]
-        self.dataset = _SeededImages(DatasetFromList(records), mapper, bad == "skip")
+        self.dataset = _SeededImages(DatasetFromList(records), mapper, on_bad_image == "skip")
         self.num_skipped = 0
 
     def start(self, seed: int, first_batch: int) -> None:
