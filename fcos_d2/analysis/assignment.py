@@ -36,11 +36,7 @@ from .statistics import SIZES, AssignmentStatistics, BoxStatistics, LevelStatist
 
 
 def analyze_assignment(
-    cfg: CfgNode,
-    records: Sequence[dict],
-    *,
-    include_crowd: bool = False,
-    progress: bool = False,
+    cfg: CfgNode, records: Sequence[dict], *, include_crowd: bool = False, progress: bool = False
 ) -> AssignmentStatistics:
     """Assign all boxes of a data set as the detector of a config would, and count.
 
@@ -81,12 +77,15 @@ def analyze_assignment(
     sizes, owned = torch.cat(sizes), torch.cat(owned)
     by_level = owned.sum(dim=0).tolist(), *ambiguous.tolist()
     total = _of_size("all", owned)
-    some = total.positives > 0
-    shares = [n / total.positives if some else None for n in ambiguous.sum(dim=1).tolist()]
-    numbers = total.boxes, total.recalled, total.positives, total.recall, *shares
+    shares = [n / total.positives if total.positives else None for n in ambiguous.sum(1).tolist()]
     return AssignmentStatistics(
-        len(records),
-        *numbers,
+        images=len(records),
+        boxes=total.boxes,
+        recalled=total.recalled,
+        positives=total.positives,
+        best_possible_recall=total.recall,
+        ambiguous=shares[0],
+        ambiguous_classes=shares[1],
         crowd_left_out=crowds,
         no_area_left_out=no_areas,
         levels=tuple(map(LevelStatistics, names, detector.levels.strides, *by_level)),

@@ -57,13 +57,10 @@ class DataStatistics:
         levels = self.binned()
         sizes = {"side of the box": [f"{bin} px" for bin in next(iter(levels.values()))]}
         sizes |= {level: bins.values() for level, bins in levels.items()}
-        return "\n\n".join(
-            (
-                f"{self.name}: {self.images} images, {sum(self.boxes.values())} boxes",
-                tabulate(classes, ("class", "boxes", "images"), disable_numparse=True),
-                tabulate(sizes, "keys", disable_numparse=True),
-            )
-        )
+        tables = (classes, ("class", "boxes", "images")), (sizes, "keys")
+        tables = [tabulate(*table, disable_numparse=True) for table in tables]
+        total = f"{self.name}: {self.images} images, {sum(self.boxes.values())} boxes"
+        return "\n\n".join([total, *tables])
 
 
 def data_statistics(

@@ -1,6 +1,7 @@
 """Compare an exported file in ONNX Runtime with PyTorch."""
 
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -39,27 +40,25 @@ def largest_difference(model: FCOS, file: str) -> float:
     batches = [_images(*shape) for shape in _SHAPES]
     is_raw = all(output.name != "boxes" for output in proto.graph.output)
     compare_batch = _raw_difference if is_raw else _detections_difference
-    session = _session(proto)
-    differences = [compare_batch(model, session, batch) for batch in batches]
+    differences = _differences(compare_batch, model, proto, batches)
     if not is_raw:
         model.post_processor.score_thresh = _threshold(model, batches)
         thresholds = dict(DetectionGraph(model).named_buffers(recurse=False))
         for initializer in proto.graph.initializer:
             if initializer.name in thresholds:
                 initializer.raw_data = thresholds[initializer.name].numpy().tobytes()
-        session = _session(proto)
-        differences += [compare_batch(model, session, batch) for batch in batches]
+        differences += _differences(compare_batch, model, proto, batches)
     return float(np.max(differences))  # Python's max may lose NaN
 
 
-def _session(proto):
+def _differences(compare_batch: Callable, model: FCOS, proto, batches: list[Tensor]) -> list[float]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    file, providers = proto.SerializeToString(), ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(file, options, providers=providers)
+    return [compare_batch(model, session, batch) for batch in batches]
 
 
 def _run(session, images: Tensor) -> list[np.ndarray]:

@@ -46,9 +46,7 @@ def report_after_training(cfg: CfgNode) -> None:
 
 
 def write_report(
-    cfg: CfgNode,
-    folder: str | PathLike | None = None,
-    compare: Sequence[str | PathLike] = (),
+    cfg: CfgNode, folder: str | PathLike | None = None, compare: Sequence[str | PathLike] = ()
 ) -> list[Path]:
     """Write a report on the detections that a run left in OUTPUT_DIR/inference.
 
