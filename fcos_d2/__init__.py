@@ -21,6 +21,8 @@ if _detectron2 is None or _detectron2.origin is None:  # no origin: a folder, no
         "There, `python tools/doctor.py` checks the whole installation."
     )
 else:
+    import detectron2  # noqa: F401  first: it may call d2_env, which needs all of this package
+
     from . import (  # noqa: F401  registration only
         checkpoint,
         model_zoo,

@@ -7,6 +7,8 @@ import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as _get_detectron2_cfg
 
+from .data.custom import register_custom_datasets
+
 _CUSTOM = "DATASETS.CUSTOM."
 
 
@@ -89,9 +91,6 @@ def load_cfg(config_file: str, opts: Sequence = (), allow_unsafe: bool = False) 
         ) from error
     except (AssertionError, KeyError) as error:  # Detectron2's, for unknown keys and files
         raise ValueError(f"The config {config_file} with {list(opts)}: {error}") from error
-    # Imported here, as most of fcos_d2.data imports this module.
-    from .data.custom import register_custom_datasets
-
     register_custom_datasets(cfg)
     return cfg
 

@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
+from fvcore.nn.precise_bn import BN_MODULE_TYPES
 from torch import Tensor, nn
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -153,6 +154,6 @@ class FoldedConv2d(Conv2d):
 
 
 def _is_fixed(norm: nn.Module | None) -> bool:
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm):  # SyncBN is one, too
+    if isinstance(norm, BN_MODULE_TYPES):  # SyncBN is one, too
         return not norm.training and norm.affine and norm.track_running_stats
     return isinstance(norm, FrozenBatchNorm2d)

@@ -47,8 +47,8 @@ class TrainingLoader:
 
         Raises:
             ValueError: for a batch that the processes cannot share equally, for an unknown value
-                of DATALOADER.SAMPLER_TRAIN or ON_BAD_IMAGE, for data sets that are not lists of
-                records, and for files of proposals that could run code.
+                of DATALOADER.SAMPLER_TRAIN, ON_BAD_IMAGE or RANDOM_SUBSET_RATIO, for data sets that
+                are not lists of records, and for files of proposals that could run code.
         """
         self.cfg = cfg
         self.seed, self.first_batch = max(cfg.SEED, 0), 0
@@ -75,6 +75,13 @@ class TrainingLoader:
                 "For another one override Trainer.build_train_loader; such a run does not resume "
                 "exactly"
             )
+        if self.sampler == "RandomSubsetTrainingSampler":
+            ratio, number = cfg.DATALOADER.RANDOM_SUBSET_RATIO, len(records)
+            if not 1 <= ratio * number <= number:
+                raise ValueError(
+                    f"DATALOADER.RANDOM_SUBSET_RATIO must leave at least one of the {number} "
+                    f"images, and be at most 1, got {ratio}"
+                )
         on_bad_image = cfg.DATALOADER.ON_BAD_IMAGE
         if on_bad_image not in ("raise", "skip"):
             raise ValueError(

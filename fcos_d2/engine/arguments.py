@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import check_local
-from ..config import load_cfg
+from ..config import get_cfg, load_cfg
 from ..data import register_custom_datasets
 from ..data.layouts import use_data
 from .resuming import refuse_earlier_run
@@ -69,7 +69,8 @@ def setup(args) -> CfgNode:
     eval_only, given = getattr(args, "eval_only", False), args.opts[::2]
     notes = [use_data(cfg, data, given)] if data else []
     if not eval_only:
-        own = load_cfg(args.config_file, allow_unsafe=allow_unsafe)
+        own = get_cfg()
+        own.merge_from_file(args.config_file, allow_unsafe=allow_unsafe)
         notes.append(follow_max_iter(cfg, own.SOLVER, given))
         check_steps(cfg.SOLVER)
     cfg.freeze()

@@ -14,7 +14,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 
-from ..checkpoint import read_checkpoint
+from ..checkpoint import AtomicCheckpointer, read_checkpoint
 from .resuming import metrics_rows
 
 _WAIT_LOGGED_AFTER = 60.0  # seconds
@@ -47,11 +47,22 @@ class EvalHook(hooks.EvalHook):
         return any(row["iteration"] in numbers and self._metric in row for row in rows)
 
 
-class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's, but a resumed run does not forget the best metric so far.
+class BestCheckpointer(HookBase):
+    """Keeps the best checkpoint so far, with its metric, as ``model_best.pth``.
 
-    It is kept in ``model_best.pth`` itself. ``last_checkpoint`` does not name this file.
+    Detectron2's hook forgets the metric when the process ends. Here a resumed run does not
+    overwrite a better model, and ``last_checkpoint`` does not name this file.
     """
+
+    def __init__(self, eval_period: int, checkpointer: AtomicCheckpointer, metric: str):
+        """
+        Args:
+            eval_period: of the evaluation, whose hook runs before this one.
+            metric: such as "bbox/AP"; higher is better.
+        """
+        self._eval_period, self._checkpointer, self._metric = eval_period, checkpointer, metric
+        self.best_metric, self.best_iter = -math.inf, None
+        self._logger = logging.getLogger(__name__)
 
     def before_train(self) -> None:
         if self.trainer.start_iter == 0:
@@ -68,21 +79,30 @@ class BestCheckpointer(hooks.BestCheckpointer):
                     f"{file} has no record of its metric, or is damaged ({error!r}). It is kept as "
                     f"{kept}, and the search for the best model starts anew"
                 )
-        if self._val_metric in self.trainer.storage.latest():  # from EvalHook.before_train
-            self._best_checking()
+        if self._metric in self.trainer.storage.latest():  # from EvalHook.before_train
+            self._check()
 
-    # Private to Detectron2, whose after_step and after_train call it; there is no public name.
-    def _best_checking(self) -> None:
-        value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, 0))
-        if value > (-math.inf if self.best_metric is None else self.best_metric):  # NaN is not
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        is_due = self._eval_period > 0 and done % self._eval_period == 0
+        if is_due and done != self.trainer.max_iter:  # after the last step, after_train does it
+            self._check()
+
+    def after_train(self) -> None:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._check()
+
+    def _check(self) -> None:
+        value, iteration = self.trainer.storage.latest().get(self._metric, (math.nan, 0))
+        if value > self.best_metric:  # NaN is not
             # After the last iteration Detectron2 counts one too many.
             self.best_metric, self.best_iter = value, min(iteration, self.trainer.max_iter - 1)
             record = {"best_metric": self.best_metric, "best_iter": self.best_iter}
             self._checkpointer.save("model_best", tag=False, iteration=self.best_iter, **record)
         best = "no best model yet"
-        if self.best_metric is not None:
+        if self.best_iter is not None:
             best = f"model_best.pth is {self.best_metric:.3f}, of iteration {self.best_iter}"
-        self._logger.info(f"{self._val_metric} is {value:.3f}; {best}")
+        self._logger.info(f"{self._metric} is {value:.3f}; {best}")
 
 
 class AverageBatchNormStatistics(HookBase):

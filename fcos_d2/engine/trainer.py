@@ -149,13 +149,15 @@ class Trainer(DefaultTrainer):
             logger.info(f"The order of the images and their augmentation have seed {self.seed}")
         else:
             logger.warning("The data loader is not a TrainingLoader: its images start anew")
+        self.last_step = self.start_iter - 1
         with stop_signals_recorded():
             try:
                 super().train()
                 return getattr(self, "_last_eval_results", None)
             except Stopped:
                 self.save_where_stopped()
-                logger.info(f"Stopped by a signal after iteration {self.iter}. --resume goes on")
+                last = self.last_step
+                logger.info(f"Stopped by a signal after iteration {last}. --resume goes on")
                 raise
             finally:
                 # Ends the workers now. The garbage collector would wait for them one by one.
@@ -163,16 +165,18 @@ class Trainer(DefaultTrainer):
                 self._trainer.reset_data_loader(lambda: loader)
 
     def save_where_stopped(self) -> None:
-        """Write a checkpoint between two iterations, unless there is one."""
-        name = f"model_{self.iter:07d}"
+        """Write a checkpoint after the last step, unless there is one."""
+        name = f"model_{self.last_step:07d}"
         file = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
-        if self.iter + 1 < self.max_iter and not is_intact(file):
-            self.checkpointer.save(name, iteration=self.iter)
+        # Before its first step a run has nothing that it has not loaded.
+        if self.start_iter <= self.last_step < self.max_iter - 1 and not is_intact(file):
+            self.checkpointer.save(name, iteration=self.last_step)
 
     def run_step(self) -> None:
         # For what the model draws at random, such as the samples that R-CNN learns from.
         seed_all(self.seed, self.iter, comm.get_rank())
         super().run_step()
+        self.last_step = self.iter
 
     def build_hooks(self) -> list[HookBase]:
         """All hooks, in the order in which they run."""

@@ -9,6 +9,7 @@ from detectron2.modeling.backbone import FPN, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.structures import ImageList
 from fvcore.nn import weight_init
+from fvcore.nn.precise_bn import BN_MODULE_TYPES
 from torch import Tensor, nn
 
 from ..runtime import fold_norms
@@ -134,7 +135,7 @@ def check_random_start(model: nn.Module) -> None:
     # FrozenBatchNorm2d and timm's are no BatchNorm; without weights their means are 0.
     unestimated = sum(
         getattr(m, "running_mean", None) is not None
-        and not isinstance(m, nn.modules.batchnorm._BatchNorm)
+        and not isinstance(m, BN_MODULE_TYPES)
         and not m.running_mean.any()
         for m in model.modules()
     )

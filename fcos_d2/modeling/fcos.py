@@ -80,13 +80,13 @@ class FCOS(DenseDetector):
         qualities = {"head": head.quality, "loss": loss.quality}
         check_same("quality", qualities | {"post-processor": post_processor.quality})
         check_same("num_classes", {"head": head.num_classes, "detector": num_classes})
-        check_same("strides", {"head": head.strides, "backbone": self.levels.strides})
+        check_same("strides", {"head": tuple(head.strides), "backbone": self.levels.strides})
 
     @classmethod
     def from_config(cls, cfg) -> dict:
         backbone = build_backbone(cfg)
         fcos = cfg.MODEL.FCOS
-        return values_of_keys(FCOS, cfg) | {
+        return values_of_keys(cfg, "NUM_CLASSES", "LOCATION_OFFSET") | {
             "backbone": backbone,
             "head": FCOSHead(cfg, select_levels(backbone.output_shape(), fcos.IN_FEATURES)),
             "head_in_features": fcos.IN_FEATURES,

@@ -139,7 +139,11 @@ class FCOSHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]) -> dict:
-        return values_of_keys(FCOSHead, cfg) | {"input_shape": input_shape}
+        values = values_of_keys(
+            cfg, "NUM_CLASSES", "NUM_CLS_CONVS", "NUM_BOX_CONVS", "NUM_SHARE_CONVS", "NORM",
+            "USE_DEFORMABLE", "USE_SCALE", "PRIOR_PROB", "BOX_ACTIVATION", "QUALITY", "QUALITY_ON",
+        )  # fmt: skip
+        return values | {"input_shape": input_shape}
 
     def forward(self, features: list[Tensor]) -> HeadOutputs:
         """Run on the (N, C, Hi, Wi) features of each level."""

@@ -86,7 +86,11 @@ class FCOSLoss(nn.Module):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        return values_of_keys(FCOSLoss, cfg)
+        return values_of_keys(
+            cfg, "FOCAL_LOSS_ALPHA", "FOCAL_LOSS_GAMMA", "BOX_LOSS_TYPE", "BOX_LOSS_WEIGHTING",
+            "QUALITY", "LOSS_NORMALIZER", "CLS_LOSS_WEIGHT", "BOX_LOSS_WEIGHT",
+            "QUALITY_LOSS_WEIGHT",
+        )  # fmt: skip
 
     def forward(self, outputs: HeadOutputs, targets: Targets) -> dict[str, Tensor]:
         """

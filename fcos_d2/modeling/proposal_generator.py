@@ -84,7 +84,7 @@ class FCOSProposalGenerator(nn.Module):
         if fcos.QUALITY == "computed":
             raise ValueError("MODEL.FCOS.QUALITY 'computed' is not offered for proposals")
         shapes = select_levels(input_shape, fcos.IN_FEATURES)
-        return values_of_keys(FCOSProposalGenerator, cfg) | {
+        return values_of_keys(cfg, "IN_FEATURES", "LOCATION_OFFSET", "SCORE_FUSION") | {
             "head": FCOSHead(cfg, shapes, num_classes=fcos.PROPOSAL_NUM_CLASSES),
             "assigner": LocationAssigner(cfg),
             "loss": FCOSLoss(cfg),

@@ -121,7 +121,7 @@ class LocationAssigner:
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        return values_of_keys(LocationAssigner, cfg)
+        return values_of_keys(cfg, "REGRESSION_RANGES", "CENTER_SAMPLING_RADIUS")
 
     def check_levels(self, names: Sequence[str]) -> None:
         """Raise a ValueError unless there are as many regression ranges as levels."""

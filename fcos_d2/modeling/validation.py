@@ -1,13 +1,11 @@
 """The values that the parts of a detector are built with: from ``MODEL.FCOS``, and checked."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 
 
-def values_of_keys(part: type, cfg) -> dict:
-    """The arguments of a part that are keys of ``MODEL.FCOS`` in lower case, from a config."""
-    arguments = inspect.signature(part).parameters
-    return {key.lower(): value for key, value in cfg.MODEL.FCOS.items() if key.lower() in arguments}
+def values_of_keys(cfg, *keys: str) -> dict:
+    """The values of keys of ``MODEL.FCOS``, under their names in lower case."""
+    return {key.lower(): cfg.MODEL.FCOS[key] for key in keys}
 
 
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:

@@ -114,6 +114,14 @@ def test_a_random_subset_is_detectron2s(cfg):
     assert len(set(found)) == 60
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.001, -0.1, 1.5, float("nan")])
+def test_a_subset_of_no_or_too_many_images_is_refused(cfg, ratio):
+    cfg.DATALOADER.SAMPLER_TRAIN = "RandomSubsetTrainingSampler"
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = ratio
+    with pytest.raises(ValueError, match="RANDOM_SUBSET_RATIO must leave at least one of the 600"):
+        TrainingLoader(cfg, dict)
+
+
 def test_other_samplers_are_refused(cfg):
     cfg.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
     with pytest.raises(ValueError, match=r"must be one of \['TrainingSampler', .*override Trainer"):

@@ -59,6 +59,15 @@ def test_what_is_given_stays(solver):
     assert schedule(solver("SOLVER.WARMUP_ITERS", 50)) == ((60_000, 80_000), 90_000, 50)
 
 
+def test_an_entry_that_the_command_line_completes(solver, tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        f"_BASE_: {COCO}\nDATASETS: {{CUSTOM: {{half: {{FORMAT: voc, ROOT: a, SPLIT: b}}}}}}\n"
+    )
+    opts = ["DATASETS.CUSTOM.half.CLASSES", "[a]", "SOLVER.MAX_ITER", 300]
+    assert schedule(solver(*opts, config=child)) == ((200, 266), 300, 3)
+
+
 def test_an_evaluation_has_no_schedule(solver):
     own = (60_000, 80_000), 300, 1000
     assert schedule(solver("SOLVER.MAX_ITER", 300, eval_only=True)) == own

@@ -77,6 +77,26 @@ def test_a_signal_ends_an_evaluation_at_once(cfg, tmp_path, monkeypatch):
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
+def test_a_signal_in_the_evaluation_that_is_owed_on_resuming_counts_no_step(
+    cfg, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(DefaultTrainer, "test", sleeping_evaluation(600))
+    cfg.TEST.EVAL_PERIOD = 2
+    for resume in (False, True, True):
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        assert trainer.start_iter == (2 if resume else 0)
+        with pytest.raises(Stopped):
+            trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["model_0000001.pth"]
+    monkeypatch.setattr(DefaultTrainer, "test", classmethod(lambda *args: EVALUATION))
+    last = Trainer(cfg)
+    last.resume_or_load(resume=True)
+    last.train()
+    # Detectron2 counts the last one by one too many.
+    assert [i for _, i in last.storage.history("bbox/AP").values()] == [1, 3, 6]
+
+
 @pytest.mark.usefixtures("no_evaluation")
 def test_after_the_last_step_there_is_nothing_to_stop_but_the_evaluation(cfg, tmp_path):
     trainer = Trainer(cfg)
