@@ -62,7 +62,7 @@ def channels_last_helps(device_type: str) -> bool:
     """Whether convolutions run faster on (N, H, W, C) memory.
 
     On CPU always (benchmarks/NOTES.md); on GPU in half precision, for the tensor cores. There the
-    group norms of the head return the plain layout, so that it ends with the backbone.
+    group norms of the head return the plain layout, so only the backbone has it.
     """
     return device_type == "cpu" or (device_type == "cuda" and torch.is_autocast_enabled("cuda"))
 

@@ -11,7 +11,7 @@ _MAX_CLASSES = 4  # rows of heat maps: more would not be legible
 
 
 def quality_figure(inspection: Inspection, kind: str) -> Figure:
-    """Heat maps of quality. Dots are the locations of candidates: only there it decides something.
+    """Heat maps of quality. Dots are the locations of candidates: quality matters only there.
 
     Args:
         kind: MODEL.FCOS.QUALITY.

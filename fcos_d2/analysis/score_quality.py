@@ -25,7 +25,7 @@ class ScoresAndIoUs:
     images: int
     class_probability: Tensor  # (C,)
     quality: Tensor  # (C,) in [0, 1]; 1 with QUALITY "none"
-    score: Tensor  # (C,) of the two (SCORE_FUSION)
+    score: Tensor  # (C,) fused from both (SCORE_FUSION)
     iou: Tensor  # (C,) the highest with a ground-truth box of the candidate's class; 0 without one
 
     @property
@@ -37,7 +37,7 @@ class ScoresAndIoUs:
 def scores_and_ious(
     predictor: Predictor, cfg: CfgNode, records: Sequence[dict], *, progress: bool = False
 ) -> ScoresAndIoUs:
-    """Compare the candidates of images with their ground truth, which crowds are no part of.
+    """Compare the candidates of images with their ground truth. Crowds are left out.
 
     Args:
         predictor: of an FCOS, made of ``cfg``.

@@ -61,8 +61,8 @@ class AssignmentStatistics:
     recalled: int
     positives: int
     best_possible_recall: float | None
-    ambiguous: float | None  # share of the positives, as the next one
-    ambiguous_classes: float | None
+    ambiguous: float | None  # share of the positives
+    ambiguous_classes: float | None  # share of the positives
     crowd_left_out: int  # boxes
     no_area_left_out: int  # boxes without an area inside the image at the test resize
     levels: tuple[LevelStatistics, ...]  # finest first

@@ -146,8 +146,8 @@ def _resolved(x: Any, done: dict[int, tuple[Any, Any]]) -> Any:
     """The content with NumPy's objects in the place of :class:`_Array` and :class:`_Dtype`.
 
     Args:
-        done: each list, tuple and dictionary so far with its result, by id. A file can name one
-            object many times, and those in it, too: that would take exponential time.
+        done: each list, tuple and dictionary so far with its result, by id. A file can repeat
+            nested objects, and visiting each again takes exponential time.
     """
     if isinstance(x, (_Array, _Dtype)):
         return x.value

@@ -88,7 +88,7 @@ def fpn_rules(lateral: str, output: str, first: int = 0) -> Rules:
     ]
 
 
-# Of the original code, and of each source that says nothing else.
+# The settings of the original code, and the defaults of all sources.
 ORIGINAL_SETTINGS = {
     "MODEL.FCOS.LOCATION_OFFSET": 0.5,
     "MODEL.FCOS.SCORE_FUSION": "sqrt",

@@ -147,5 +147,5 @@ def check_test_sets(cfg: CfgNode) -> None:
 
 
 def how_they_differ(names: Sequence[str], others: Sequence[str]) -> str:
-    """Of two different lists of classes, for messages that go on with whose the others are."""
+    """How two lists of classes differ; the message goes on with the owner of the second."""
     return "in another order than" if sorted(names) == sorted(others) else "unlike"

@@ -15,7 +15,7 @@ class YoloData:
     """The content of a data.yaml."""
 
     file: str
-    # Relative paths start at the first of these where they exist; the last one is the file's own.
+    # Where relative paths start, tried in this order. The last one is the folder of the file.
     folders: tuple[str, ...]
     classes: list[str]  # in the order of the class numbers
     splits: dict[str, list[str]]  # paths of folders, of lists of images, or of images

@@ -86,7 +86,7 @@ class RawData:
             self.refuse(error, kind, **where)
 
     def finding(self, kind: str, index: int, text: str) -> Finding:
-        """A finding about the annotation with an index."""
+        """A finding about annotation number ``index``."""
         file, place = self.places[index]
         return Finding(kind, file, text, self.annotations[index]["image_id"], place, index)
 

@@ -189,7 +189,7 @@ def check_proposal_files(files: Sequence[str] | None) -> None:
 
 
 def leave_signals_to_the_trainer(worker_id: int) -> None:
-    """For workers of a data loader: nothing but SIGTERM of the process that started them ends them.
+    """Workers of a data loader ignore all stop signals but SIGTERM from their parent.
 
     A cluster or a terminal sends its signals to all processes of a job.
     """

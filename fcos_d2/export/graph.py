@@ -16,7 +16,7 @@ from ..modeling import FCOS
 from ..modeling.head import HeadOutputs
 from ..modeling.points import centerness, ltrb_to_boxes
 
-_LEAST_SCORE = 1e-30  # of candidates: 0, as on the side of a box, is for what is no candidate
+_LEAST_SCORE = 1e-30  # of a candidate, in place of 0, which marks what is no candidate
 
 
 class RawGraph(nn.Module):
@@ -154,7 +154,7 @@ def class_wise_nms(boxes: Tensor, scores: Tensor, limit: int, iou: float) -> Ten
     Args:
         boxes: (N, C, 4).
         scores: (N, K, C); 0 for what is no candidate.
-        limit: of boxes for each image and class. Only ONNX heeds it.
+        limit: of boxes for each image and class. Used by ONNX only.
         iou: a box is suppressed by a better one with an IoU above this.
 
     Returns:

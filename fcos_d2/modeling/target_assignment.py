@@ -298,7 +298,7 @@ def make_targets(
     """The targets of a batch, on the device of its instances.
 
     Args:
-        levels, level_shapes: as for :meth:`LocationAssigner.candidates`, as are the errors.
+        levels, level_shapes: and errors, see :meth:`LocationAssigner.candidates`.
         instances: of each image, with ``gt_boxes`` and ``gt_classes``.
     """
     positives = assigner(levels, level_shapes, [x.gt_boxes.tensor for x in instances])

@@ -91,7 +91,7 @@ def _numbers_of_maps(name: str, strides: list[int]) -> list[int]:
 
     with torch.device("meta"):  # without memory for weights, which are not needed here
         info = timm.create_model(name, features_only=True).feature_info
-    # Of several maps with one stride the last, which the most layers have made.
+    # If several maps have one stride, the last and deepest one.
     numbers = {s: i for i, s in zip(info.out_indices, info.reduction(), strict=True)}
     if not set(strides) <= numbers.keys():
         raise ValueError(

@@ -7,7 +7,7 @@ import numpy as np
 
 from .evaluation import MATCH_IOU, BoxEvaluation
 
-POOR_IOU = 0.1  # a detection that overlaps no box by more has nothing to do with any
+POOR_IOU = 0.1  # with a smaller IoU a detection counts as background
 # A false positive is of the first kind that is true of it.
 KINDS = {
     "twice": "a box of its class that another detection found",

@@ -1,4 +1,4 @@
-"""COCOeval of the boxes of a run, and what its arrays say at each of S different scores."""
+"""COCOeval of the boxes of a run, and precision, recall and F1 at each of S scores."""
 
 import contextlib
 import io
