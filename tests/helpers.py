@@ -69,6 +69,12 @@ def make_input(boxes=((10.0, 8.0, 50.0, 40.0),), classes=(1,), size=(64, 96), se
     return {"image": image, "instances": make_instances(boxes, classes, size)}
 
 
+def make_arrays(sizes):
+    """Random images (H, W, 3) of (height, width)."""
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
 def assert_same_detections(boxes, scores, classes, expected):
     """Detections as arrays, beside Detectron2's Instances, in any order. Returns how many."""
     assert len(boxes) == len(scores) == len(classes) == len(expected)

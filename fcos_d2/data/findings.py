@@ -25,8 +25,8 @@ KINDS = {
     "broken entry": Kind("error"),
     "id twice": Kind("error"),
     "annotation id twice": Kind("warning"),  # numbered anew
+    "unknown category": Kind("error"),
     # Boxes
-    "unknown category": Kind("error", "annotation"),
     "annotation without image": Kind("error", "annotation"),
     "NaN or infinity in the box": Kind("error", "annotation"),
     "a negative width or height": Kind("error", "annotation"),

@@ -1,5 +1,7 @@
 """Reading image files."""
 
+import os
+
 import numpy as np
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
@@ -8,6 +10,12 @@ from PIL import ExifTags, Image
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 # The values of EXIF's orientation that swap height and width.
 _TURNED = (5, 6, 7, 8)
+
+
+def images_in(folder: str | os.PathLike) -> list[str]:
+    """The paths of the images in a folder, by name."""
+    names = sorted(n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES))
+    return [os.path.join(folder, name) for name in names]
 
 
 def read_image(file: str, format: str) -> np.ndarray:

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -134,27 +135,33 @@ class AverageBatchNormStatistics(HookBase):
 
 
 class WaitingLog(HookBase):
-    """Logs once where a process stands whose step takes too long, for example because it waits."""
+    """Logs where a process stands whose step takes too long, for example because it waits."""
 
-    _timer: threading.Timer | None = None
+    def __init__(self):
+        self._step: tuple[int, float] | None = None  # iteration, and when it began
+        self._ended = threading.Event()
+
+    def before_train(self) -> None:
+        if comm.get_world_size() > 1:
+            # A thread of its own, as the main thread is the one that waits.
+            threading.Thread(target=self._watch, args=(threading.get_ident(),), daemon=True).start()
+
+    def after_train(self) -> None:
+        self._ended.set()
 
     def before_step(self) -> None:
-        if comm.get_world_size() > 1:
-            args = (threading.get_ident(), self.trainer.iter)
-            self._timer = threading.Timer(_WAIT_LOGGED_AFTER, self._log, args)
-            self._timer.daemon = True
-            self._timer.start()
+        self._step = self.trainer.iter, time.monotonic()
 
     def after_step(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._step = None
 
-    after_train = after_step
-
-    def _log(self, thread: int, iteration: int) -> None:
-        frame = sys._current_frames()[thread]
-        logging.getLogger(__name__).warning(
-            f"Process {comm.get_rank()} has been in iteration {iteration} for "
-            f"{_WAIT_LOGGED_AFTER:.0f} s, and stands at {frame.f_code.co_filename}:"
-            f"{frame.f_lineno}. It may be waiting for another process"
-        )
+    def _watch(self, thread: int) -> None:
+        while not self._ended.wait(_WAIT_LOGGED_AFTER):
+            step, frame = self._step, sys._current_frames().get(thread)
+            seconds = 0.0 if step is None else time.monotonic() - step[1]
+            if frame is not None and seconds >= _WAIT_LOGGED_AFTER:
+                logging.getLogger(__name__).warning(
+                    f"Process {comm.get_rank()} has been in iteration {step[0]} for {seconds:.0f} "
+                    f"s, and stands at {frame.f_code.co_filename}:{frame.f_lineno}. It may be "
+                    "waiting for another process"
+                )

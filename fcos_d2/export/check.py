@@ -26,7 +26,7 @@ def largest_difference(model: FCOS, file: str) -> float:
     rounding decides whether it is there: at the limit of detections or of the IoU in NMS.
 
     Args:
-        model: on CPU, in evaluation mode. The threshold of its post-processor is changed.
+        model: on CPU, in evaluation mode. Its post-processor is changed during the call.
         file: of :func:`fcos_d2.export.to_onnx`.
 
     Returns:
@@ -41,13 +41,18 @@ def largest_difference(model: FCOS, file: str) -> float:
     is_raw = all(output.name != "boxes" for output in proto.graph.output)
     compare_batch = _raw_difference if is_raw else _detections_difference
     differences = _differences(compare_batch, model, proto, batches)
+    post = model.post_processor
+    before = post.score_thresh
     if not is_raw:
-        model.post_processor.score_thresh = _threshold(model, batches)
-        thresholds = dict(DetectionGraph(model).named_buffers(recurse=False))
-        for initializer in proto.graph.initializer:
-            if initializer.name in thresholds:
-                initializer.raw_data = thresholds[initializer.name].numpy().tobytes()
-        differences += _differences(compare_batch, model, proto, batches)
+        try:
+            post.score_thresh = _threshold(model, batches)
+            thresholds = dict(DetectionGraph(model).named_buffers(recurse=False))
+            for initializer in proto.graph.initializer:
+                if initializer.name in thresholds:
+                    initializer.raw_data = thresholds[initializer.name].numpy().tobytes()
+            differences += _differences(compare_batch, model, proto, batches)
+        finally:
+            post.score_thresh = before
     return float(np.max(differences))  # Python's max may lose NaN
 
 

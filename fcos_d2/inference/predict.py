@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from ..checkpoint import read_checkpoint, replacing
 from ..config import load_cfg
-from ..data.image_files import IMAGE_SUFFIXES, read_image
+from ..data.image_files import IMAGE_SUFFIXES, images_in, read_image
 from .drawing import draw_instances
 from .predictor import Predictor
 
@@ -168,8 +168,7 @@ def _source(name: str) -> list[str] | str | int:
         ValueError: if there is nothing of this name.
     """
     if os.path.isdir(name):
-        files = sorted(os.listdir(name))
-        files = [os.path.join(name, f) for f in files if f.lower().endswith(IMAGE_SUFFIXES)]
+        files = images_in(name)
     elif os.path.isfile(name):
         return name if name.lower().endswith(_VIDEO_SUFFIXES) else [name]
     elif name.isdecimal():

@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 
 from ..checkpoint import AtomicCheckpointer
 from ..data import category_ids, class_names
-from ..data.image_files import IMAGE_SUFFIXES, read_image
+from ..data.image_files import IMAGE_SUFFIXES, images_in, read_image
 from ..modeling.backbone import padded_size
 from ..modeling.images import check_finite
 from .batches import run_in_batches
@@ -89,10 +89,10 @@ class Predictor:
         Raises:
             ValueError: at once, if there is none.
         """
-        names = sorted(n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES))
-        if not names:
+        files = images_in(folder)
+        if not files:
             raise ValueError(f"No image in {folder}: no file ends with {IMAGE_SUFFIXES}")
-        return self._run((os.path.join(folder, name) for name in names), self.channels)
+        return self._run(files, self.channels)
 
     def video(
         self, source: str | os.PathLike | int | cv2.VideoCapture

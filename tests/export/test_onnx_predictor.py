@@ -11,7 +11,7 @@ import pytest
 import torch
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, Instances
-from helpers import assert_same_detections
+from helpers import assert_same_detections, make_arrays
 from PIL import Image
 
 import fcos_d2
@@ -19,11 +19,6 @@ from fcos_d2.export import OnnxPredictor, onnx_predictor
 
 # The shorter side becomes 128 and the longer one at most 1333.
 SIZES = [(96, 144), (96, 144), (144, 96), (64, 97), (150, 150), (9, 100), (128, 128)]
-
-
-def make_images(sizes=SIZES):
-    generator = np.random.default_rng(0)
-    return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
 def assert_same(detections, expected):
@@ -44,7 +39,7 @@ def predictors(command):
 def test_equals_the_other_predictors(predictors):
     ours, theirs, default = predictors
     assert ours.class_names == ["red", "green", "blue"]
-    images = make_images()
+    images = make_arrays(SIZES)
     counts = []
     for image, a, b in zip(images, ours(images), theirs(images), strict=True):
         counts.append(assert_same(a, b))
@@ -57,14 +52,14 @@ def test_equals_the_other_predictors(predictors):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_floating_point_images(predictors, dtype):
     ours, theirs, _ = predictors
-    for image in make_images():
+    for image in make_arrays(SIZES):
         image = (image * 0.77).astype(dtype)
         # PyTorch rounds the resized pixels of float16 to it.
         assert_same(ours(image), theirs(image.astype("float32") if dtype == "float16" else image))
 
 
 def test_files_and_channels(predictors, command, tmp_path):
-    image = make_images()[3]
+    image = make_arrays(SIZES)[3]
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.fromarray(image).save(tmp_path / "turned.png", exif=exif)
@@ -85,7 +80,7 @@ def test_a_model_of_rgb_and_uint8(batch_norm, tmp_path):
         if entry.key == "min_size":
             entry.value = "0"  # images as they are
     onnx.save(proto, tmp_path / "model.onnx")
-    ours, image = OnnxPredictor(tmp_path / "model.onnx"), make_images([(150, 201)])[0]
+    ours, image = OnnxPredictor(tmp_path / "model.onnx"), make_arrays([(150, 201)])[0]
     pixels = torch.from_numpy(image[:, :, ::-1].transpose(2, 0, 1).copy())
     with torch.no_grad():
         assert assert_same(ours(image), model([{"image": pixels}])[0]) > 20
@@ -94,7 +89,7 @@ def test_a_model_of_rgb_and_uint8(batch_norm, tmp_path):
 
 
 def test_batches_of_one_size_in_order(predictors, command, monkeypatch):
-    images = make_images([(96, 144)] * 3 + [(144, 96)] + [(192, 288)] * 2)
+    images = make_arrays([(96, 144)] * 3 + [(144, 96)] + [(192, 288)] * 2)
     batched = OnnxPredictor(command[2], 2)
     sizes, run = [], batched.session.run
 
@@ -115,7 +110,7 @@ def test_batches_of_one_size_in_order(predictors, command, monkeypatch):
 
 def test_detections_become_instances(predictors):
     """As docs/export.md has it."""
-    d = predictors[0](make_images()[0])["instances"]
+    d = predictors[0](make_arrays(SIZES)[0])["instances"]
     instances = Instances(
         d.image_size,
         pred_boxes=Boxes(torch.from_numpy(d.pred_boxes)),
@@ -176,7 +171,7 @@ def test_runs_without_pytorch_detectron2_and_fcos_d2(predictors, command, tmp_pa
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
     )
-    image = make_images()[0]
+    image = make_arrays(SIZES)[0]
     np.save(tmp_path / "image.npy", image)
     result = subprocess.run(
         [sys.executable, "-c", CODE, command[2], tmp_path / "image.npy", tmp_path / "out.npz"],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor
-from helpers import tiny_cfg
+from helpers import make_arrays, tiny_cfg
 
 import fcos_d2
 from fcos_d2.modeling.images import check_finite
@@ -25,11 +25,6 @@ def cfg(tmp_path_factory):
     cfg.MODEL.WEIGHTS = str(tmp_path_factory.mktemp("weights") / "model.pth")
     torch.save(model.state_dict(), cfg.MODEL.WEIGHTS)
     return cfg
-
-
-def make_images(sizes=SIZES):
-    generator = np.random.default_rng(0)
-    return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
 def assert_same(detections, expected):
@@ -68,7 +63,7 @@ def batches(monkeypatch):
 def test_equals_default_predictor(cfg, batches, input_format, batch_size):
     cfg = cfg.clone()
     cfg.INPUT.FORMAT = input_format
-    default, images = DefaultPredictor(cfg), make_images()
+    default, images = DefaultPredictor(cfg), make_arrays(SIZES)
     expected = [default(image) for image in images]
     predictor = fcos_d2.Predictor(cfg, batch_size)
     sizes = batches(predictor)
@@ -83,7 +78,7 @@ def test_equals_default_predictor(cfg, batches, input_format, batch_size):
 
 
 def test_files_and_directory(cfg, tmp_path):
-    images = make_images()
+    images = make_arrays(SIZES)
     for i, image in enumerate(images):
         cv2.imwrite(str(tmp_path / f"{i}.PNG"), image)
     (tmp_path / "notes.txt").write_text("not an image")
@@ -103,7 +98,7 @@ def test_files_and_directory(cfg, tmp_path):
 def test_video(cfg, tmp_path):
     file = tmp_path / "video.avi"
     writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"MJPG"), 5, (144, 96))
-    for image in make_images([(96, 144)] * 5):
+    for image in make_arrays([(96, 144)] * 5):
         writer.write(image)
     writer.release()
     predictor, default = fcos_d2.Predictor(cfg, 2, channels="RGB"), DefaultPredictor(cfg)
@@ -120,7 +115,7 @@ def test_video(cfg, tmp_path):
 
 def test_endless_stream_comes_in_order_with_few_held_back(cfg):
     # One image of a rare size must not hold back the others for ever.
-    rare, common = make_images([(144, 96), (96, 144)])
+    rare, common = make_arrays([(144, 96), (96, 144)])
     taken = 0
 
     def camera():
@@ -137,7 +132,7 @@ def test_endless_stream_comes_in_order_with_few_held_back(cfg):
 
 
 def test_detections_before_a_bad_image_are_not_lost(cfg, tmp_path):
-    image = make_images()[0]
+    image = make_arrays(SIZES)[0]
     predictor = fcos_d2.Predictor(cfg)
     results = predictor.stream([image, image, image[:, :, 0]])
     assert len(next(results)["instances"]) == len(next(results)["instances"]) > 5
