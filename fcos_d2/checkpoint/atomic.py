@@ -30,6 +30,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         check_local(save_dir)
         super().__init__(model, save_dir, **kwargs)
         self.description: dict[str, Any] = {}  # plain data that every checkpoint carries
+        self._content: dict[str, dict[str, Any]] = {}  # of the file that was read last
         self.missing: list[str] = []  # names that the last file lacks, or has in another shape
         # In the last file, or None.
         self.class_names: list[str] | None = None
@@ -155,8 +156,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
         model = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
         return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
 
+    def read(self, file: str) -> dict[str, Any]:
+        """The content of a ``.pth`` file, which the next call of ``load`` does not read again."""
+        self._content = {file: read_checkpoint(file)}
+        return self._content[file]
+
     def _torch_load(self, f: str) -> dict:
-        return read_checkpoint(f)
+        content, self._content = self._content, {}
+        return content[f] if f in content else read_checkpoint(f)
 
 
 def _shortened(names: list[str]) -> str:

@@ -13,7 +13,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from ..checkpoint import AtomicCheckpointer, read_checkpoint, replacing
+from ..checkpoint import AtomicCheckpointer, replacing
 
 # Keys and sections that do not influence the weights that a training ends with.
 _WITHOUT_INFLUENCE = (
@@ -75,25 +75,29 @@ def checkpoint_to_resume(
 ) -> tuple[str, dict[str, Any]] | None:
     """File and content of the checkpoint that all processes resume from, None if there is none.
 
+    The first process chooses it.
+
     Raises:
         ValueError: if the processes see different checkpoints, or have different configs.
     """
-    found, seen = None, "none"
-    if checkpointer.has_checkpoint():
+    file, content, seen = None, None, "no such file"
+    if comm.is_main_process() and checkpointer.has_checkpoint():
         file = checkpointer.get_checkpoint_file()
-        found = file, read_checkpoint(file)
-        seen = f"{os.path.basename(file)} (iteration {found[1].get('iteration')})"
+    file = comm.all_gather(file)[0]
+    if file is not None and os.path.isfile(file):
+        content = checkpointer.read(file)
+        seen = f"iteration {content.get('iteration')}"
     config = _flat(yaml.safe_load(cfg.dump()))
     everywhere = comm.all_gather((seen, config))
     if len({seen for seen, _ in everywhere}) > 1:
         raise ValueError(
-            f"The processes see different checkpoints in OUTPUT_DIR {cfg.OUTPUT_DIR!r}: "
+            f"The processes see different checkpoints under the name {file!r}: "
             + ", ".join(f"process {rank}: {seen}" for rank, (seen, _) in enumerate(everywhere))
             + ". It must be on a file system that all machines share"
         )
     if any(other != config for _, other in everywhere):
         raise ValueError("The processes have different configs: give all the same command line")
-    return found
+    return None if content is None else (file, content)
 
 
 def check_resumable(

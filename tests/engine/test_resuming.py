@@ -10,6 +10,7 @@ from detectron2.utils.events import CommonMetricPrinter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fcos_d2 import model_zoo
+from fcos_d2.checkpoint import atomic, read_checkpoint
 from fcos_d2.engine import Trainer, arguments, delete_earlier_run, resuming, setup
 
 EVALUATION = {"bbox": {"AP": 1.0}}
@@ -251,20 +252,41 @@ def test_weights_alone_are_no_checkpoint_to_resume_from(cfg, tmp_path):
         Trainer(cfg).resume_or_load(resume=True)
 
 
-def test_processes_must_see_the_same(cfg, monkeypatch):
+@pytest.mark.usefixtures("no_evaluation")
+def test_processes_must_see_the_same(cfg, tmp_path, monkeypatch):
+    run(cfg, MAX_ITER=2)
     trainer = Trainer(cfg)
 
-    def others(*seen):
-        monkeypatch.setattr(resuming.comm, "all_gather", lambda mine: [mine, *seen])
+    def others(file, seen):
+        """What the first process chose, and what another one sees of it."""
+        answers = [lambda mine: [file], lambda mine: [mine, (seen, {})], lambda mine: [mine]]
+        monkeypatch.setattr(resuming.comm, "all_gather", lambda mine: answers.pop(0)(mine))
         trainer.resume_or_load(resume=True)
 
-    same = {}
-    monkeypatch.setattr(resuming, "_flat", lambda config: same)
-    with pytest.raises(ValueError, match=r"process 0: none, process 1: model_1.*machines share"):
-        others(("model_1.pth (iteration 1)", same))
+    monkeypatch.setattr(resuming, "_flat", lambda config: {})
+    final = str(tmp_path / "model_final.pth")
+    with pytest.raises(ValueError, match=r"process 0: iteration 1, process 1: no such file.*share"):
+        others(final, "no such file")
+    with pytest.raises(ValueError, match=r"process 0: iteration 1, process 1: iteration 7"):
+        others(final, "iteration 7")
+    with pytest.raises(ValueError, match=r"process 0: no such file, process 1: iteration 1"):
+        others(str(tmp_path / "elsewhere.pth"), "iteration 1")
+    monkeypatch.setattr(resuming, "_flat", lambda config: {"SEED": 1})
     with pytest.raises(ValueError, match="different configs"):
-        others(("none", {"SEED": 1}))
-    others(("none", same))
+        others(None, "no such file")
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_a_checkpoint_is_read_once(cfg, monkeypatch):
+    run(cfg, MAX_ITER=2)
+    read = []
+    monkeypatch.setattr(
+        atomic, "read_checkpoint", lambda file: read.append(file) or read_checkpoint(file)
+    )
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    assert len(read) == 1
 
 
 @pytest.mark.usefixtures("no_evaluation")
