@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Hurt small trainings in many ways, and see whether they end as undisturbed ones do.
 
-    python tools/fault_injection.py [--kills 20] [--folder output/faults]
+    python tools/fault_injection.py [--kills 20] [--folder output/faults] [--only torchrun]
 
 Kills, signals, damaged checkpoints, a full disk, a folder that cannot be written to, and files that
-would run code, in one and two processes on CPU. After each fault the run is resumed. It survives if
-its weights are those of an undisturbed run or, on another number of processes, if it ends. Takes
-about ten minutes on two cores; exits with 1 if a run does not survive.
+would run code, in one and two processes on CPU; signals, kills and errors of one process of two,
+which --num-gpus, torchrun or srun (its variables alone) has started. After each fault the run is
+resumed. It survives if its weights are those of an undisturbed run or, on another number of
+processes, if it ends. Takes half an hour on two cores; exits with 1 if a run does not survive.
 """
 
 import argparse
@@ -18,10 +19,12 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -40,11 +43,43 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+class Job:
+    """The processes that a launcher starts; with srun there are as many as the run has."""
+
+    def __init__(self, processes: list[subprocess.Popen]):
+        self.processes = processes
+
+    def poll(self) -> int | None:
+        codes = [process.poll() for process in self.processes]
+        return None if None in codes else max(map(abs, codes))
+
+    def wait(self, timeout: float = 600) -> int:
+        """The exit code, of several processes the largest; that of a signal is positive."""
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.wait(max(0.1, end - time.monotonic()))
+        return self.poll()
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Signal all processes, as a cluster does."""
+        for process in self.processes:
+            os.killpg(process.pid, number)
+
+    def trainers(self) -> list[int]:
+        """The processes that train, by rank, without those that load images."""
+        if len(self.processes) > 1:
+            return [process.pid for process in self.processes]
+        launcher = self.processes[0].pid
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        commands = {int(x): Path(f"/proc/{x}/cmdline").read_text() for x in children}
+        return sorted(x for x, command in commands.items() if "resource_tracker" not in command)
+
+
 class Run:
     """A training in its own folder, which starts again and again."""
 
-    def __init__(self, folder: Path, name: str, processes: int = 1):
-        self.output, self.processes = folder / name, processes
+    def __init__(self, folder: Path, name: str, processes: int = 1, launcher: str = "--num-gpus"):
+        self.output, self.processes, self.launcher = folder / name, processes, launcher
         self.env = os.environ | {"DETECTRON2_DATASETS": str(folder), "OMP_NUM_THREADS": "1"}
         shutil.rmtree(self.output, ignore_errors=True)
         self.log = folder / f"{name}.log"
@@ -52,38 +87,51 @@ class Run:
 
     def start(
         self, config: str | Path = CONFIG, weights: str | Path = "", **options: object
-    ) -> subprocess.Popen:
-        command = [sys.executable, "train_net.py", "--config-file", config, "--resume"]
-        command += ["--num-gpus", self.processes, "--dist-url", "auto", *SETTINGS]
-        command += ["MODEL.WEIGHTS", weights]
-        return subprocess.Popen(
-            [*map(str, command), "OUTPUT_DIR", str(self.output)],
-            cwd=ROOT,
-            env=self.env,
-            stdout=self.log.open("a"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            **options,
-        )
+    ) -> Job:
+        arguments = ["train_net.py", "--config-file", config, "--resume", "--dist-url", "auto"]
+        before, envs = [], [{}]
+        if self.launcher == "--num-gpus":
+            arguments += ["--num-gpus", self.processes]
+        elif self.launcher == "torchrun":
+            before = ["-m", "torch.distributed.run", "--nproc-per-node", self.processes]
+            before += ["--master-port", free_port()]
+        else:
+            job = {"SLURM_NTASKS": str(self.processes), "MASTER_PORT": free_port()}
+            ranks = map(str, range(self.processes))
+            envs = [job | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ranks]
+        command = [sys.executable, *before, *arguments, *SETTINGS, "MODEL.WEIGHTS", weights]
+        started = [
+            subprocess.Popen(
+                [*map(str, command), "OUTPUT_DIR", str(self.output)],
+                cwd=ROOT,
+                env=self.env | env,
+                stdout=self.log.open("a"),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **options,
+            )
+            for env in envs
+        ]
+        return Job(started)
 
     def finish(self, **options: object) -> int:
-        return self.start(**options).wait(timeout=600)
+        return self.start(**options).wait()
 
     def start_and_kill(self, checkpoints: int) -> None:
         """Kill it as soon as it has written this many."""
         process = self.start()
         self.wait_for_checkpoints(process, checkpoints)
-        kill_all(process)
+        process.kill()
         process.wait()
 
-    def wait_for_checkpoints(self, process: subprocess.Popen, count: int) -> None:
+    def wait_for_checkpoints(self, process: Job, count: int) -> None:
         while process.poll() is None and len(self.checkpoints()) < count:
             time.sleep(0.02)
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.output.glob("model_0*.pth"), key=os.path.getmtime)
 
-    def wait_for(self, process: subprocess.Popen, text: str) -> None:
+    def wait_for(self, process: Job, text: str) -> None:
         """Wait until the log has the text once more."""
         before = self.log.read_text().count(text)
         while process.poll() is None and self.log.read_text().count(text) == before:
@@ -98,9 +146,17 @@ class Run:
         return torch.load(self.output / "model_final.pth")["model"]
 
 
-def kill_all(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
-    """Signal the whole session, as a cluster does."""
-    os.killpg(process.pid, number)
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
 
 
 def random_kills(run: Run, count: int, seconds: float) -> str:
@@ -110,7 +166,7 @@ def random_kills(run: Run, count: int, seconds: float) -> str:
         try:
             process.wait(timeout=rng.uniform(0.3, 1.0) * seconds)
         except subprocess.TimeoutExpired:
-            kill_all(process)
+            process.kill()
             process.wait()
     run.finish()
     resumed = run.log.read_text().count("Starting training from iteration")
@@ -128,7 +184,7 @@ def stop_signal(
     else:
         run.wait_for_checkpoints(process, 1)
     begin = time.monotonic()
-    kill_all(process, number)
+    process.kill(number)
     exit_code = process.wait(timeout=120)
     seconds = time.monotonic() - begin
     if exit_code != code:
@@ -137,6 +193,54 @@ def stop_signal(
     run.processes = resume_on
     run.finish()
     return f"exit code {exit_code} after {seconds:.1f} s with {saved}"
+
+
+def two_processes(run: Run, fault: str) -> str:
+    """Something happens to both processes, or to the second one; both must end within seconds."""
+    process = run.start()
+    if fault.endswith("in the evaluation"):
+        run.wait_for(process, "Start inference on")
+    elif fault.endswith("in the report"):  # after the second evaluation
+        run.wait_for(process, "model_best.pth is")
+        run.wait_for(process, "model_best.pth is")
+    else:
+        run.wait_for_checkpoints(process, 1)
+    first, second = process.trainers()
+    images = run.output.parent / "shapes" / "train"
+    begin = time.monotonic()
+    if fault.startswith("SIGTERM to all"):
+        process.kill(signal.SIGTERM)
+    elif fault.startswith("SIGTERM to one"):
+        os.kill(second, signal.SIGTERM)
+    elif fault == "SIGKILL of one":
+        os.kill(second, signal.SIGKILL)
+    elif fault == "SIGTERM twice while it waits":
+        os.kill(second, signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(first, signal.SIGTERM)
+        time.sleep(1.5)
+        begin = time.monotonic()
+        os.kill(first, signal.SIGTERM)
+        while is_running(first):
+            time.sleep(0.02)
+        os.kill(second, signal.SIGCONT)
+    else:  # its images have gone
+        images.rename(images.with_name("hidden"))
+    try:
+        code = process.wait(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        if images.with_name("hidden").exists():
+            images.with_name("hidden").rename(images)
+    seconds = time.monotonic() - begin
+    if code == 0 and "report" not in fault:
+        raise RuntimeError("exit code 0")
+    if seconds > 15:
+        raise RuntimeError(f"ended after {seconds:.1f} s")
+    last = [line for line in run.log.read_text().splitlines() if line.strip()][-1]
+    run.finish()
+    return f"exit code {code} after {seconds:.1f} s; last line: {last[:60]}"
 
 
 def damaged_checkpoint(run: Run, damage: Callable[[bytes], bytes]) -> str:
@@ -223,6 +327,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--folder", type=Path, default=Path("output/faults"))
+    parser.add_argument("--only", default="", help="part of the names of the faults to inject")
     args = parser.parse_args()
     folder = args.folder.resolve()
     make_shapes_dataset(folder / "shapes")
@@ -250,11 +355,24 @@ def main() -> None:
         "64 bytes zeroed": lambda x: x[: len(x) // 2] + bytes(64) + x[len(x) // 2 + 64 :],
         "empty": lambda x: b"",
     }
+    of_two = (
+        "SIGTERM to all in training", "SIGTERM to one in training",
+        "SIGTERM to all in the evaluation", "SIGTERM to one in the evaluation",
+        "SIGTERM to all in the report", "SIGTERM twice while it waits", "SIGKILL of one",
+        "an error",
+    )  # fmt: skip
+    launched = {
+        f"{fault}, {launcher}": (launcher, fault)
+        for launcher in ("--num-gpus", "torchrun", "srun")
+        for fault in of_two
+    }
     faults: dict[str, tuple[int | str, Callable[[Run], str]]] = {
         "killed at random moments": (1, lambda r: random_kills(r, args.kills, seconds)),
         "killed at random moments, 2 processes": (2, lambda r: random_kills(r, 5, seconds)),
         **{name: (kind, lambda r, stop=stop: stop_signal(r, *stop))
            for name, (kind, *stop) in stops.items()},
+        **{name: (2, lambda r, fault=fault: two_processes(r, fault))
+           for name, (_, fault) in launched.items()},
         **{f"last checkpoint {name}": (1, lambda r, damage=damage: damaged_checkpoint(r, damage))
            for name, damage in damages.items()},
         "disk full while saving": (1, full_disk),
@@ -264,7 +382,10 @@ def main() -> None:
     }  # fmt: skip
     rows = []
     for number, (fault, (kind, inject)) in enumerate(faults.items()):
-        run = Run(folder, f"fault_{number}", 2 if kind == 2 else 1)
+        if args.only not in fault:
+            continue
+        launcher, _ = launched.get(fault, ("--num-gpus", None))
+        run = Run(folder, f"fault_{number}", 2 if kind == 2 else 1, launcher)
         try:
             what = inject(run)
             difference = largest_difference(run.weights(), undisturbed[kind].weights())
