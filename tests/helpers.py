@@ -7,6 +7,7 @@ import sys
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -60,6 +61,11 @@ def make_instances(boxes, classes, image_size=(64, 96)):
     instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
     instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
     return instances
+
+
+several_processes = pytest.mark.skipif(
+    torch.cuda.device_count() == 1, reason="two processes need two GPUs (NCCL), or none (GLOO)"
+)
 
 
 def make_input(boxes=((10.0, 8.0, 50.0, 40.0),), classes=(1,), size=(64, 96), seed=0):

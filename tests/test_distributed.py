@@ -1,15 +1,13 @@
-"""Two processes over GLOO on CPU, as train_net.py --num-gpus 2 runs them without GPUs."""
+"""Two processes, as train_net.py --num-gpus 2 runs them: over NCCL on GPUs, over GLOO on CPU."""
 
 import pytest
 import torch
 from ddp_worker import training_step
 from detectron2.engine import launch
 from detectron2.modeling import build_model
-from helpers import tiny_cfg
+from helpers import several_processes, tiny_cfg
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="Detectron2 launches over NCCL where there is a GPU"
-)
+pytestmark = several_processes
 
 ONE = (((10.0, 8.0, 50.0, 40.0),), (1,))
 TWO = (((2.0, 4.0, 30.0, 60.0), (40.0, 10.0, 90.0, 50.0)), (0, 2))
