@@ -11,7 +11,15 @@ start the processes, too.
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from fcos_d2.engine import Trainer, argument_parser, delete_earlier_run, evaluate, launch, setup
+from fcos_d2.engine import (
+    Trainer,
+    argument_parser,
+    delete_earlier_run,
+    evaluate,
+    launch,
+    leave_group,
+    setup,
+)
 from fcos_d2.report import report_after_training
 
 
@@ -26,8 +34,9 @@ def main(args):
     trainer.resume_or_load(resume=args.resume)
     if args.overwrite and not args.resume:
         delete_earlier_run(cfg.OUTPUT_DIR)
-    results = trainer.train()
-    if comm.is_main_process():
+    results, is_main = trainer.train(), comm.is_main_process()
+    leave_group()  # the others end now: what is left is the report, which one process makes
+    if is_main:
         report_after_training(cfg)
     return results
 

@@ -8,10 +8,7 @@ position   number of an image in the endless stream of all processes, from 0
 """
 
 import logging
-import os
 import random
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -29,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..checkpoint import read_checkpoint
 from .check import summary
 from .classes import classes_of
+from .workers import ignore_stop_signals
 
 _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 _MAX_SKIPPED_IN_A_ROW = 20
@@ -115,7 +113,7 @@ class TrainingLoader:
             batch_sampler=self._share_of_batches(),
             num_workers=self.cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=leave_signals_to_the_trainer,
+            worker_init_fn=ignore_stop_signals(),
             # Without its own the loader draws from the generator that the model draws from.
             generator=torch.Generator(),
         )
@@ -186,23 +184,6 @@ def check_proposal_files(files: Sequence[str] | None) -> None:
     """
     for file in files or ():
         read_checkpoint(PathManager.get_local_path(file))
-
-
-def leave_signals_to_the_trainer(worker_id: int) -> None:
-    """Workers of a data loader ignore all stop signals but SIGTERM from their parent.
-
-    A cluster or a terminal sends its signals to all processes of a job.
-    """
-
-    def end_with_the_trainer() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=end_with_the_trainer, daemon=True).start()
 
 
 class _SeededImages(Dataset):

@@ -2,7 +2,7 @@ from .arguments import argument_parser, setup
 from .eval_only import evaluate
 from .evaluators import coco_evaluator
 from .hooks import BestCheckpointer
-from .processes import distribute, launch
+from .processes import distribute, launch, leave_group
 from .resuming import delete_earlier_run
 from .stopping import Stopped
 from .trainer import Trainer
@@ -17,5 +17,6 @@ __all__ = [
     "distribute",
     "evaluate",
     "launch",
+    "leave_group",
     "setup",
 ]

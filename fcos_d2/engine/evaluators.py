@@ -6,6 +6,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 
+from .stopping import StoppableCOCOEvaluator
+
 
 def build_evaluator(
     cfg: CfgNode, dataset_name: str, output_folder: str | None = None
@@ -35,7 +37,7 @@ def coco_evaluator(
     Args:
         output_folder: for the detections, in place of OUTPUT_DIR/inference.
     """
-    return COCOEvaluator(
+    return StoppableCOCOEvaluator(
         dataset_name,
         output_dir=output_folder or inference_folder(cfg, dataset_name),
         kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
 
 from ..checkpoint import AtomicCheckpointer, read_checkpoint
 from .resuming import metrics_rows
@@ -106,32 +108,50 @@ class BestCheckpointer(HookBase):
         self._logger.info(f"{self._metric} is {value:.3f}; {best}")
 
 
+class GatherMetrics(HookBase):
+    """Collects the losses of the steps so far, before others write them or save a checkpoint."""
+
+    def __init__(self, *periods: int):
+        """
+        Args:
+            periods: numbers of iterations after which losses are needed; 0 for never.
+        """
+        self._periods = [period for period in periods if period > 0]
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        is_due = any(done % period == 0 for period in self._periods)
+        if is_due or done == self.trainer.max_iter:
+            self.trainer.gather_metrics()
+
+
 class AverageBatchNormStatistics(HookBase):
     """Averages the running statistics of batch normalisation over the processes, in each step.
 
     Each process updates them from its own share of the batch. Without this hook each would evaluate
-    with its own, and a checkpoint would hold those of the first process.
+    with its own, and a checkpoint would hold those of the first process. SyncBN needs no average.
     """
 
     def before_train(self) -> None:
-        self._buffers = [
-            buffer
+        self._norms = [
+            module
             for module in get_bn_modules(self.trainer.model)
             if module.track_running_stats
-            for buffer in (module.running_mean, module.running_var)
+            and not isinstance(module, NaiveSyncBatchNorm | nn.SyncBatchNorm)
         ]
 
     @torch.no_grad()
     def after_step(self) -> None:
         world = comm.get_world_size()
-        if world == 1 or not self._buffers:
+        if world == 1 or not self._norms:
             return
-        values = torch.cat(self._buffers)
-        dist.all_reduce(values)
-        values /= world
-        averages = values.split([len(buffer) for buffer in self._buffers])
-        for buffer, average in zip(self._buffers, averages, strict=True):
-            buffer.copy_(average)
+        # TEST.PRECISE_BN replaces them now and then.
+        statistics = [x for norm in self._norms for x in (norm.running_mean, norm.running_var)]
+        averages = torch.cat(statistics)
+        dist.all_reduce(averages)
+        averages /= world
+        # One operation for all; PyTorch's optimizers use it, too, and there is no public one.
+        torch._foreach_copy_(statistics, averages.split([len(x) for x in statistics]))
 
 
 class WaitingLog(HookBase):

@@ -16,7 +16,10 @@ from detectron2 import engine as detectron2_engine
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
-from .stopping import STOP_SIGNALS, exit_code
+from .peers import PeerWatch, forget_host_group, host_group
+from .stopping import Stopped, StopSignals, exit_code
+
+_watch: PeerWatch | None = None
 
 
 def launch(main: Callable, args: argparse.Namespace) -> object:
@@ -24,7 +27,8 @@ def launch(main: Callable, args: argparse.Namespace) -> object:
 
     If torchrun or Slurm's srun has started several processes, this is one of them. Else it starts
     ``args.num_gpus`` processes on each of ``args.num_machines``, passes stop signals on to them,
-    and exits with the code of a stopped run if they stop.
+    and exits with the code of a stopped run if they stop. If one of several processes fails or is
+    killed, the others end within seconds.
 
     Args:
         args: of :func:`argument_parser`.
@@ -36,9 +40,7 @@ def launch(main: Callable, args: argparse.Namespace) -> object:
     place = _place_in_environment(args.num_gpus)
     if place is not None:
         _join(place, timeout)
-        result = main(args)
-        dist.destroy_process_group()
-        return result
+        return _run(main, args)
     if args.num_gpus * args.num_machines == 1:
         return main(args)
     received = []
@@ -48,27 +50,60 @@ def launch(main: Callable, args: argparse.Namespace) -> object:
         for process in multiprocessing.active_children():
             os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in StopSignals.numbers}
     try:
         detectron2_engine.launch(
-            main,
+            _run,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(args,),
+            args=(main, args),
             timeout=timeout,
         )
     except ProcessExitedException as error:
-        # A single process may have got the signal: then it stops them all.
-        if not received and error.exit_code not in map(exit_code, STOP_SIGNALS):
+        # A single process may have got the signal: then it stops them all. Before and after the
+        # training a signal kills it, which is the negative code.
+        codes = {code: exit_code(n) for n in StopSignals.numbers for code in (exit_code(n), -n)}
+        if not received and error.exit_code not in codes:
             raise
-        sys.exit(exit_code(received[-1]) if received else error.exit_code)
+        sys.exit(exit_code(received[-1]) if received else codes[error.exit_code])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if received:
         sys.exit(exit_code(received[-1]))
+
+
+def _run(main: Callable, args: argparse.Namespace) -> object:
+    """``main(args)`` in one of several processes."""
+    global _watch
+    host_group(timedelta(minutes=args.timeout))
+    _watch = PeerWatch()
+    try:
+        result = main(args)
+    except Stopped:  # all have stopped
+        leave_group()
+        raise
+    except BaseException:
+        if _watch is not None:
+            _watch.fail()
+        raise
+    leave_group()
+    return result
+
+
+def leave_group() -> None:
+    """Leave the group of processes, when there is nothing left to do together.
+
+    All processes must call it. Each is alone afterwards, and its ``comm.get_rank()`` is 0.
+    """
+    global _watch
+    if _watch is not None:
+        _watch.leave()
+        _watch = None
+        forget_host_group()
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

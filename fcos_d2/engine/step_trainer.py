@@ -1,10 +1,16 @@
-"""SOLVER.AMP on every device: float16 with loss scaling, or bfloat16 without."""
+"""One step of a training, and SOLVER.AMP on every device."""
 
+import math
 import time
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+from .peers import host_group
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -34,37 +40,80 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype:
     return _DTYPES[name]
 
 
-class AutocastTrainer(AMPTrainer):
-    """Detectron2's AMPTrainer, whose own step needs CUDA, on any device."""
+class StepTrainer(SimpleTrainer):
+    """Detectron2's SimpleTrainer and AMPTrainer in one, which do not wait for the losses of a step.
 
-    def __init__(self, model, data_loader, optimizer, device: str, dtype: torch.dtype):
+    Detectron2's gather the losses of all processes as pickled objects in each step, which lets the
+    device run dry. Here :meth:`gather_metrics` does it for many steps at once.
+    """
+
+    def __init__(self, model, data_loader, optimizer, device: str, dtype: torch.dtype | None):
         """
         Args:
-            model, data_loader, optimizer: see AMPTrainer.
+            model, data_loader, optimizer: see SimpleTrainer.
             device: that of the model.
-            dtype: of the computations. Only for float16 the loss is scaled.
+            dtype: of the computations under autocast, None without it. Only for float16 the loss is
+                scaled.
         """
-        self.device_type = torch.device(device).type
-        scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
-        super().__init__(model, data_loader, optimizer, grad_scaler=scaler, precision=dtype)
+        super().__init__(model, data_loader, optimizer)
+        self.device_type, self.dtype = torch.device(device).type, dtype
+        self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
+        # Iteration, seconds of waiting for data, and losses of the steps since gather_metrics.
+        self._steps: list[tuple[int, float, dict[str, torch.Tensor]]] = []
 
     def run_step(self) -> None:
         assert self.model.training, "The model was changed to eval mode"
         begin = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - begin
-        with torch.autocast(self.device_type, dtype=self.precision):
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
             losses = self.model(data)
         self.optimizer.zero_grad()
         self.grad_scaler.scale(sum(losses.values())).backward()
         self.after_backward()
-        self._write_metrics(losses, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        self._steps.append((self.iter, data_time, {k: x.detach() for k, x in losses.items()}))
+
+    def gather_metrics(self) -> None:
+        """Write the metrics of the steps since the last call, as Detectron2 writes those of one.
+
+        All processes must call it after the same steps.
+
+        Raises:
+            FloatingPointError: in all processes, for losses that are infinite or NaN.
+        """
+        steps, self._steps = self._steps, []
+        if not steps:
+            return
+        losses = torch.stack([x for *_, named in steps for x in named.values()]).double().cpu()
+        data_times = torch.tensor([data_time for _, data_time, _ in steps]).double()
+        of_process = torch.cat([data_times, losses])
+        of_all = [of_process]
+        if comm.get_world_size() > 1:
+            of_all = [torch.empty_like(of_process) for _ in range(comm.get_world_size())]
+            dist.all_gather(of_all, of_process, host_group())
+        of_all = torch.stack(of_all).numpy()
+        means, storage = iter(of_all[:, len(steps) :].mean(axis=0)), get_event_storage()
+        for (iteration, data_time, named), longest in zip(steps, of_all.max(axis=0), strict=False):
+            metrics = {name: next(means) for name in named}
+            total = sum(metrics.values())
+            if not math.isfinite(total):
+                raise FloatingPointError(
+                    f"Loss became infinite or NaN at iteration={iteration}!\nloss_dict = {metrics}"
+                )
+            times = {"rank_data_time": data_time, "data_time": longest}
+            storage.put_scalars(cur_iter=iteration, **times, total_loss=total)
+            storage.put_scalars(cur_iter=iteration, **metrics)
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        if self.dtype is not None:  # as Detectron2's AMPTrainer
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        # A run in bfloat16 or float32 saves no scale.
+        super().load_state_dict(state_dict)
         scale = state_dict.get("grad_scaler")
-        super().load_state_dict(
-            {**state_dict, "grad_scaler": scale or self.grad_scaler.state_dict()}
-        )
+        if scale:  # a run in bfloat16 or float32 saves none
+            self.grad_scaler.load_state_dict(scale)

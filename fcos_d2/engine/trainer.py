@@ -3,13 +3,15 @@
 import logging
 import os
 import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
+from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm, events
@@ -27,19 +29,22 @@ from ..data import (
     class_names,
     with_class_names,
 )
-from ..data.training_loader import (
-    check_proposal_files,
-    leave_signals_to_the_trainer,
-    seed_all,
-)
+from ..data.training_loader import check_proposal_files, seed_all
+from ..data.workers import ignore_stop_signals
 from ..modeling import FCOSWithTTA
 from ..modeling.backbone import check_random_start
-from .amp import AutocastTrainer, amp_dtype
 from .evaluators import build_evaluator, inference_folder
-from .hooks import AverageBatchNormStatistics, BestCheckpointer, EvalHook, WaitingLog
+from .hooks import (
+    AverageBatchNormStatistics,
+    BestCheckpointer,
+    EvalHook,
+    GatherMetrics,
+    WaitingLog,
+)
 from .processes import distribute
 from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from
-from .stopping import StopOnSignal, Stopped, stop_signals_recorded, stoppable_evaluation
+from .step_trainer import StepTrainer, amp_dtype
+from .stopping import StopOnSignal, StoppableEvaluator, Stopped, stop_signals
 
 # The meta architectures that test-time augmentation (TEST.AUG) supports.
 AUGMENTED = {"FCOS": FCOSWithTTA, "GeneralizedRCNN": GeneralizedRCNNWithTTA}
@@ -69,12 +74,8 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         model = distribute(model, cfg.MODEL.DEVICE)
-        if cfg.SOLVER.AMP.ENABLED:
-            self._trainer = AutocastTrainer(
-                model, data_loader, optimizer, cfg.MODEL.DEVICE, amp_dtype(cfg)
-            )
-        else:
-            self._trainer = SimpleTrainer(model, data_loader, optimizer)
+        dtype = amp_dtype(cfg) if cfg.SOLVER.AMP.ENABLED else None
+        self._trainer = StepTrainer(model, data_loader, optimizer, cfg.MODEL.DEVICE, dtype)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -109,7 +110,7 @@ class Trainer(DefaultTrainer):
         )
         if self.cfg.SEED < 0 and checkpoint.get("seed") is not None:
             self.seed = checkpoint["seed"]
-        del found, checkpoint  # it is read again
+        del found, checkpoint
         settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.param_groups
@@ -150,21 +151,26 @@ class Trainer(DefaultTrainer):
         else:
             logger.warning("The data loader is not a TrainingLoader: its images start anew")
         self.last_step = self.start_iter - 1
-        with stop_signals_recorded():
+        with stop_signals.recorded():
             try:
                 super().train()
                 return getattr(self, "_last_eval_results", None)
             except Stopped:
-                self.save_where_stopped()
+                self._save_where_stopped()
                 last = self.last_step
                 logger.info(f"Stopped by a signal after iteration {last}. --resume goes on")
+                comm.synchronize()  # a process that ends may take the others with it
                 raise
             finally:
                 # Ends the workers now. The garbage collector would wait for them one by one.
                 loader = self.data_loader
                 self._trainer.reset_data_loader(lambda: loader)
 
-    def save_where_stopped(self) -> None:
+    def gather_metrics(self) -> None:
+        """Write the metrics of the steps since the last call; see :class:`StepTrainer`."""
+        self._trainer.gather_metrics()
+
+    def _save_where_stopped(self) -> None:
         """Write a checkpoint after the last step, unless there is one."""
         name = f"model_{self.last_step:07d}"
         file = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
@@ -188,6 +194,7 @@ class Trainer(DefaultTrainer):
             hooks.LRScheduler(),
             self._precise_bn(),
             AverageBatchNormStatistics(),
+            GatherMetrics(20, cfg.SOLVER.CHECKPOINT_PERIOD, period),
             is_main and hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             EvalHook(period, self._evaluate, metric),
             is_main and has_test_sets and BestCheckpointer(period, self.checkpointer, metric),
@@ -232,8 +239,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict:
-        """Like DefaultTrainer's; during a training a stop signal ends it at once."""
-        with stoppable_evaluation():
+        """Like DefaultTrainer's; during a training a stop signal ends it."""
+        with stop_signals.raising() if comm.get_world_size() == 1 else nullcontext():
             return super().test(cfg, model, evaluators)
 
     @classmethod
@@ -266,8 +273,19 @@ class Trainer(DefaultTrainer):
         if cfg.MODEL.LOAD_PROPOSALS:
             check_proposal_files(cfg.DATASETS.PROPOSAL_FILES_TEST)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        loader.worker_init_fn = leave_signals_to_the_trainer
+        loader.worker_init_fn = ignore_stop_signals()
         check_num_classes(cfg, dataset_name)
         return loader
 
-    build_evaluator = staticmethod(build_evaluator)
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """The evaluator that the data set's ``evaluator_type`` asks for, which a signal can stop.
+
+        Raises:
+            NotImplementedError: for another type than "coco" and "pascal_voc".
+        """
+        evaluator = build_evaluator(cfg, dataset_name, output_folder)
+        has_others = stop_signals.is_recording and comm.get_world_size() > 1
+        return StoppableEvaluator(evaluator) if has_others else evaluator

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from helpers import make_input, tiny_cfg
 
 from fcos_d2.data import register_custom_datasets
 from fcos_d2.engine import Trainer
-from fcos_d2.engine.amp import AutocastTrainer, amp_dtype
+from fcos_d2.engine.step_trainer import StepTrainer, amp_dtype
 
 
 @pytest.mark.parametrize(
@@ -49,12 +50,8 @@ def make_trainer(amp):
     torch.manual_seed(0)
     model = build_model(tiny_cfg()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    trainer = AutocastTrainer(
+    trainer = StepTrainer(
         model, iter(lambda: [make_input(), make_input(seed=1)], None), optimizer, "cpu", amp
-    )
-    trainer.losses = []
-    trainer._write_metrics = lambda losses, data_time: trainer.losses.append(
-        sum(losses.values()).item()
     )
     return trainer
 
@@ -63,16 +60,19 @@ def test_trains_in_bfloat16_as_in_float32():
     half, full = make_trainer(torch.bfloat16), make_trainer(torch.float32)
     seen = set()
     half.model.head.cls_logits.register_forward_hook(lambda m, i, output: seen.add(output.dtype))
+    losses = {}
     for trainer in (half, full):
-        with EventStorage(0):
+        with EventStorage(0) as storage:
             for trainer.iter in range(12):
                 trainer.run_step()
+            trainer.gather_metrics()
+        losses[trainer] = [loss for loss, _ in storage.history("total_loss").values()]
     assert seen == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in half.model.parameters())
     # The first loss is of the same weights, so only rounding differs.
-    assert half.losses[0] == pytest.approx(full.losses[0], rel=0.02)
-    assert half.losses[-1] < 0.8 * half.losses[0]
-    assert half.losses[-1] == pytest.approx(full.losses[-1], rel=0.1)
+    assert losses[half][0] == pytest.approx(losses[full][0], rel=0.02)
+    assert losses[half][-1] < 0.8 * losses[half][0]
+    assert losses[half][-1] == pytest.approx(losses[full][-1], rel=0.1)
 
 
 def test_resumes_from_runs_of_any_precision():
@@ -96,9 +96,40 @@ def test_trainer_takes_it_from_the_config(shapes_folder, tmp_path, monkeypatch):
     cfg.SOLVER.AMP.ENABLED, cfg.DATASETS.TEST = True, ()
     register_custom_datasets(cfg)
     trainer = Trainer(cfg)
-    assert trainer._trainer.precision == torch.bfloat16
+    assert trainer._trainer.dtype == torch.bfloat16
     trainer.train()
     assert (tmp_path / "model_final.pth").is_file()
     resumed = Trainer(cfg)
     resumed.resume_or_load(resume=True)
     assert resumed.start_iter == 2
+
+
+def test_metrics_are_those_of_detectron2():
+    """Of many steps at once, with the numbers that Detectron2 reads in each step."""
+    ours, theirs = make_trainer(None), make_trainer(None)
+    theirs = SimpleTrainer(theirs.model, theirs.data_loader, theirs.optimizer)
+    histories = []
+    for trainer in (ours, theirs):
+        with EventStorage(0) as storage:
+            for trainer.iter in range(3):
+                storage.iter = trainer.iter
+                trainer.run_step()
+            if trainer is ours:
+                trainer.gather_metrics()
+                trainer.gather_metrics()  # nothing is written twice
+        histories.append({k: h.values() for k, h in storage.histories().items()})
+    assert histories[0].keys() == histories[1].keys()
+    for name in histories[0].keys() - {"data_time", "rank_data_time"}:
+        assert histories[0][name] == histories[1][name]
+    assert [iteration for _, iteration in histories[0]["data_time"]] == [0, 1, 2]
+
+
+def test_a_loss_that_is_not_finite_is_found_with_its_iteration():
+    trainer = make_trainer(None)
+    with EventStorage(0):
+        for trainer.iter in range(4):
+            if trainer.iter == 2:
+                torch.nn.init.constant_(trainer.model.head.cls_logits.bias, torch.nan)
+            trainer.run_step()
+        with pytest.raises(FloatingPointError, match="iteration=2"):
+            trainer.gather_metrics()

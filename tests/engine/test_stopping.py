@@ -1,7 +1,9 @@
-"""Signals in one process; tests/test_train_net.py sends them to several."""
+"""Signals in one process; test_peers.py and tests/test_train_net.py send them to several."""
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,7 +11,8 @@ import pytest
 import torch
 from detectron2.engine import DefaultTrainer, HookBase
 
-from fcos_d2.engine import Stopped, Trainer, stopping
+from fcos_d2.engine import Stopped, Trainer
+from fcos_d2.engine.stopping import StopSignals, stop_signals
 
 EVALUATION = {"bbox": {"AP": 1.0}}
 
@@ -106,20 +109,6 @@ def test_after_the_last_step_there_is_nothing_to_stop_but_the_evaluation(cfg, tm
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
-def test_an_error_of_an_evaluation_that_others_have_left(cfg, monkeypatch):
-    def evaluate(cls, cfg, model, evaluators=None):
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(600)
-        except Stopped as stopped:
-            raise RuntimeError("Connection closed by peer") from stopped
-
-    monkeypatch.setattr(DefaultTrainer, "test", classmethod(evaluate))
-    cfg.TEST.EVAL_PERIOD = 3
-    with pytest.raises(Stopped):
-        Trainer(cfg).train()
-
-
 @pytest.mark.usefixtures("no_evaluation")
 def test_trains_outside_the_main_thread(cfg, tmp_path):
     """Where Python handles no signals, for example in a notebook's worker."""
@@ -127,22 +116,6 @@ def test_trains_outside_the_main_thread(cfg, tmp_path):
     thread.start()
     thread.join()
     assert (tmp_path / "model_final.pth").exists()
-
-
-@pytest.mark.usefixtures("no_evaluation")
-def test_a_signal_while_the_processes_agree_is_seen_after_the_next_step(cfg, tmp_path, monkeypatch):
-    def gather(told):
-        if not calls:
-            os.kill(os.getpid(), signal.SIGTERM)
-        calls.append(told)
-        return [told]
-
-    calls = []
-    monkeypatch.setattr(stopping.comm, "all_gather", gather)
-    with pytest.raises(Stopped):
-        Trainer(cfg).train()
-    assert calls == [0, signal.SIGTERM]
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
 class InterruptTwice(HookBase):
@@ -153,16 +126,51 @@ class InterruptTwice(HookBase):
 
 
 @pytest.mark.usefixtures("no_evaluation")
-def test_a_second_interrupt_ends_the_run_at_once(cfg, monkeypatch):
+def test_two_signals_within_a_second_are_one(cfg):
+    """The terminal and the parent process may both send it."""
     trainer = Trainer(cfg)
     trainer.register_hooks([InterruptTwice()])
-    with pytest.raises(Stopped) as stopped:  # both came from one press
+    with pytest.raises(Stopped) as stopped:
         trainer.train()
     assert stopped.value.code == 130
-    monkeypatch.setattr(stopping, "_SAME_INTERRUPT", 0.01)
-    trainer = Trainer(cfg)
-    trainer.register_hooks([InterruptTwice()])
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    with stopping.stoppable_evaluation():  # the request is over
+
+
+# A lock that is taken twice waits in C++, like a collective: Python's handlers do not run.
+WAITS = """
+import ctypes
+from fcos_d2.engine.stopping import stop_signals
+
+library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+library.pthread_mutex_lock(lock)
+with stop_signals.recorded():
+    print("waits", flush=True)
+    library.pthread_mutex_lock(lock)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_a_process_that_waits_for_another_one(number, code):
+    process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(number)
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(timeout=5) == code
+    finally:
+        process.kill()
+
+
+def test_signals_do_what_they_did_before_once_the_run_is_over():
+    before = {number: signal.getsignal(number) for number in StopSignals.numbers}
+    with stop_signals.recorded():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop_signals.requested == signal.SIGUSR1
+        with pytest.raises(Stopped), stop_signals.raising():
+            raise AssertionError("the request was there before")
+    assert stop_signals.requested == 0
+    assert before == {number: signal.getsignal(number) for number in StopSignals.numbers}
+    assert signal.set_wakeup_fd(-1) == -1
+    with stop_signals.raising():  # nothing is recorded
         pass

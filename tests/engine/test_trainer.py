@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
 
 from fcos_d2 import model_zoo
 from fcos_d2.data import register_custom_datasets
@@ -196,13 +196,21 @@ def test_a_random_start_must_learn_all_of_the_backbone(cfg, opts, frozen, norms)
     Trainer(cfg)  # building alone is no start
 
 
-def test_diverged_training_stops_with_a_clear_error(cfg):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_diverged_training_saves_nothing_and_says_where(cfg, tmp_path, stopped):
+    class Diverge(HookBase):
+        def before_step(self):
+            if self.trainer.iter == 3:
+                torch.nn.init.constant_(trainer.model.head.cls_logits.bias, float("nan"))
+                if stopped:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    cfg.SOLVER.CHECKPOINT_PERIOD = 5
     trainer = Trainer(cfg)
-    torch.nn.init.constant_(trainer.model.head.cls_logits.bias, float("nan"))
-    with EventStorage(0), pytest.raises(FloatingPointError, match="Loss became infinite or NaN"):
-        trainer.iter = 0
-        trainer.before_train()
-        trainer.run_step()
+    trainer.register_hooks([Diverge()])
+    with pytest.raises(FloatingPointError, match="Loss became infinite or NaN at iteration=3"):
+        trainer.train()
+    assert not list(tmp_path.glob("*.pth"))
 
 
 def test_augmentation_is_evaluated_at_the_end_of_training(cfg, monkeypatch):

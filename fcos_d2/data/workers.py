@@ -1,0 +1,33 @@
+"""Processes that load images, and the signals that stop a run."""
+
+import atexit
+import os
+import signal
+from collections.abc import Callable
+from functools import cache, partial
+from multiprocessing import RawValue
+
+
+def ignore_stop_signals() -> Callable[[int], None]:
+    """A ``worker_init_fn``: workers ignore the stop signals as long as the trainer runs.
+
+    A cluster or a terminal sends its signals to all processes of a job, and the trainer needs its
+    workers to finish a step. They end when it ends them.
+    """
+    return partial(_ignore_stop_signals, _is_leaving())
+
+
+@cache
+def _is_leaving() -> RawValue:
+    """Shared with the workers: whether this process ends. Python then sends them SIGTERM."""
+    is_leaving = RawValue("b", False)
+    atexit.register(setattr, is_leaving, "value", True)
+    return is_leaving
+
+
+def _ignore_stop_signals(is_leaving: RawValue, worker_id: int) -> None:
+    signal.set_wakeup_fd(-1)  # a forked worker has that of the trainer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # At its end PyTorch and Python end workers by SIGTERM.
+    signal.signal(signal.SIGTERM, lambda *_: is_leaving.value and os._exit(0))
