@@ -12,9 +12,9 @@ from ..checkpoint import check_local
 from ..config import get_cfg, load_cfg
 from ..data import register_custom_datasets
 from ..data.layouts import use_data
+from .evaluators import AUGMENTED
 from .resuming import refuse_earlier_run
 from .schedule import check_steps, follow_max_iter
-from .trainer import AUGMENTED
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:

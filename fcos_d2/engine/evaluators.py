@@ -1,12 +1,21 @@
-"""Which evaluator a data set has, and where it writes detections."""
+"""Which evaluator a data set has, where it writes detections, and which result decides."""
 
+import logging
 import os
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from torch import nn
 
-from .stopping import StoppableCOCOEvaluator
+from ..modeling import FCOSWithTTA
+from .stopping import StoppableCOCOEvaluator, StoppableEvaluator, stop_signals
+
+# The meta architectures that test-time augmentation (TEST.AUG) supports.
+AUGMENTED = {"FCOS": FCOSWithTTA, "GeneralizedRCNN": GeneralizedRCNNWithTTA}
 
 
 def build_evaluator(
@@ -14,19 +23,24 @@ def build_evaluator(
 ) -> DatasetEvaluator:
     """The evaluator that the data set's ``evaluator_type`` asks for.
 
+    During a training of several processes it is one that a signal can stop.
+
     Raises:
         NotImplementedError: for another type than "coco" and "pascal_voc".
     """
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     if evaluator_type == "coco":
-        return coco_evaluator(cfg, dataset_name, output_folder)
-    if evaluator_type == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
-    raise NotImplementedError(
-        f"The data set {dataset_name!r} has evaluator_type {evaluator_type!r}; 'coco' and "
-        "'pascal_voc' are supported. Set it in the data set's metadata, or override "
-        "Trainer.build_evaluator"
-    )
+        evaluator = coco_evaluator(cfg, dataset_name, output_folder)
+    elif evaluator_type == "pascal_voc":
+        evaluator = PascalVOCDetectionEvaluator(dataset_name)
+    else:
+        raise NotImplementedError(
+            f"The data set {dataset_name!r} has evaluator_type {evaluator_type!r}; 'coco' and "
+            "'pascal_voc' are supported. Set it in the data set's metadata, or override "
+            "Trainer.build_evaluator"
+        )
+    has_others = stop_signals.is_recording and comm.get_world_size() > 1
+    return StoppableEvaluator(evaluator) if has_others else evaluator
 
 
 def coco_evaluator(
@@ -50,3 +64,29 @@ def inference_folder(cfg: CfgNode, dataset_name: str, parent: str = "inference")
     """Where detections on a data set go: with several data sets, each has its own folder."""
     folder = os.path.join(cfg.OUTPUT_DIR, parent)
     return os.path.join(folder, dataset_name) if len(cfg.DATASETS.TEST) > 1 else folder
+
+
+def deciding_metric(cfg: CfgNode) -> str:
+    """The name of the result that decides which checkpoint is the best, such as "bbox/AP"."""
+    # With several data sets, results have the data set's name in front. The first one decides.
+    prefix = f"{cfg.DATASETS.TEST[0]}/" if len(cfg.DATASETS.TEST) > 1 else ""
+    proposals_alone = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
+    return prefix + ("box_proposals/AR@1000" if proposals_alone else "bbox/AP")
+
+
+def evaluate_with_augmentation(
+    trainer: type[DefaultTrainer], cfg: CfgNode, model: nn.Module
+) -> dict:
+    """Evaluate with test-time augmentation; names of results end with "_TTA"."""
+    logging.getLogger(__name__).info("Evaluating with test-time augmentation ...")
+    wrapper = AUGMENTED[cfg.MODEL.META_ARCHITECTURE]
+    evaluators = [
+        trainer.build_evaluator(cfg, name, inference_folder(cfg, name, "inference_TTA"))
+        for name in cfg.DATASETS.TEST
+    ]
+    # The augmentation scales the original pixels, not those at the size of the plain test.
+    original = cfg.clone()
+    original.defrost()
+    original.INPUT.MIN_SIZE_TEST = 0
+    results = trainer.test(original, wrapper(cfg, model), evaluators)
+    return {f"{name}_TTA": value for name, value in results.items()}

@@ -3,14 +3,15 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 
 from ..checkpoint import AtomicCheckpointer, replacing
@@ -147,6 +148,23 @@ def check_resumable(
             f"on. Set it to {before} (over all processes, whose number may change), or start a new "
             "run from the checkpoint with MODEL.WEIGHTS and another OUTPUT_DIR"
         )
+
+
+@contextmanager
+def settings_kept(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
+) -> Iterator[None]:
+    """Load a checkpoint in the block: rates, weight decay and momentum stay those of the config.
+
+    A scheduler that is not Detectron2's LRMultiplier goes on with those of the checkpoint.
+    """
+    settings = [{k: x for k, x in g.items() if k != "params"} for g in optimizer.param_groups]
+    yield
+    if isinstance(scheduler, LRMultiplier):
+        scheduler.base_lrs = [new["initial_lr"] for new in settings]
+        rates = scheduler.get_lr()
+        for group, new, rate in zip(optimizer.param_groups, settings, rates, strict=True):
+            group.update(new, lr=rate)
 
 
 def metrics_rows(file: str) -> list[dict]:

@@ -11,9 +11,6 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import DatasetEvaluator
-from detectron2.modeling import GeneralizedRCNNWithTTA
-from detectron2.solver import LRMultiplier
 from detectron2.utils import comm, events
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
@@ -31,9 +28,8 @@ from ..data import (
 )
 from ..data.training_loader import check_proposal_files, seed_all
 from ..data.workers import ignore_stop_signals
-from ..modeling import FCOSWithTTA
 from ..modeling.backbone import check_random_start
-from .evaluators import build_evaluator, inference_folder
+from .evaluators import build_evaluator, deciding_metric, evaluate_with_augmentation
 from .hooks import (
     AverageBatchNormStatistics,
     BestCheckpointer,
@@ -42,12 +38,9 @@ from .hooks import (
     WaitingLog,
 )
 from .processes import distribute
-from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from
+from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from, settings_kept
 from .step_trainer import StepTrainer, amp_dtype
-from .stopping import StopOnSignal, StoppableEvaluator, Stopped, stop_signals
-
-# The meta architectures that test-time augmentation (TEST.AUG) supports.
-AUGMENTED = {"FCOS": FCOSWithTTA, "GeneralizedRCNN": GeneralizedRCNNWithTTA}
+from .stopping import StopOnSignal, Stopped, stop_signals
 
 
 class Trainer(DefaultTrainer):
@@ -111,16 +104,8 @@ class Trainer(DefaultTrainer):
         if self.cfg.SEED < 0 and checkpoint.get("seed") is not None:
             self.seed = checkpoint["seed"]
         del found, checkpoint
-        settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        self.checkpointer.load(file)
-        if isinstance(self.scheduler, LRMultiplier):  # others keep the rates of the checkpoint
-            self.scheduler.base_lrs = [new["initial_lr"] for new in settings]
-            groups, rates = self.optimizer.param_groups, self.scheduler.get_lr()
-            for group, new, rate in zip(groups, settings, rates, strict=True):
-                group.update(new, lr=rate)
+        with settings_kept(self.optimizer, self.scheduler):
+            self.checkpointer.load(file)
         self.start_iter = self.iter + 1
 
     def train(self) -> dict | None:
@@ -187,7 +172,7 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """All hooks, in the order in which they run."""
         cfg, period, is_main = self.cfg, self.cfg.TEST.EVAL_PERIOD, comm.is_main_process()
-        has_test_sets, metric = len(cfg.DATASETS.TEST) > 0, self._metric()
+        has_test_sets, metric = len(cfg.DATASETS.TEST) > 0, deciding_metric(cfg)
         in_order = [
             WaitingLog(),
             hooks.IterationTimer(),
@@ -220,13 +205,6 @@ class Trainer(DefaultTrainer):
         self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
 
-    def _metric(self) -> str:
-        """The name of the result that decides which checkpoint is the best."""
-        # With several data sets, results have the data set's name in front. The first one decides.
-        prefix = f"{self.cfg.DATASETS.TEST[0]}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
-        proposals_alone = self.cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
-        return prefix + ("box_proposals/AR@1000" if proposals_alone else "bbox/AP")
-
     def build_writers(self) -> list[events.EventWriter]:
         """Where the metrics go. Called by :meth:`train`, which knows where the run starts."""
         folder = self.cfg.OUTPUT_DIR
@@ -242,22 +220,6 @@ class Trainer(DefaultTrainer):
         """Like DefaultTrainer's; during a training a stop signal ends it."""
         with stop_signals.raising() if comm.get_world_size() == 1 else nullcontext():
             return super().test(cfg, model, evaluators)
-
-    @classmethod
-    def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> dict:
-        """Evaluate with test-time augmentation; names of results end with "_TTA"."""
-        logging.getLogger(__name__).info("Evaluating with test-time augmentation ...")
-        wrapper = AUGMENTED[cfg.MODEL.META_ARCHITECTURE]
-        evaluators = [
-            cls.build_evaluator(cfg, name, inference_folder(cfg, name, "inference_TTA"))
-            for name in cfg.DATASETS.TEST
-        ]
-        # The augmentation scales the original pixels, not those at the size of the plain test.
-        original = cfg.clone()
-        original.defrost()
-        original.INPUT.MIN_SIZE_TEST = 0
-        results = cls.test(original, wrapper(cfg, model), evaluators)
-        return {f"{name}_TTA": value for name, value in results.items()}
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainingLoader:
@@ -277,15 +239,5 @@ class Trainer(DefaultTrainer):
         check_num_classes(cfg, dataset_name)
         return loader
 
-    @classmethod
-    def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-    ) -> DatasetEvaluator:
-        """The evaluator that the data set's ``evaluator_type`` asks for, which a signal can stop.
-
-        Raises:
-            NotImplementedError: for another type than "coco" and "pascal_voc".
-        """
-        evaluator = build_evaluator(cfg, dataset_name, output_folder)
-        has_others = stop_signals.is_recording and comm.get_world_size() > 1
-        return StoppableEvaluator(evaluator) if has_others else evaluator
+    build_evaluator = staticmethod(build_evaluator)
+    test_with_TTA = classmethod(evaluate_with_augmentation)
