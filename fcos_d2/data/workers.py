@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from functools import cache, partial
 from multiprocessing import RawValue
+from multiprocessing.util import Finalize
 
 
 def ignore_stop_signals() -> Callable[[int], None]:
@@ -21,7 +22,8 @@ def ignore_stop_signals() -> Callable[[int], None]:
 def _is_leaving() -> RawValue:
     """Shared with the workers: whether this process ends. Python then sends them SIGTERM."""
     is_leaving = RawValue("b", False)
-    atexit.register(setattr, is_leaving, "value", True)
+    # atexit is too late in a process that multiprocessing has started.
+    Finalize(None, setattr, (is_leaving, "value", True), exitpriority=100)
     return is_leaving
 
 
@@ -29,5 +31,6 @@ def _ignore_stop_signals(is_leaving: RawValue, worker_id: int) -> None:
     signal.set_wakeup_fd(-1)  # a forked worker has that of the trainer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # At its end PyTorch and Python end workers by SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: is_leaving.value and os._exit(0))
+    # Under --num-gpus workers are spawned: they would collect garbage for seconds when they end.
+    atexit.register(os._exit, 0)
