@@ -1,7 +1,7 @@
 """torchvision's ImageNet ResNets as ``MODEL.WEIGHTS``, by their name in torchvision.
 
-``torchvision://ResNet18_Weights.IMAGENET1K_V1`` downloads the weights through torchvision, renames
-the parameters to Detectron2's names, and keeps the result in Detectron2's cache folder.
+``torchvision://ResNet18_Weights.IMAGENET1K_V1`` downloads the weights through torchvision, gives
+the parameters Detectron2's names, and keeps the result in Detectron2's cache folder.
 ``torchvision:///path/to/resnet18.pth`` does the same with a state dict on disk, of torchvision or
 of timm, whose ResNets have the same names.
 """
@@ -24,10 +24,10 @@ _PREFIX = "torchvision://"
 
 
 def convert_torchvision_resnet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the parameters of a torchvision ResNet to Detectron2's names, without the classifier.
+    """The parameters of a torchvision ResNet under Detectron2's names, without the classifier.
 
     Raises:
-        ValueError: if a name is not one of a torchvision ResNet.
+        ValueError: for a name that is not one of a torchvision ResNet.
     """
     converted = {}
     for name, value in state_dict.items():
@@ -58,7 +58,7 @@ class TorchvisionHandler(PathHandler):
         name = path.removeprefix(_PREFIX).removeprefix("torchvision:")
         on_disk = os.path.isabs(name)
         cache_name = name
-        if on_disk:  # named by its content, since files of one name differ
+        if on_disk:  # the content names it, since files of one name differ
             digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
             cache_name = f"file-{os.path.basename(name)}-{digest[:16]}"
         file = os.path.join(get_cache_dir(), "fcos_d2", "torchvision", cache_name + ".pkl")
@@ -76,9 +76,6 @@ class TorchvisionHandler(PathHandler):
             with replacing(file, own=True) as f:
                 pickle.dump(data, f)
         return file
-
-    def _open(self, path: str, mode: str = "r", **kwargs):
-        return open(self._get_local_path(path), mode)
 
 
 PathManager.register_handler(TorchvisionHandler(), allow_override=True)
