@@ -1,21 +1,23 @@
 """Charts of :class:`AssignmentStatistics` as PNG files."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from .charts import BLUE, ORANGE, save_charts
-from .statistics import AssignmentStatistics
+from .assignment import AssignmentStatistics
+from .charts import BLUE, ORANGE, new_chart, save_figures
 
 
 def save_assignment_charts(statistics: AssignmentStatistics, folder: str | Path) -> list[Path]:
     """Write ``recall_by_size.png``, ``positives_per_level.png`` and ``ambiguity.png``."""
-    charts = {"recall_by_size": _recall, "positives_per_level": _positives, "ambiguity": _ambiguity}
-    draw = {f"{name}.png": partial(chart, statistics=statistics) for name, chart in charts.items()}
-    return save_charts(draw, folder)
+    draw = {"recall_by_size": _recall, "positives_per_level": _positives, "ambiguity": _ambiguity}
+    figures = {}
+    for name, draw_chart in draw.items():
+        figures[name], axes = new_chart()
+        draw_chart(axes, statistics)
+    return save_figures(figures, folder)
 
 
 def _recall(axes: Axes, statistics: AssignmentStatistics) -> None:

@@ -63,14 +63,14 @@ def _draw_ltrb(axes: Axes, location: np.ndarray, ltrb: np.ndarray, color: Color)
 
 def positives_figure(inspection: Inspection, positives: LocatedPositives) -> Figure:
     """The positives of each box in its colour, one panel for each level that has any."""
-    levels = positives.level.unique().tolist()
+    levels = positives.level.unique().tolist() or [0]
     colors = _colors(len(positives.boxes))
     owned = positives.gt.bincount(minlength=len(positives.boxes)).tolist()
     height, width = inspection.image.shape[:2]
-    panels, panel = max(len(levels), 1), 5.4
+    panels, panel = len(levels), 5.4
     figure = new_figure(panel * panels, panel * min(height / width, 2) + (1 if panels > 1 else 1.5))
     grid = figure.subplots(1, panels, squeeze=False)[0]
-    for axes, level in zip(grid, levels or [-1], strict=True):
+    for axes, level in zip(grid, levels, strict=True):
         _draw_image(axes, inspection.image, alpha=0.6)
         here = positives.level == level
         at_home = set(positives.gt[here].tolist())
@@ -88,14 +88,8 @@ def positives_figure(inspection: Inspection, positives: LocatedPositives) -> Fig
                     c=[colors[number] for number in positives.gt[chosen]],
                     edgecolors="black", linewidths=0.8,
                 )  # fmt: skip
-        if level < 0:
-            axes.set_title("no positives")
-        else:
-            counts = int(here.sum()), int((here & positives.ambiguous).sum())
-            axes.set_title(
-                "{}: {} positives, {} ambiguous".format(inspection.level_title(level), *counts),
-                fontsize=10,
-            )
+        counts = f"{here.sum()} positives, {(here & positives.ambiguous).sum()} ambiguous"
+        axes.set_title(f"{inspection.level_title(level)}: {counts}", fontsize=10)
     figure.suptitle(f"{len(owned)} boxes, {owned.count(0)} without a location")
     marks = {"marker": "o", "linestyle": "", "color": "white", "markeredgecolor": "black"}
     legend = [

@@ -18,7 +18,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def new_chart(height: float) -> tuple[Figure, Axes]:
+def new_chart(height: float = 4.4) -> tuple[Figure, Axes]:
     """A figure with one chart, open on top and on the right."""
     figure = new_figure(6.4, height)
     axes = figure.add_subplot()
@@ -26,17 +26,13 @@ def new_chart(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def save_charts(
-    charts: Mapping[str, Callable[[Axes], None]], folder: str | Path, height: float = 4.4
-) -> list[Path]:
-    """Write what each function draws into the file of its name; returns the paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in charts.items():
-        figure, axes = new_chart(height)
-        draw(axes)
-        figure.savefig(folder / name)
-    return [folder / name for name in charts]
+def save_figures(figures: Mapping[str, Figure], folder: str | Path) -> list[Path]:
+    """Write each figure as a PNG file of its name; returns the paths."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    files = [Path(folder, f"{name}.png") for name in figures]
+    for file, figure in zip(files, figures.values(), strict=True):
+        figure.savefig(file)
+    return files
 
 
 def grouped_bars(

@@ -4,13 +4,12 @@ import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
@@ -19,7 +18,7 @@ from ..data.findings import Finding
 from ..data.raw_data import RawData
 from ..inference.drawing import plain_text
 from .assignment import analyze_boxes
-from .charts import COLORS, grouped_bars, save_charts
+from .charts import COLORS, grouped_bars, new_chart, save_figures
 
 _BINS = (0, 16, 32, 64, 128, 256, 512)  # where bins of square roots of areas begin, in pixels
 _MOST_CLASSES = 40  # in a plot
@@ -98,19 +97,18 @@ def data_statistics(
 
 def save_data_charts(sets: list[DataStatistics], folder: str | Path) -> list[Path]:
     """Write ``classes.png``, and ``sizes_NAME.png`` for each data set; returns the paths."""
-    longest = max((len(s.boxes) for s in sets), default=1)
-    height = 2 + 0.22 * min(longest, _MOST_CLASSES) * len(sets)
-    names = [re.sub(r"[^\w-]", "_", data.name) for data in sets]
-    sizes = {f"sizes_{n}.png": partial(_sizes, data=d) for n, d in zip(names, sets, strict=True)}
-    classes = save_charts({"classes.png": partial(_classes, sets=sets)}, folder, height)
-    return classes + save_charts(sizes, folder)
+    figures = {"classes": _classes_figure(sets)}
+    for data in sets:
+        figures["sizes_" + re.sub(r"[^\w-]", "_", data.name)] = _sizes_figure(data)
+    return save_figures(figures, folder)
 
 
-def _classes(axes: Axes, sets: list[DataStatistics]) -> None:
+def _classes_figure(sets: list[DataStatistics]) -> Figure:
     total = Counter()
     for data in sets:
         total.update(data.boxes)
     names = sorted(total, key=total.get, reverse=True)[:_MOST_CLASSES]
+    figure, axes = new_chart(2 + 0.22 * len(names) * len(sets))
     groups = {data.name: [data.boxes.get(name, 0) for name in names] for data in sets}
     grouped_bars(axes, names, groups, "{:,}".format)
     axes.margins(x=0.12)
@@ -120,10 +118,12 @@ def _classes(axes: Axes, sets: list[DataStatistics]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     if len(sets) > 1:
-        axes.figure.legend(frameon=False, loc="outside lower center", ncols=4)
+        figure.legend(frameon=False, loc="outside lower center", ncols=4)
+    return figure
 
 
-def _sizes(axes: Axes, data: DataStatistics) -> None:
+def _sizes_figure(data: DataStatistics) -> Figure:
+    figure, axes = new_chart()
     sides = [side for of_level in data.sizes.values() for side in of_level]
     low = max(min(sides, default=8), 1) / 1.1
     high = max(max(sides, default=8), 4 * low)
@@ -136,7 +136,7 @@ def _sizes(axes: Axes, data: DataStatistics) -> None:
         labels = [f"{name} ({len(sides):,})" for name, sides in shown.items()]
         axes.hist(clipped, edges, stacked=True, color=colors, label=labels)
         title = "" if "boxes" in shown else "level where a box owns most locations (boxes)"
-        axes.figure.legend(frameon=False, loc="outside lower center", ncols=6, title=title)
+        figure.legend(frameon=False, loc="outside lower center", ncols=6, title=title)
     else:
         axes.text(0.5, 0.5, "no boxes", transform=axes.transAxes, ha="center")
     axes.set_xscale("log", base=2)
@@ -146,3 +146,4 @@ def _sizes(axes: Axes, data: DataStatistics) -> None:
     axes.set_xlabel(f"square root of the area, in pixels {where}")
     axes.set_ylabel("boxes")
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return figure

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import check_image_size
 from detectron2.structures import pairwise_iou
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -116,10 +117,5 @@ def read_record_image(record: dict, file: str | None = None) -> np.ndarray:
     """
     file = file or record["file_name"]
     image = read_image(file, "BGR")
-    size = (record.get("height"), record.get("width"))
-    if image.shape[:2] != size:
-        raise ValueError(
-            f"The image {file} has (height, width) {image.shape[:2]}, but its record "
-            f"says {size}: the boxes would be at the wrong places. Correct the data set"
-        )
+    check_image_size(record | {"file_name": file}, image)
     return image
