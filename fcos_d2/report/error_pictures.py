@@ -43,8 +43,7 @@ def draw_error(
     metadata = Metadata(thing_classes=list(names.values()), thing_colors=class_colors(len(names)))
     drawn = []
     for side in (evaluation.truth, evaluation.detections):
-        shown, scored = side.imgToAnns[error.image_id], side is evaluation.detections
-        instances = _instances(shown, names, part, scored)
+        instances = _instances(side.imgToAnns[error.image_id], names, part)
         drawn.append(draw_instances(crop, instances, metadata, threshold, scale).copy())
     _frame(drawn[error.kind != "missed"], np.array(error.box) - [x0, y0, x0, y0], scale)
     gap = np.full((drawn[0].shape[0], _GAP, 3), 255, dtype=np.uint8)
@@ -52,10 +51,7 @@ def draw_error(
 
 
 def _instances(
-    annotations: Sequence[dict],
-    categories: Iterable[int],
-    part: tuple[int, int, int, int],
-    scored: bool,
+    annotations: Sequence[dict], categories: Iterable[int], part: tuple[int, int, int, int]
 ) -> Instances:
     """In pixels of a part of the image; ``categories`` in the order of the classes."""
     x0, y0, x1, y1 = part
@@ -66,7 +62,7 @@ def _instances(
     numbers = {category: i for i, category in enumerate(categories)}
     classes = torch.tensor([numbers[a["category_id"]] for a in annotations], dtype=torch.int64)
     instances = Instances(size, pred_boxes=boxes, pred_classes=classes)
-    if scored:
+    if any("score" in a for a in annotations):
         instances.scores = torch.tensor([a["score"] for a in annotations])
     boxes.clip(size)
     return instances[boxes.nonempty()]
