@@ -117,8 +117,8 @@ class AssignmentStatistics:
             (
                 f"{x.name} (stride {x.stride})",
                 x.positives,
-                _percent(_share(x.positives, self.positives)),
-                *(_percent(_share(n, x.positives)) for n in (x.ambiguous, x.ambiguous_classes)),
+                _percent(share(x.positives, self.positives)),
+                *(_percent(share(n, x.positives)) for n in (x.ambiguous, x.ambiguous_classes)),
             )
             for x in self.levels
         ]
@@ -176,7 +176,7 @@ def analyze_assignment(
     sizes, owned = torch.cat(sizes), torch.cat(owned)
     by_level = owned.sum(dim=0).tolist(), *ambiguous.tolist()
     total = _of_size("all", owned)
-    shares = [_share(n, total.positives) for n in ambiguous.sum(1).tolist()]
+    shares = [share(n, total.positives) for n in ambiguous.sum(1).tolist()]
     return AssignmentStatistics(
         images=len(records),
         boxes=total.boxes,
@@ -197,9 +197,7 @@ def analyze_assignment(
 def _of_size(name: str, owned: Tensor) -> SizeStatistics:
     """``owned``: (M, L) locations that each box owns on each level."""
     recalled = int(owned.any(dim=1).sum())
-    return SizeStatistics(
-        name, len(owned), recalled, int(owned.sum()), _share(recalled, len(owned))
-    )
+    return SizeStatistics(name, len(owned), recalled, int(owned.sum()), share(recalled, len(owned)))
 
 
 def analyze_boxes(
@@ -231,7 +229,8 @@ def _settings(cfg: CfgNode, detector: FCOS) -> dict:
     }
 
 
-def _share(part: int, whole: int) -> float | None:
+def share(part: int, whole: int) -> float | None:
+    """None if the whole is 0."""
     return part / whole if whole else None
 
 

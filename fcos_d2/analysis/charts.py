@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from ..inference.drawing import plain_text
 
 COLORS = ("#3b75af", "#ef8636", "#519e3e", "#c53a32", "#8d69b8", "#84584e", "#d57dbe")
-BLUE, ORANGE = COLORS[:2]
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -35,19 +34,22 @@ def save_figures(figures: Mapping[str, Figure], folder: str | Path) -> list[Path
     return files
 
 
-def grouped_bars(
-    axes: Axes,
+def bars_figure(
     names: Sequence[str],
     groups: Mapping[str, Sequence[float | None]],
     text: Callable[[float], str],
-) -> None:
+    title: str,
+    label: str,
+) -> Figure:
     """Horizontal bars, the first name on top, one bar of each group beside the others.
 
     Args:
         names: of the rows.
         groups: by name, a value for each row; None is no bar, and the text "-".
         text: makes the text at the end of a bar.
+        label: what the values are.
     """
+    figure, axes = new_chart(1.5 + 0.3 * len(names) * max(1, 0.6 * len(groups)))
     thickness = 0.8 / len(groups)
     for i, (color, (group, values)) in enumerate(zip(cycle(COLORS), groups.items())):
         places = [row + i * thickness for row in range(len(names))]
@@ -58,3 +60,8 @@ def grouped_bars(
     middle = (len(groups) - 1) * thickness / 2
     axes.set_yticks([p + middle for p in range(len(names))], [plain_text(n[:30]) for n in names])
     axes.invert_yaxis()
+    axes.margins(x=0.12)  # room for the texts
+    axes.set(title=title, xlabel=label)
+    if len(groups) > 1:
+        figure.legend(frameon=False, loc="outside lower center", ncols=4)
+    return figure

@@ -18,7 +18,7 @@ from ..data.findings import Finding
 from ..data.raw_data import RawData
 from ..inference.drawing import plain_text
 from .assignment import analyze_boxes
-from .charts import COLORS, grouped_bars, new_chart, save_figures
+from .charts import COLORS, bars_figure, new_chart, save_figures
 
 _BINS = (0, 16, 32, 64, 128, 256, 512)  # where bins of square roots of areas begin, in pixels
 _MOST_CLASSES = 40  # in a plot
@@ -108,17 +108,12 @@ def _classes_figure(sets: list[DataStatistics]) -> Figure:
     for data in sets:
         total.update(data.boxes)
     names = sorted(total, key=total.get, reverse=True)[:_MOST_CLASSES]
-    figure, axes = new_chart(2 + 0.22 * len(names) * len(sets))
     groups = {data.name: [data.boxes.get(name, 0) for name in names] for data in sets}
-    grouped_bars(axes, names, groups, "{:,}".format)
-    axes.margins(x=0.12)
     more = f" (the {len(names)} most frequent of {len(total)})" if len(total) > len(names) else ""
-    axes.set_title(f"Boxes per class{more}")
-    axes.set_xlabel("boxes")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    if len(sets) > 1:
-        figure.legend(frameon=False, loc="outside lower center", ncols=4)
+    figure = bars_figure(names, groups, "{:,}".format, f"Boxes per class{more}", "boxes")
+    axis = figure.axes[0].xaxis
+    axis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.set_major_formatter("{x:,.0f}")
     return figure
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..analysis.charts import COLORS, grouped_bars, new_chart, new_figure
+from ..analysis.charts import COLORS, bars_figure, new_chart, new_figure
 from ..inference.drawing import plain_text
 from .evaluation import CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
 
@@ -94,7 +94,7 @@ def score_figure(curve: ScoreCurve) -> Figure:
     return figure
 
 
-def bars_figure(
+def ap_figure(
     names: Sequence[str], runs: Mapping[str, Sequence[float | None]], title: str
 ) -> Figure:
     """AP of each class or size, a bar for each run. Of many, those with the lowest AP of the first.
@@ -107,12 +107,9 @@ def bars_figure(
     shown = np.sort(first.argsort(kind="stable")[:_MOST_BARS])
     if len(shown) < len(names):
         title += f": the {len(shown)} lowest of {len(names)}"
-    figure, axes = new_chart(1.3 + 0.3 * len(shown) * max(1, 0.6 * len(runs)))
     groups = {run: [values[number] for number in shown] for run, values in runs.items()}
-    grouped_bars(axes, [names[number] for number in shown], groups, "{:.1f}".format)
-    axes.set(title=title, xlabel="AP", xlim=(0, 105))
-    if len(runs) > 1:
-        _legend_of(figure, axes)
+    figure = bars_figure([names[i] for i in shown], groups, "{:.1f}".format, title, "AP")
+    figure.axes[0].set_xlim(0, 105)
     return figure
 
 

@@ -136,8 +136,8 @@ class _Report:
             "training": run_charts.training_figure({r.name: r.metrics for r in self.runs}),
             "precision_recall": run_charts.precision_recall_figure(self._by_run(lambda e: e)),
             "thresholds": run_charts.score_figure(self.curve),
-            "sizes": run_charts.bars_figure(AREAS, sizes, "AP by size"),
-            "classes": run_charts.bars_figure(names, self.class_ap, "AP by class"),
+            "sizes": run_charts.ap_figure(AREAS, sizes, "AP by size"),
+            "classes": run_charts.ap_figure(names, self.class_ap, "AP by class"),
             "confusion": run_charts.confusion_figure(self.confusion, names),
         }
         return {name: figure for name, figure in figures.items() if figure is not None}
