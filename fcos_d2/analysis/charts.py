@@ -1,15 +1,12 @@
 """What charts have in common."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..inference.drawing import plain_text
-
-COLORS = ("#3b75af", "#ef8636", "#519e3e", "#c53a32", "#8d69b8", "#84584e", "#d57dbe")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -51,10 +48,10 @@ def bars_figure(
     """
     figure, axes = new_chart(1.5 + 0.3 * len(names) * max(1, 0.6 * len(groups)))
     thickness = 0.8 / len(groups)
-    for i, (color, (group, values)) in enumerate(zip(cycle(COLORS), groups.items())):
+    for i, (group, values) in enumerate(groups.items()):
         places = [row + i * thickness for row in range(len(names))]
         lengths = [value or 0.0 for value in values]
-        bars = axes.barh(places, lengths, thickness, color=color, label=plain_text(group))
+        bars = axes.barh(places, lengths, thickness, label=plain_text(group))
         texts = ["-" if value is None else text(value) for value in values]
         axes.bar_label(bars, texts, padding=2, fontsize=8)
     middle = (len(groups) - 1) * thickness / 2

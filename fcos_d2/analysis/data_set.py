@@ -18,11 +18,10 @@ from ..data.findings import Finding
 from ..data.raw_data import RawData
 from ..inference.drawing import plain_text
 from .assignment import analyze_boxes
-from .charts import COLORS, bars_figure, new_chart, save_figures
+from .charts import bars_figure, new_chart, save_figures
 
 _BINS = (0, 16, 32, 64, 128, 256, 512)  # where bins of square roots of areas begin, in pixels
 _MOST_CLASSES = 40  # in a plot
-_GREY = "#7f7f7f"
 _NONE = "no location"
 
 
@@ -124,8 +123,8 @@ def _sizes_figure(data: DataStatistics) -> Figure:
     high = max(max(sides, default=8), 4 * low)
     shown = {name: of_level for name, of_level in data.sizes.items() if of_level}
     if shown:
-        colors = dict(zip(data.sizes, itertools.cycle(COLORS))) | {_NONE: _GREY}
-        colors = [colors[name] for name in shown]
+        colors = {name: f"C{i}" for i, name in enumerate(data.sizes)} | {_NONE: "grey"}
+        colors = [colors[name] for name in shown]  # a level has the same colour in every chart
         clipped = [np.maximum(of_level, low) for of_level in shown.values()]
         edges = np.geomspace(low, high * 1.001, 41)
         labels = [f"{name} ({len(sides):,})" for name, sides in shown.items()]

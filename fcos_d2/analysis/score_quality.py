@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..data.image_files import read_image
 from ..inference import Predictor
-from .charts import COLORS, new_figure
+from .charts import new_figure
 from .inspection import inspect_image
 from .positives import boxes_at_test_resize
 
@@ -80,7 +80,7 @@ def scores_figure(points: ScoresAndIoUs, quality: str, score_fusion: str) -> Fig
     # Fainter where there are many, so that dense places still differ.
     alpha = min(0.25, max(0.02, 8000 / max(len(points.iou), 1)))
     for axes, (name, scores) in zip(grid, panels.items(), strict=True):
-        axes.scatter(scores, points.iou, s=5, alpha=alpha, linewidths=0, color=COLORS[0])
+        axes.scatter(scores, points.iou, s=5, alpha=alpha, linewidths=0)
         axes.plot([0, 1], [0, 1], "--", color="black", linewidth=1)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=name)
         axes.set_ylabel("IoU with the ground truth of the class")

@@ -1,14 +1,13 @@
 """Charts of runs, alone or beside others: training, AP, score threshold, confusion."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..analysis.charts import COLORS, bars_figure, new_chart, new_figure
+from ..analysis.charts import bars_figure, new_chart, new_figure
 from ..inference.drawing import plain_text
 from .evaluation import CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
 
@@ -32,15 +31,14 @@ def training_figure(runs: Mapping[str, Sequence[dict]]) -> Figure | None:
     figure = new_figure(4.4 * len(panels), 3.6)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (key, title) in zip(grid, panels.items(), strict=True):
+        for i, (name, rows) in enumerate(runs.items()):
+            # A single AP would be no line.
+            style = {"color": f"C{i}", "marker": "o" if key == "AP" else None}
+            _plot(axes, rows, key, name if len(runs) > 1 else key, **style)
         if len(runs) == 1 and key == "total_loss":
             names = sorted({k for row in every for k in row if k.startswith("loss")})
-            for color, name in zip(cycle(COLORS[1:]), names):
-                _plot(axes, every, name, name, color=color, linewidth=1)
-        for color, (name, rows) in zip(cycle(COLORS), runs.items()):
-            # A single value would be no line.
-            marker = "o" if key == "AP" else None
-            label = name if len(runs) > 1 else key
-            _plot(axes, rows, key, label, color=color, marker=marker)
+            for i, name in enumerate(names, 1):
+                _plot(axes, every, name, name, color=f"C{i}", linewidth=1)
         axes.set(title=title, xlabel="iteration")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.spines[["top", "right"]].set_visible(False)
@@ -63,10 +61,10 @@ def precision_recall_figure(runs: Mapping[str, BoxEvaluation]) -> Figure:
     """Without classes, one panel for each IoU, as in figures 4 to 6 of 1904.01355."""
     figure = new_figure(4.4 * len(CURVE_IOUS), 4.3)
     for axes, iou in zip(figure.subplots(1, len(CURVE_IOUS)), CURVE_IOUS, strict=True):
-        for color, (name, evaluation) in zip(cycle(COLORS), runs.items()):
+        for name, evaluation in runs.items():
             recall, precision = evaluation.precision_recall(iou)
             label = f"{plain_text(name)}: AP {100 * precision.mean():.1f}"
-            axes.plot(recall, precision, color=color, label=label)
+            axes.plot(recall, precision, label=label)
         axes.set(
             title=f"IoU {iou:g}", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02)
         )
@@ -80,9 +78,9 @@ def score_figure(curve: ScoreCurve) -> Figure:
     """Precision, recall and F1 over the score threshold."""
     figure, axes = new_chart(4)
     # Each value holds from its score down to the next lower one.
-    for color, name in zip(cycle(COLORS), ("precision", "recall", "f1")):
+    for name in ("precision", "recall", "f1"):
         label = "F1" if name == "f1" else name
-        axes.step(curve.scores, getattr(curve, name), where="post", color=color, label=label)
+        axes.step(curve.scores, getattr(curve, name), where="post", label=label)
     if curve.threshold is not None:
         axes.axvline(curve.threshold, color="black", linestyle="--", linewidth=1)
         text = f" F1 {curve.f1[curve.best]:.2f} at {curve.threshold:.2f}"
