@@ -109,27 +109,29 @@ class AssignmentStatistics:
             ("left out: crowd", self.crowd_left_out),
             ("left out: no area", self.no_area_left_out),
             ("positive locations", self.positives),
-            ("best possible recall", _percent(self.best_possible_recall)),
-            ("ambiguous positives", _percent(self.ambiguous)),
-            ("ambiguous between classes", _percent(self.ambiguous_classes)),
+            ("best possible recall", self.best_possible_recall),
+            ("ambiguous positives", self.ambiguous),
+            ("ambiguous between classes", self.ambiguous_classes),
         ]
         by_level = [
             (
                 f"{x.name} (stride {x.stride})",
                 x.positives,
-                _percent(share(x.positives, self.positives)),
-                *(_percent(share(n, x.positives)) for n in (x.ambiguous, x.ambiguous_classes)),
+                share(x.positives, self.positives),
+                *(share(n, x.positives) for n in (x.ambiguous, x.ambiguous_classes)),
             )
             for x in self.levels
         ]
-        by_size = [
-            (x.name, x.boxes, x.recalled, _percent(x.recall), x.positives) for x in self.sizes
-        ]
+        by_size = [(x.name, x.boxes, x.recalled, x.recall, x.positives) for x in self.sizes]
         level_header = ("level", "positives", "share", "ambiguous", "between classes")
         size_header = ("box size", "boxes", "recalled", "recall", "positives")
         tables = (total, ()), (by_level, level_header), (by_size, size_header)
         return "\n\n".join(
-            tabulate(rows, header, colalign=("left", *["right"] * (len(rows[0]) - 1)))
+            tabulate(
+                [map(_as_text, row) for row in rows],
+                header,
+                colalign=("left", *["right"] * (len(rows[0]) - 1)),
+            )
             for rows, header in tables
         )
 
@@ -234,5 +236,8 @@ def share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f} %"
+def _as_text(value: str | int | float | None) -> str | int:
+    """A share in percent, "-" where it is None; all others as they are."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f} %" if isinstance(value, float) else value

@@ -33,17 +33,13 @@ def convert_torchvision_resnet(state_dict: dict[str, Tensor]) -> dict[str, Tenso
     for name, value in state_dict.items():
         if name.startswith("fc.") or name.endswith("num_batches_tracked"):
             continue
-        block = re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", name)
-        if block:
-            stage, number, rest = block.groups()
-            prefix = f"res{int(stage) + 1}.{number}."
-            rest = rest.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-        else:
-            prefix, rest = "stem.", name
-        rest = re.sub(r"^bn(\d)\.", r"conv\1.norm.", rest)
-        if not re.match(r"(conv[1-3]|shortcut)\.", rest):
+        ours = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
+        ours = ours if ours.startswith("res") else f"stem.{ours}"
+        ours = ours.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        ours = re.sub(r"\.bn(\d)\.", r".conv\1.norm.", ours)
+        if not re.match(r"(stem|res[2-5]\.\d+)\.(conv[1-3]|shortcut)\.", ours):
             raise ValueError(f"{name!r} is not a parameter of a torchvision ResNet")
-        converted[prefix + rest] = value
+        converted[ours] = value
     return converted
 
 

@@ -57,13 +57,22 @@ def convert(
     expected = _expected_tensors(cfg)
     _fill_in(ours, expected)
     unexpected += [their_names[n] for n in ours.keys() - expected.keys() if n in their_names]
-    missing = [name for name in expected if name not in ours]
     misshaped = [
         f"{their_names.get(name, name)}: {tuple(ours[name].shape)}, the model has {tuple(x.shape)}"
         for name, x in expected.items()
         if name in ours and ours[name].shape != x.shape
     ]
-    _check_fit(source, unexpected, missing, misshaped)
+    problems = {
+        "Names of the checkpoint that have no place in the model": unexpected,
+        "Names of the model that the checkpoint lacks": expected.keys() - ours.keys(),
+        "Names whose shapes differ": misshaped,
+    }
+    lists = [f"{title}:\n  " + "\n  ".join(sorted(x)) for title, x in problems.items() if x]
+    if lists:
+        raise ValueError(
+            f"The checkpoint of {source!r} does not fit the config. Check its backbone, levels, "
+            "and numbers of classes and convolutions.\n" + "\n".join(lists)
+        )
     return {n: ours[n].detach().to("cpu", x.dtype, copy=True) for n, x in expected.items()}, cfg
 
 
@@ -158,19 +167,3 @@ def _fill_in(ours: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
             ours[name] = ours[name].reshape(1)  # mmdetection's scales are scalars
         elif name.endswith(".num_batches_tracked") or name.startswith("loss."):
             ours[name] = torch.zeros(x.shape, dtype=x.dtype)  # counters and moving averages
-
-
-def _check_fit(
-    source: str, unexpected: Sequence[str], missing: Sequence[str], misshaped: Sequence[str]
-) -> None:
-    problems = {
-        "Names of the checkpoint that have no place in the model": unexpected,
-        "Names of the model that the checkpoint lacks": missing,
-        "Names whose shapes differ": misshaped,
-    }
-    lists = [f"{title}:\n  " + "\n  ".join(sorted(x)) for title, x in problems.items() if x]
-    if lists:
-        raise ValueError(
-            f"The checkpoint of {source!r} does not fit the config. Check its backbone, levels, "
-            "and numbers of classes and convolutions.\n" + "\n".join(lists)
-        )

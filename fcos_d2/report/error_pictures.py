@@ -1,6 +1,5 @@
 """Pictures of errors: a part of an image with its ground truth, and with what was detected."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 import cv2
@@ -9,13 +8,12 @@ import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from ..inference.drawing import class_colors, draw_instances
+from ..inference.drawing import draw_instances
 from .errors import Error
 from .evaluation import BoxEvaluation
 
 _AROUND = 1  # margin of a part on each side of the box, in sides of the box
 _LEAST = 96  # pixels of the image along a side of the part
-_NARROWEST = 1 / 20  # height over width of a part, or the reverse: white fills the rest
 _SIDE = 420  # pixels of the picture along the longer side of a part
 _GAP = 8
 
@@ -37,10 +35,10 @@ def draw_error(
     crop = image[y0:y1, x0:x1]
     longest = max(crop.shape[:2])
     scale = _SIDE / longest
-    below, beside = (max(math.ceil(_NARROWEST * longest) - n, 0) for n in crop.shape[:2])
+    below, beside = (longest - side for side in crop.shape[:2])
     crop = np.pad(crop, ((0, below), (0, beside), (0, 0)), constant_values=255)
     names = evaluation.class_names
-    metadata = Metadata(thing_classes=list(names.values()), thing_colors=class_colors(len(names)))
+    metadata = Metadata(thing_classes=list(names.values()))
     drawn = []
     for side in (evaluation.truth, evaluation.detections):
         instances = _instances(side.imgToAnns[error.image_id], names, part)

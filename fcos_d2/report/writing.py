@@ -110,7 +110,6 @@ class _Report:
         save_figures(figures, self.folder)
         pictures, problem = self._write_pictures(records)
         environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True)
-        environment.filters["number"] = _number
         page = environment.get_template("page.html.j2").render(
             report=self,
             numbers=numbers,
@@ -201,7 +200,3 @@ class _Report:
             return text
         whose = "detection" if error.kind == "missed" else "box"
         return f"{text}; IoU {error.iou:.2f} with a {whose} of {names[error.other]}"
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
