@@ -16,7 +16,7 @@ from .charts import new_figure
 from .inspection import Inspection
 from .positives import LocatedPositives
 
-Color = tuple[float, float, float]
+_Color = tuple[float, float, float]
 
 
 def origins_figure(inspection: Inspection, threshold: float = 0.4) -> Figure:
@@ -50,7 +50,7 @@ def origins_figure(inspection: Inspection, threshold: float = 0.4) -> Figure:
     return figure
 
 
-def _draw_ltrb(axes: Axes, location: np.ndarray, ltrb: np.ndarray, color: Color) -> None:
+def _draw_ltrb(axes: Axes, location: np.ndarray, ltrb: np.ndarray, color: _Color) -> None:
     """Arrows from a location (2,) to the left, top, right and bottom."""
     x, y = location.repeat(4).reshape(2, 4)
     arrows = ltrb * np.array([[-1, 0, 1, 0], [0, -1, 0, 1]])
@@ -112,14 +112,14 @@ def _draw_image(axes: Axes, image: np.ndarray, **style) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _draw_box(axes: Axes, box: Sequence[float], color: Color, **style) -> None:
+def _draw_box(axes: Axes, box: Sequence[float], color: _Color, **style) -> None:
     x0, y0, x1, y1 = box
     axes.add_patch(
         Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=1.8, **style)
     )
 
 
-def _write(axes: Axes, box: Sequence[float], text: str, color: Color) -> None:
+def _write(axes: Axes, box: Sequence[float], text: str, color: _Color) -> None:
     """A label above the upper left corner of a box."""
     axes.annotate(
         text, box[:2], xytext=(1, 2), textcoords="offset points", fontsize=8, va="bottom",
@@ -127,5 +127,5 @@ def _write(axes: Axes, box: Sequence[float], text: str, color: Color) -> None:
     )  # fmt: skip
 
 
-def _colors(number: int) -> list[Color]:
+def _colors(number: int) -> list[_Color]:
     return [tuple(x / 255 for x in color) for color in class_colors(number)]

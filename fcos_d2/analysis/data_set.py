@@ -39,11 +39,11 @@ class DataStatistics:
 
     def to_dict(self) -> dict:
         """Ready for JSON, with the number of boxes in each bin of sizes."""
-        numbers = vars(self) | {"sizes": self.binned()}
+        numbers = vars(self) | {"sizes": self._binned()}
         del numbers["name"]
         return numbers
 
-    def binned(self) -> dict[str, dict[str, int]]:
+    def _binned(self) -> dict[str, dict[str, int]]:
         """For each level the number of boxes in each bin of sizes."""
         ends = [f"{low}-{high}" for low, high in itertools.pairwise((*_BINS, ""))]
         counts = {level: np.histogram(x, [*_BINS, np.inf])[0] for level, x in self.sizes.items()}
@@ -52,7 +52,7 @@ class DataStatistics:
     def table(self) -> str:
         """As text for a terminal."""
         classes = [(c, n, self.images_with[c]) for c, n in self.boxes.items()]
-        levels = self.binned()
+        levels = self._binned()
         sizes = {"side of the box": [f"{bin} px" for bin in next(iter(levels.values()))]}
         sizes |= {level: bins.values() for level, bins in levels.items()}
         tables = (classes, ("class", "boxes", "images")), (sizes, "keys")
@@ -118,10 +118,10 @@ def _classes_figure(sets: list[DataStatistics]) -> Figure:
 
 def _sizes_figure(data: DataStatistics) -> Figure:
     figure, axes = new_chart()
-    sides = [side for of_level in data.sizes.values() for side in of_level]
-    low = max(min(sides, default=8), 1) / 1.1
-    high = max(max(sides, default=8), 4 * low)
     shown = {name: of_level for name, of_level in data.sizes.items() if of_level}
+    sides = [side for of_level in shown.values() for side in of_level] or [8]
+    low = max(min(sides), 1) / 1.1
+    high = max(max(sides), 4 * low)
     if shown:
         colors = {name: f"C{i}" for i, name in enumerate(data.sizes)} | {_NONE: "grey"}
         colors = [colors[name] for name in shown]  # a level has the same colour in every chart

@@ -95,11 +95,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def check_complete(self) -> None:
         """Raise a ValueError if the last file lacks anything that detection needs."""
-        missing = [
-            name
-            for name in self.missing
-            if not name.startswith("loss.") and not name.endswith(_BATCH_COUNTER)
-        ]
+        missing = [name for name in self.missing if not name.startswith("loss.")]
+        missing = [name for name in missing if not name.endswith(_BATCH_COUNTER)]
         if missing:
             raise ValueError(
                 f"The weights do not fit the config: {len(missing)} tensors are not in the file, "

@@ -98,6 +98,7 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> dict[str, Any]:
     try:
         read = _read_pkl if path.endswith(".pkl") else _read_pth
         content = read(path, trust_pickle)
+        content = content if trust_pickle else _resolved(content, {})
     except pickle.UnpicklingError as e:
         if trust_pickle:
             raise ValueError(f"{path} cannot be read: {e}") from e
@@ -123,19 +124,16 @@ def _cause(message: str) -> str:
 
 
 def _read_pth(path: str, trust_pickle: bool) -> Any:
-    if trust_pickle:
-        return torch.load(path, map_location="cpu", weights_only=False)
     # PyTorch gives a state only to objects of types that are listed.
     types = [(x, f"{__name__}.{x.__name__}") for x in (_Array, _Dtype)]
     with torch.serialization.safe_globals([*((x, name) for name, x in _PARTS.items()), *types]):
-        return _resolved(torch.load(path, map_location="cpu", weights_only=True), {})
+        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
 
 
 def _read_pkl(path: str, trust_pickle: bool) -> Any:
     with open(path, "rb") as f:
-        if trust_pickle:
-            return pickle.Unpickler(f, encoding="latin1").load()
-        return _resolved(_PlainUnpickler(f, encoding="latin1").load(), {})
+        unpickler = pickle.Unpickler if trust_pickle else _PlainUnpickler
+        return unpickler(f, encoding="latin1").load()
 
 
 class _PlainUnpickler(pickle.Unpickler):

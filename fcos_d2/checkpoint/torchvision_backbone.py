@@ -43,7 +43,7 @@ def convert_torchvision_resnet(state_dict: dict[str, Tensor]) -> dict[str, Tenso
     return converted
 
 
-class TorchvisionHandler(PathHandler):
+class _TorchvisionHandler(PathHandler):
     """Resolves ``torchvision://`` names and paths to a file in Detectron2's format."""
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -65,8 +65,7 @@ class TorchvisionHandler(PathHandler):
                 source = torchvision.models.get_weight(name).get_state_dict(
                     check_hash=True, weights_only=True
                 )
-            state_dict = convert_torchvision_resnet(source)
-            model = {k: v.numpy() for k, v in state_dict.items()}
+            model = {k: v.numpy() for k, v in convert_torchvision_resnet(source).items()}
             data = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
             os.makedirs(os.path.dirname(file), exist_ok=True)
             with replacing(file, own=True) as f:
@@ -74,4 +73,4 @@ class TorchvisionHandler(PathHandler):
         return file
 
 
-PathManager.register_handler(TorchvisionHandler(), allow_override=True)
+PathManager.register_handler(_TorchvisionHandler(), allow_override=True)

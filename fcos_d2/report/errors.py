@@ -8,13 +8,13 @@ from pycocotools.mask import iou
 
 from .evaluation import MATCH_IOU, BoxEvaluation
 
-POOR_IOU = 0.1  # with a smaller IoU a detection counts as background
+_POOR_IOU = 0.1  # with a smaller IoU a detection counts as background
 # A false positive is of the first kind that is true of it.
 KINDS = {
     "twice": "a box of its class that another detection found",
     "wrong class": f"a box of another class, with an IoU of {MATCH_IOU:g} or more",
-    "poor box": f"a box with an IoU of {POOR_IOU:g} to {MATCH_IOU:g}",
-    "background": f"no box with an IoU of {POOR_IOU:g} or more",
+    "poor box": f"a box with an IoU of {_POOR_IOU:g} to {MATCH_IOU:g}",
+    "background": f"no box with an IoU of {_POOR_IOU:g} or more",
     "missed": "a box that no detection of its class found",
 }
 
@@ -116,7 +116,7 @@ def _kind(ious: np.ndarray, same_class: np.ndarray) -> str:
         return "twice"
     if (ious[~same_class] >= MATCH_IOU).any():
         return "wrong class"
-    return "poor box" if (ious >= POOR_IOU).any() else "background"
+    return "poor box" if (ious >= _POOR_IOU).any() else "background"
 
 
 def _error(kind: str, annotation: dict, others: list[dict], ious: np.ndarray) -> Error:

@@ -45,7 +45,8 @@ def training_figure(runs: Mapping[str, Sequence[dict]]) -> Figure | None:
         top = axes.dataLim.y1  # infinite where all values are NaN
         axes.set(xlim=(0, last), ylim=(0, 1.08 * top if 0 < top < np.inf else 1))
     if len(runs) > 1:
-        _legend_of(figure, figure.axes[0])
+        lines = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*lines, frameon=False, loc="outside lower center", ncols=3)
     elif "total_loss" in panels:
         figure.axes[0].legend(frameon=False)
     return figure
@@ -65,10 +66,8 @@ def precision_recall_figure(runs: Mapping[str, BoxEvaluation]) -> Figure:
             recall, precision = evaluation.precision_recall(iou)
             label = f"{plain_text(name)}: AP {100 * precision.mean():.1f}"
             axes.plot(recall, precision, label=label)
-        axes.set(
-            title=f"IoU {iou:g}", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02)
-        )
-        axes.set_aspect("equal")
+        axes.set(title=f"IoU {iou:g}", xlabel="recall", ylabel="precision")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
         axes.grid(alpha=0.3)
         axes.legend(loc="best", fontsize=8)
     return figure
@@ -88,7 +87,7 @@ def score_figure(curve: ScoreCurve) -> Figure:
     axes.set(xlabel="score threshold", xlim=(0, 1), ylim=(0, 1))
     axes.set_ylabel(f"at an IoU of {MATCH_IOU:g}, all classes together")
     axes.grid(alpha=0.3)
-    _legend_of(figure, axes)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -136,7 +135,3 @@ def confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     if len(shown) < len(names):
         axes.set_title(f"the {len(shown)} of {len(names)} classes that are confused most")
     return figure
-
-
-def _legend_of(figure: Figure, axes: Axes) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)

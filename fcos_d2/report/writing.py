@@ -32,7 +32,6 @@ _AP = {
     "APm": {"area": "medium"},
     "APl": {"area": "large"},
 }
-_AP_BY_SIZE = ("AP", "APs", "APm", "APl")  # of AREAS
 
 
 def report_after_training(cfg: CfgNode) -> None:
@@ -130,7 +129,7 @@ class _Report:
     def _figures(self, ap: dict[str, dict[str, float | None]]) -> dict[str, Figure]:
         """By name, without one that has nothing to show."""
         names = list(self.evaluation.class_names.values())
-        sizes = {run: [x[name] for name in _AP_BY_SIZE] for run, x in ap.items()}
+        sizes = {run: [x["AP"], x["APs"], x["APm"], x["APl"]] for run, x in ap.items()}
         figures = {
             "training": run_charts.training_figure({r.name: r.metrics for r in self.runs}),
             "precision_recall": run_charts.precision_recall_figure(self._by_run(lambda e: e)),
