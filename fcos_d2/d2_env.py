@@ -9,10 +9,9 @@ When Detectron2 is imported, it imports the module that the first variable names
 
 import os
 
-import torch
 from detectron2.config import defaults
 
-from .config import add_fcos_config, load_cfg
+from .config import get_cfg, load_cfg
 
 
 def setup_environment() -> None:
@@ -26,9 +25,7 @@ def setup_environment() -> None:
     """
     # The default config itself: Detectron2 has no public way to add a key for the tools, which
     # import its get_cfg by name.
-    add_fcos_config(defaults._C)
-    if not torch.cuda.is_available():
-        defaults._C.MODEL.DEVICE = "cpu"
+    defaults._C.update(get_cfg())
     config_file = os.environ.get("FCOS_D2_CONFIG")
     if config_file:
         load_cfg(config_file)  # registers them

@@ -4,7 +4,6 @@ python -m fcos_d2.demo --output demo_output
 """
 
 import argparse
-import random
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -41,7 +40,6 @@ def predictions_figure(cfg: CfgNode, dataset_name: str) -> Figure:
     records = DatasetCatalog.get(dataset_name)
     shown = [record for record in records if record["annotations"]][:9]
     shown.append(next(record for record in records if not record["annotations"]))
-    random.Random(0).shuffle(shown)
     metadata = MetadataCatalog.get(dataset_name)
     metadata.thing_colors = [(255, 255, 255), (255, 220, 0), (0, 255, 255)]  # by class
     figure = new_figure(10, 11)

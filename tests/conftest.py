@@ -25,6 +25,24 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def catalogs():
+    """The data sets that a test registers, and what it says of their classes, end with the test."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    before = {name: metadata.as_dict() for name, metadata in MetadataCatalog.items()}
+    data_sets = set(DatasetCatalog)
+    yield
+    for name in set(DatasetCatalog) - data_sets:
+        DatasetCatalog.remove(name)
+    for name, metadata in list(MetadataCatalog.items()):
+        if name not in before:
+            MetadataCatalog.remove(name)
+        elif metadata.as_dict() != before[name]:
+            vars(metadata).clear()
+            vars(metadata).update(before[name])
+
+
 @pytest.fixture
 def bccd_root():
     return str(BCCD)

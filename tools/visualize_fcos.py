@@ -24,6 +24,7 @@ from fcos_d2 import Predictor, load_cfg
 from fcos_d2.analysis import inspect_image, locate_positives, scores_and_ious
 from fcos_d2.analysis.assignment import check_is_fcos
 from fcos_d2.analysis.box_figures import origins_figure, positives_figure
+from fcos_d2.analysis.charts import save_figures
 from fcos_d2.analysis.heat_maps import class_figure, quality_figure
 from fcos_d2.analysis.inspection import Inspection
 from fcos_d2.analysis.score_quality import read_record_image, scores_figure
@@ -109,8 +110,7 @@ def _draw_image(
     if record is not None:
         positives = locate_positives(cfg, predictor.model, record)
         figures["positives"] = positives_figure(inspection, positives)
-    for name, figure in figures.items():
-        _save(figure, args.output / f"{name}.png")
+    _save(figures, args.output)
 
 
 def _draw_scores(
@@ -120,14 +120,12 @@ def _draw_scores(
     quality, fusion = cfg.MODEL.FCOS.QUALITY, cfg.MODEL.FCOS.SCORE_FUSION
     if quality == "none":
         print("MODEL.FCOS.QUALITY is 'none': scores.png shows class probability alone.")
-    figure = scores_figure(points, quality, fusion)
-    _save(figure, args.output / "scores.png")
+    _save({"scores": scores_figure(points, quality, fusion)}, args.output)
 
 
-def _save(figure: Figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
-    print(f"wrote {file}")
+def _save(figures: dict[str, Figure], folder: Path) -> None:
+    for file in save_figures(figures, folder):
+        print(f"wrote {file}")
 
 
 def _table(inspection: Inspection, threshold: float) -> str:

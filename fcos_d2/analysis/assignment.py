@@ -20,19 +20,120 @@ What the paper found on COCO minival (val2017)::
 The paper takes all locations in a box, without the centre sampling of 2006.09214:
 configs/Ablations/iccv_R_50_FPN_1x.yaml is the first column, p4_only_R_50_1x.yaml the second.
 
-Shapes: M boxes, P positives, L levels.
+Shapes: M boxes, P positives, L levels. Shares are in [0, 1], or None if the whole is 0.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from detectron2.config import CfgNode
+from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
 from ..modeling import FCOS
 from .positives import assign, boxes_at_test_resize
-from .statistics import SIZES, AssignmentStatistics, BoxStatistics, LevelStatistics, SizeStatistics
+
+SIZES = ("small", "medium", "large")  # COCO's
+
+
+@dataclass(frozen=True)
+class LevelStatistics:
+    """Positive locations on one level, and how many of them are ambiguous."""
+
+    name: str
+    stride: int
+    positives: int
+    ambiguous: int
+    ambiguous_classes: int
+
+
+@dataclass(frozen=True)
+class SizeStatistics:
+    """Boxes of one COCO size."""
+
+    name: str
+    boxes: int
+    recalled: int  # boxes that own a location
+    positives: int  # locations that the boxes own
+    recall: float | None  # share of the boxes
+
+
+@dataclass(frozen=True)
+class BoxStatistics:
+    """The locations that each of M boxes owns on each of L levels."""
+
+    level_names: tuple[str, ...]  # finest first
+    boxes: tuple[tuple[int, int], ...]  # (M) numbers of the record, and of the annotation in it
+    sides: Tensor  # (M,) square roots of the boxes' areas, in pixels at the test resize
+    positives: Tensor  # (M, L) int64 number of locations
+
+    @property
+    def unowned(self) -> list[tuple[int, int]]:
+        """The boxes without a location."""
+        missed = (self.positives.sum(dim=1) == 0).nonzero()[:, 0]
+        return [self.boxes[i] for i in missed.tolist()]
+
+
+@dataclass(frozen=True)
+class AssignmentStatistics:
+    """How a config assigns the boxes of a data set to locations."""
+
+    images: int  # including those without boxes
+    boxes: int
+    recalled: int
+    positives: int
+    best_possible_recall: float | None
+    ambiguous: float | None  # share of the positives
+    ambiguous_classes: float | None  # share of the positives
+    crowd_left_out: int  # boxes
+    no_area_left_out: int  # boxes without an area inside the image at the test resize
+    levels: tuple[LevelStatistics, ...]  # finest first
+    sizes: tuple[SizeStatistics, ...]  # of SIZES
+    settings: dict  # the values of the config that the numbers depend on
+    of_boxes: BoxStatistics  # what the others sum up
+
+    def to_dict(self) -> dict:
+        """All numbers but those of single boxes, ready for JSON."""
+        numbers = asdict(replace(self, of_boxes=None))
+        del numbers["of_boxes"]
+        left_out = {name: numbers.pop(f"{name}_left_out") for name in ("crowd", "no_area")}
+        return numbers | {"left_out": left_out}
+
+    def table(self) -> str:
+        """The numbers as text for a terminal."""
+        total = [
+            ("images", self.images),
+            ("boxes", self.boxes),
+            ("left out: crowd", self.crowd_left_out),
+            ("left out: no area", self.no_area_left_out),
+            ("positive locations", self.positives),
+            ("best possible recall", self.best_possible_recall),
+            ("ambiguous positives", self.ambiguous),
+            ("ambiguous between classes", self.ambiguous_classes),
+        ]
+        by_level = [
+            (
+                f"{x.name} (stride {x.stride})",
+                x.positives,
+                share(x.positives, self.positives),
+                *(share(n, x.positives) for n in (x.ambiguous, x.ambiguous_classes)),
+            )
+            for x in self.levels
+        ]
+        by_size = [(x.name, x.boxes, x.recalled, x.recall, x.positives) for x in self.sizes]
+        level_header = ("level", "positives", "share", "ambiguous", "between classes")
+        size_header = ("box size", "boxes", "recalled", "recall", "positives")
+        tables = (total, ()), (by_level, level_header), (by_size, size_header)
+        return "\n\n".join(
+            tabulate(
+                [map(_as_text, row) for row in rows],
+                header,
+                colalign=("left", *["right"] * (len(rows[0]) - 1)),
+            )
+            for rows, header in tables
+        )
 
 
 def analyze_assignment(
@@ -77,7 +178,7 @@ def analyze_assignment(
     sizes, owned = torch.cat(sizes), torch.cat(owned)
     by_level = owned.sum(dim=0).tolist(), *ambiguous.tolist()
     total = _of_size("all", owned)
-    shares = [n / total.positives if total.positives else None for n in ambiguous.sum(1).tolist()]
+    shares = [share(n, total.positives) for n in ambiguous.sum(1).tolist()]
     return AssignmentStatistics(
         images=len(records),
         boxes=total.boxes,
@@ -97,7 +198,8 @@ def analyze_assignment(
 
 def _of_size(name: str, owned: Tensor) -> SizeStatistics:
     """``owned``: (M, L) locations that each box owns on each level."""
-    return SizeStatistics(name, len(owned), int(owned.any(dim=1).sum()), int(owned.sum()))
+    recalled = int(owned.any(dim=1).sum())
+    return SizeStatistics(name, len(owned), recalled, int(owned.sum()), share(recalled, len(owned)))
 
 
 def analyze_boxes(
@@ -127,3 +229,15 @@ def _settings(cfg: CfgNode, detector: FCOS) -> dict:
         "min_size_test": cfg.INPUT.MIN_SIZE_TEST,
         "max_size_test": cfg.INPUT.MAX_SIZE_TEST,
     }
+
+
+def share(part: int, whole: int) -> float | None:
+    """None if the whole is 0."""
+    return part / whole if whole else None
+
+
+def _as_text(value: str | int | float | None) -> str | int:
+    """A share in percent, "-" where it is None; all others as they are."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f} %" if isinstance(value, float) else value

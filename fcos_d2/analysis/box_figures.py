@@ -16,7 +16,7 @@ from .charts import new_figure
 from .inspection import Inspection
 from .positives import LocatedPositives
 
-Color = tuple[float, float, float]
+_Color = tuple[float, float, float]
 
 
 def origins_figure(inspection: Inspection, threshold: float = 0.4) -> Figure:
@@ -50,7 +50,7 @@ def origins_figure(inspection: Inspection, threshold: float = 0.4) -> Figure:
     return figure
 
 
-def _draw_ltrb(axes: Axes, location: np.ndarray, ltrb: np.ndarray, color: Color) -> None:
+def _draw_ltrb(axes: Axes, location: np.ndarray, ltrb: np.ndarray, color: _Color) -> None:
     """Arrows from a location (2,) to the left, top, right and bottom."""
     x, y = location.repeat(4).reshape(2, 4)
     arrows = ltrb * np.array([[-1, 0, 1, 0], [0, -1, 0, 1]])
@@ -63,14 +63,14 @@ def _draw_ltrb(axes: Axes, location: np.ndarray, ltrb: np.ndarray, color: Color)
 
 def positives_figure(inspection: Inspection, positives: LocatedPositives) -> Figure:
     """The positives of each box in its colour, one panel for each level that has any."""
-    levels = positives.level.unique().tolist()
+    levels = positives.level.unique().tolist() or [0]
     colors = _colors(len(positives.boxes))
     owned = positives.gt.bincount(minlength=len(positives.boxes)).tolist()
     height, width = inspection.image.shape[:2]
-    panels, panel = max(len(levels), 1), 5.4
+    panels, panel = len(levels), 5.4
     figure = new_figure(panel * panels, panel * min(height / width, 2) + (1 if panels > 1 else 1.5))
     grid = figure.subplots(1, panels, squeeze=False)[0]
-    for axes, level in zip(grid, levels or [-1], strict=True):
+    for axes, level in zip(grid, levels, strict=True):
         _draw_image(axes, inspection.image, alpha=0.6)
         here = positives.level == level
         at_home = set(positives.gt[here].tolist())
@@ -88,14 +88,8 @@ def positives_figure(inspection: Inspection, positives: LocatedPositives) -> Fig
                     c=[colors[number] for number in positives.gt[chosen]],
                     edgecolors="black", linewidths=0.8,
                 )  # fmt: skip
-        if level < 0:
-            axes.set_title("no positives")
-        else:
-            counts = int(here.sum()), int((here & positives.ambiguous).sum())
-            axes.set_title(
-                "{}: {} positives, {} ambiguous".format(inspection.level_title(level), *counts),
-                fontsize=10,
-            )
+        counts = f"{here.sum()} positives, {(here & positives.ambiguous).sum()} ambiguous"
+        axes.set_title(f"{inspection.level_title(level)}: {counts}", fontsize=10)
     figure.suptitle(f"{len(owned)} boxes, {owned.count(0)} without a location")
     marks = {"marker": "o", "linestyle": "", "color": "white", "markeredgecolor": "black"}
     legend = [
@@ -118,14 +112,14 @@ def _draw_image(axes: Axes, image: np.ndarray, **style) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _draw_box(axes: Axes, box: Sequence[float], color: Color, **style) -> None:
+def _draw_box(axes: Axes, box: Sequence[float], color: _Color, **style) -> None:
     x0, y0, x1, y1 = box
     axes.add_patch(
         Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=1.8, **style)
     )
 
 
-def _write(axes: Axes, box: Sequence[float], text: str, color: Color) -> None:
+def _write(axes: Axes, box: Sequence[float], text: str, color: _Color) -> None:
     """A label above the upper left corner of a box."""
     axes.annotate(
         text, box[:2], xytext=(1, 2), textcoords="offset points", fontsize=8, va="bottom",
@@ -133,5 +127,5 @@ def _write(axes: Axes, box: Sequence[float], text: str, color: Color) -> None:
     )  # fmt: skip
 
 
-def _colors(number: int) -> list[Color]:
+def _colors(number: int) -> list[_Color]:
     return [tuple(x / 255 for x in color) for color in class_colors(number)]

@@ -4,13 +4,12 @@ import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
@@ -19,11 +18,10 @@ from ..data.findings import Finding
 from ..data.raw_data import RawData
 from ..inference.drawing import plain_text
 from .assignment import analyze_boxes
-from .charts import COLORS, grouped_bars, save_charts
+from .charts import bars_figure, new_chart, save_figures
 
 _BINS = (0, 16, 32, 64, 128, 256, 512)  # where bins of square roots of areas begin, in pixels
 _MOST_CLASSES = 40  # in a plot
-_GREY = "#7f7f7f"
 _NONE = "no location"
 
 
@@ -41,11 +39,11 @@ class DataStatistics:
 
     def to_dict(self) -> dict:
         """Ready for JSON, with the number of boxes in each bin of sizes."""
-        numbers = vars(self) | {"sizes": self.binned()}
+        numbers = vars(self) | {"sizes": self._binned()}
         del numbers["name"]
         return numbers
 
-    def binned(self) -> dict[str, dict[str, int]]:
+    def _binned(self) -> dict[str, dict[str, int]]:
         """For each level the number of boxes in each bin of sizes."""
         ends = [f"{low}-{high}" for low, high in itertools.pairwise((*_BINS, ""))]
         counts = {level: np.histogram(x, [*_BINS, np.inf])[0] for level, x in self.sizes.items()}
@@ -54,7 +52,7 @@ class DataStatistics:
     def table(self) -> str:
         """As text for a terminal."""
         classes = [(c, n, self.images_with[c]) for c, n in self.boxes.items()]
-        levels = self.binned()
+        levels = self._binned()
         sizes = {"side of the box": [f"{bin} px" for bin in next(iter(levels.values()))]}
         sizes |= {level: bins.values() for level, bins in levels.items()}
         tables = (classes, ("class", "boxes", "images")), (sizes, "keys")
@@ -98,45 +96,41 @@ def data_statistics(
 
 def save_data_charts(sets: list[DataStatistics], folder: str | Path) -> list[Path]:
     """Write ``classes.png``, and ``sizes_NAME.png`` for each data set; returns the paths."""
-    longest = max((len(s.boxes) for s in sets), default=1)
-    height = 2 + 0.22 * min(longest, _MOST_CLASSES) * len(sets)
-    names = [re.sub(r"[^\w-]", "_", data.name) for data in sets]
-    sizes = {f"sizes_{n}.png": partial(_sizes, data=d) for n, d in zip(names, sets, strict=True)}
-    classes = save_charts({"classes.png": partial(_classes, sets=sets)}, folder, height)
-    return classes + save_charts(sizes, folder)
+    figures = {"classes": _classes_figure(sets)}
+    for data in sets:
+        figures["sizes_" + re.sub(r"[^\w-]", "_", data.name)] = _sizes_figure(data)
+    return save_figures(figures, folder)
 
 
-def _classes(axes: Axes, sets: list[DataStatistics]) -> None:
+def _classes_figure(sets: list[DataStatistics]) -> Figure:
     total = Counter()
     for data in sets:
         total.update(data.boxes)
     names = sorted(total, key=total.get, reverse=True)[:_MOST_CLASSES]
     groups = {data.name: [data.boxes.get(name, 0) for name in names] for data in sets}
-    grouped_bars(axes, names, groups, "{:,}".format)
-    axes.margins(x=0.12)
     more = f" (the {len(names)} most frequent of {len(total)})" if len(total) > len(names) else ""
-    axes.set_title(f"Boxes per class{more}")
-    axes.set_xlabel("boxes")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    if len(sets) > 1:
-        axes.figure.legend(frameon=False, loc="outside lower center", ncols=4)
+    figure = bars_figure(names, groups, "{:,}".format, f"Boxes per class{more}", "boxes")
+    axis = figure.axes[0].xaxis
+    axis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.set_major_formatter("{x:,.0f}")
+    return figure
 
 
-def _sizes(axes: Axes, data: DataStatistics) -> None:
-    sides = [side for of_level in data.sizes.values() for side in of_level]
-    low = max(min(sides, default=8), 1) / 1.1
-    high = max(max(sides, default=8), 4 * low)
+def _sizes_figure(data: DataStatistics) -> Figure:
+    figure, axes = new_chart()
     shown = {name: of_level for name, of_level in data.sizes.items() if of_level}
+    sides = [side for of_level in shown.values() for side in of_level] or [8]
+    low = max(min(sides), 1) / 1.1
+    high = max(max(sides), 4 * low)
     if shown:
-        colors = dict(zip(data.sizes, itertools.cycle(COLORS))) | {_NONE: _GREY}
-        colors = [colors[name] for name in shown]
+        colors = {name: f"C{i}" for i, name in enumerate(data.sizes)} | {_NONE: "grey"}
+        colors = [colors[name] for name in shown]  # a level has the same colour in every chart
         clipped = [np.maximum(of_level, low) for of_level in shown.values()]
         edges = np.geomspace(low, high * 1.001, 41)
         labels = [f"{name} ({len(sides):,})" for name, sides in shown.items()]
         axes.hist(clipped, edges, stacked=True, color=colors, label=labels)
         title = "" if "boxes" in shown else "level where a box owns most locations (boxes)"
-        axes.figure.legend(frameon=False, loc="outside lower center", ncols=6, title=title)
+        figure.legend(frameon=False, loc="outside lower center", ncols=6, title=title)
     else:
         axes.text(0.5, 0.5, "no boxes", transform=axes.transAxes, ha="center")
     axes.set_xscale("log", base=2)
@@ -146,3 +140,4 @@ def _sizes(axes: Axes, data: DataStatistics) -> None:
     axes.set_xlabel(f"square root of the area, in pixels {where}")
     axes.set_ylabel("boxes")
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return figure

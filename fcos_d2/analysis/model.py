@@ -110,8 +110,8 @@ def compare_with_retinanet(
         ValueError: if the config is not of FCOS, and as :func:`retinanet_cfg`.
     """
     check_is_fcos(cfg)
-    retinanet = retinanet_cfg(cfg)  # first, since it may raise
-    return analyze_model(cfg, height, width), analyze_model(retinanet, height, width)
+    configs = cfg, retinanet_cfg(cfg)
+    return tuple(analyze_model(x, height, width) for x in configs)
 
 
 def comparison_table(fcos: ModelStatistics, retinanet: ModelStatistics) -> str:

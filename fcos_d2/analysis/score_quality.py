@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import check_image_size
 from detectron2.structures import pairwise_iou
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from ..data.image_files import read_image
 from ..inference import Predictor
-from .charts import BLUE, new_figure
+from .charts import new_figure
 from .inspection import inspect_image
 from .positives import boxes_at_test_resize
 
@@ -79,7 +80,7 @@ def scores_figure(points: ScoresAndIoUs, quality: str, score_fusion: str) -> Fig
     # Fainter where there are many, so that dense places still differ.
     alpha = min(0.25, max(0.02, 8000 / max(len(points.iou), 1)))
     for axes, (name, scores) in zip(grid, panels.items(), strict=True):
-        axes.scatter(scores, points.iou, s=5, alpha=alpha, linewidths=0, color=BLUE)
+        axes.scatter(scores, points.iou, s=5, alpha=alpha, linewidths=0)
         axes.plot([0, 1], [0, 1], "--", color="black", linewidth=1)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=name)
         axes.set_ylabel("IoU with the ground truth of the class")
@@ -116,10 +117,5 @@ def read_record_image(record: dict, file: str | None = None) -> np.ndarray:
     """
     file = file or record["file_name"]
     image = read_image(file, "BGR")
-    size = (record.get("height"), record.get("width"))
-    if image.shape[:2] != size:
-        raise ValueError(
-            f"The image {file} has (height, width) {image.shape[:2]}, but its record "
-            f"says {size}: the boxes would be at the wrong places. Correct the data set"
-        )
+    check_image_size(record | {"file_name": file}, image)
     return image

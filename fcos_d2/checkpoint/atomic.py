@@ -1,10 +1,9 @@
-"""Checkpoints that are either complete or absent, and that fit the model they are loaded into."""
+"""Checkpoints that are complete or absent, and that fit the model that loads them."""
 
 import os
 import pickle
 import re
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,26 +20,26 @@ class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, safe against kills, damaged files, and files that run code.
 
     If the checkpoint that ``last_checkpoint`` names is missing or damaged (by a full disk or
-    another tool), resuming takes the newest whole one. Loading says how much of the model came from
-    the file. If it was nothing, or nothing but the stem of the backbone, that is a ValueError.
+    another tool), resuming takes the newest whole one. Loading logs how much of the model comes
+    from the file. If it is nothing, or nothing but the stem of the backbone, loading raises a
+    ValueError.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any):
-        """As Detectron2's. For errors see :func:`check_local`."""
+        """As Detectron2's. For the error see :func:`check_local`."""
         check_local(save_dir)
         super().__init__(model, save_dir, **kwargs)
         self.description: dict[str, Any] = {}  # plain data that every checkpoint carries
         self._content: dict[str, dict[str, Any]] = {}  # of the file that was read last
         self.missing: list[str] = []  # names that the last file lacks, or has in another shape
-        # In the last file, or None.
+        # Of the last file; None if it does not say them.
         self.class_names: list[str] | None = None
         self.category_ids: list[int] | None = None
-        # Of the data that is trained on. The model's ``class_layers`` are not loaded from a file of
-        # other classes.
+        # Of the training data. A file of other classes does not load the model's ``class_layers``.
         self.classes_of_data: list[str] | None = None
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
-        """Save as Detectron2 does; a run does not resume from a file without ``tag``."""
+        """Save as Detectron2 does. A run does not resume from a file without ``tag``."""
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: x.state_dict() for key, x in self.checkpointables.items()}
@@ -63,38 +62,32 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Path of the checkpoint to resume from: the last one, or the newest whole one.
 
         Raises:
-            FileNotFoundError: if the folder has a ``last_checkpoint`` but no whole checkpoint.
+            FileNotFoundError: if the folder has no whole checkpoint.
             ValueError: if ``last_checkpoint`` names a file of another folder.
         """
-        name = self._last_name()
-        if name != os.path.basename(name):
+        try:
+            last = super().get_checkpoint_file()
+        except UnicodeDecodeError:  # last_checkpoint is damaged
+            last = ""
+        if last and os.path.dirname(last) != os.path.dirname(os.path.join(self.save_dir, "")):
             raise ValueError(
-                f"{os.path.join(self.save_dir, 'last_checkpoint')} names {name!r}, which is not a "
-                "file of its own folder. Write the name of the checkpoint into it, or remove it"
+                f"last_checkpoint of {self.save_dir} names {last!r}, which is not a file of its "
+                "own folder. Write the name of the checkpoint into it, or remove it"
             )
-        last = os.path.join(self.save_dir, name)
         if is_intact(last):
             return last
         newest_first = sorted(self.checkpoints_of_run(), key=os.path.getmtime, reverse=True)
         newest = next(filter(is_intact, newest_first), None)
         if newest is None:
             raise FileNotFoundError(
-                f"{last} is missing or damaged, and {self.save_dir} has no whole checkpoint to "
+                f"{last!r} is missing or damaged, and {self.save_dir} has no whole checkpoint to "
                 "resume from. Start without --resume, or with another OUTPUT_DIR"
             )
-        self.logger.warning(f"{last} is missing or damaged: resuming from {newest}")
+        self.logger.warning(f"{last!r} is missing or damaged: resuming from {newest}")
         return newest
 
-    def _last_name(self) -> str:
-        """The content of ``last_checkpoint``, or "" if it is missing or damaged."""
-        try:
-            name = Path(self.save_dir, "last_checkpoint").read_text().strip()
-        except (OSError, UnicodeDecodeError):
-            return ""
-        return name if name.isprintable() else ""
-
     def checkpoints_of_run(self) -> list[str]:
-        """Files of the folder that a run may have written to resume from, whole or not."""
+        """The files from which a run in this folder may resume, whole or not."""
         if not os.path.isdir(self.save_dir):
             return []
         periodic = re.compile(r"model_(\d+|final)\.pth")
@@ -102,12 +95,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return [f for f in files if periodic.fullmatch(os.path.basename(f))]
 
     def check_complete(self) -> None:
-        """Raise a ValueError if the last file left anything at random that detection needs."""
-        missing = [
-            name
-            for name in self.missing
-            if not name.startswith("loss.") and not name.endswith(_BATCH_COUNTER)
-        ]
+        """Raise a ValueError if the last file lacks anything that detection needs."""
+        missing = [name for name in self.missing if not name.startswith("loss.")]
+        missing = [name for name in missing if not name.endswith(_BATCH_COUNTER)]
         if missing:
             raise ValueError(
                 f"The weights do not fit the config: {len(missing)} tensors are not in the file, "
@@ -146,13 +136,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return incompatible
 
     def _load_file(self, filename: str) -> dict:
-        """As Detectron2, which runs the code that a ``.pkl`` file may contain."""
+        """As Detectron2's, which runs the code that a ``.pkl`` file may contain."""
         if not filename.endswith(".pkl"):
             return super()._load_file(filename)  # calls _torch_load
         content = read_checkpoint(filename)
         if "model" in content and "__author__" in content:
             return content
-        blobs = content.get("blobs", content)  # Detectron's detectors have them, backbones not
+        blobs = content.get("blobs", content)  # in Detectron's detectors, not in its backbones
         model = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
         return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
 
@@ -171,15 +161,15 @@ def _shortened(names: list[str]) -> str:
 
 
 def is_intact(path: str) -> bool:
-    """Whether a checkpoint is complete and has the content that was written."""
+    """Whether a checkpoint is complete, with the content that was written."""
     try:
-        # torch.save writes a zip archive: its directory comes last, and holds a CRC of each entry.
+        # torch.save writes a zip archive, whose directory comes last and holds a CRC of each entry.
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 return False
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads all headers
     except pickle.UnpicklingError:
-        return True  # as it was written, but with more than plain data: whoever loads it will say
+        return True  # as it was written; loading says that it holds more than plain data
     except Exception:  # damage raises many kinds
         return False
     return True

@@ -12,14 +12,15 @@ import torch
 from detectron2.structures import BoxMode
 
 
-# NumPy's own functions do more with a forged file than raise an error, and these doors are shut:
+# NumPy's own functions trust a file, and a forged one can harm the process. What is here does not
+# let it:
 # - The state of a dtype describes memory: structures that hide pointers, items past the end of an
 #   array, negative sizes. NumPy crashes on them, or reads other memory of the process.
 # - A second state of an array frees memory that other arrays or tensors still show.
-# - numpy.ndarray, called, takes bytes for pointers, and an offset into other memory.
+# - numpy.ndarray, if it is called, takes bytes for pointers, and an offset into other memory.
 # - A state of a class or of a function replaces its methods or defaults in the whole process.
 class _Dtype:
-    """A type of numbers. Of its state only the byte order counts."""
+    """A type of numbers. Only the byte order of its state counts."""
 
     def __init__(self, name: str, align: bool = False, copy: bool = False):
         self.value = np.dtype(str(name))
@@ -46,7 +47,7 @@ class _Callable(partial):
 
 
 def _from_buffer(data: bytes | str, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
-    data = _encode(data, "latin1") if isinstance(data, str) else bytes(data)  # str: of Python 2
+    data = _encode(data, "latin1") if isinstance(data, str) else bytes(data)  # Python 2 has str
     return np.frombuffer(data, dtype.value).reshape(shape, order=order).copy()
 
 
@@ -56,7 +57,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# Everything that a pickle of plain arrays refers to, under the names of NumPy 1 and 2.
+# All that a pickle of plain arrays refers to, under the names of NumPy 1 and 2.
 _PARTS = {
     "numpy.ndarray": None,  # named as an argument only
     "numpy.dtype": _Callable(_Dtype),
@@ -79,9 +80,12 @@ for _core in ("numpy.core", "numpy._core"):
 def read_checkpoint(path: str, trust_pickle: bool = False) -> dict[str, Any]:
     """The content of a ``.pth`` file of PyTorch or a ``.pkl`` file of Detectron2, on CPU.
 
+    A forged file runs no code, but may take all time and memory there is: Python visits a tuple
+    once for each way to it when the tuple is the key of a dictionary.
+
     Args:
         trust_pickle: also read objects other than tensors, arrays, numbers, text, lists and
-            dictionaries. Such a file can run any code: set it only for files whose makers you
+            dictionaries. Such a file can run any code. Set it only for files whose makers you
             trust.
 
     Raises:
@@ -94,6 +98,7 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> dict[str, Any]:
     try:
         read = _read_pkl if path.endswith(".pkl") else _read_pth
         content = read(path, trust_pickle)
+        content = content if trust_pickle else _resolved(content, {})
     except pickle.UnpicklingError as e:
         if trust_pickle:
             raise ValueError(f"{path} cannot be read: {e}") from e
@@ -113,25 +118,22 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> dict[str, Any]:
 
 
 def _cause(message: str) -> str:
-    """The object that PyTorch's long message names, or else the message's first line."""
+    """The object that PyTorch's long message names, or else the first line of the message."""
     match = re.search(r"GLOBAL (\S+)", message)
     return f"an object {match[1]}" if match else message.splitlines()[0]
 
 
 def _read_pth(path: str, trust_pickle: bool) -> Any:
-    if trust_pickle:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    # Objects that are given a state must be of a type that is listed.
+    # PyTorch gives a state only to objects of types that are listed.
     types = [(x, f"{__name__}.{x.__name__}") for x in (_Array, _Dtype)]
     with torch.serialization.safe_globals([*((x, name) for name, x in _PARTS.items()), *types]):
-        return _resolved(torch.load(path, map_location="cpu", weights_only=True), {})
+        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
 
 
 def _read_pkl(path: str, trust_pickle: bool) -> Any:
     with open(path, "rb") as f:
-        if trust_pickle:
-            return pickle.Unpickler(f, encoding="latin1").load()
-        return _resolved(_PlainUnpickler(f, encoding="latin1").load(), {})
+        unpickler = pickle.Unpickler if trust_pickle else _PlainUnpickler
+        return unpickler(f, encoding="latin1").load()
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -143,11 +145,11 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _resolved(x: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-    """The content with NumPy's objects in the place of :class:`_Array` and :class:`_Dtype`.
+    """The content with NumPy's objects in place of :class:`_Array` and :class:`_Dtype`.
 
     Args:
         done: each list, tuple and dictionary so far with its result, by id. A file can repeat
-            nested objects, and visiting each again takes exponential time.
+            nested objects, and visiting them again each time takes exponential time.
     """
     if isinstance(x, (_Array, _Dtype)):
         return x.value

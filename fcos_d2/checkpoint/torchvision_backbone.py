@@ -1,7 +1,7 @@
 """torchvision's ImageNet ResNets as ``MODEL.WEIGHTS``, by their name in torchvision.
 
-``torchvision://ResNet18_Weights.IMAGENET1K_V1`` downloads the weights through torchvision, renames
-the parameters to Detectron2's names, and keeps the result in Detectron2's cache folder.
+``torchvision://ResNet18_Weights.IMAGENET1K_V1`` downloads the weights through torchvision, gives
+the parameters Detectron2's names, and keeps the result in Detectron2's cache folder.
 ``torchvision:///path/to/resnet18.pth`` does the same with a state dict on disk, of torchvision or
 of timm, whose ResNets have the same names.
 """
@@ -24,30 +24,26 @@ _PREFIX = "torchvision://"
 
 
 def convert_torchvision_resnet(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the parameters of a torchvision ResNet to Detectron2's names, without the classifier.
+    """The parameters of a torchvision ResNet under Detectron2's names, without the classifier.
 
     Raises:
-        ValueError: if a name is not one of a torchvision ResNet.
+        ValueError: for a name that is not one of a torchvision ResNet.
     """
     converted = {}
     for name, value in state_dict.items():
         if name.startswith("fc.") or name.endswith("num_batches_tracked"):
             continue
-        block = re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", name)
-        if block:
-            stage, number, rest = block.groups()
-            prefix = f"res{int(stage) + 1}.{number}."
-            rest = rest.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-        else:
-            prefix, rest = "stem.", name
-        rest = re.sub(r"^bn(\d)\.", r"conv\1.norm.", rest)
-        if not re.match(r"(conv[1-3]|shortcut)\.", rest):
+        ours = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
+        ours = ours if ours.startswith("res") else f"stem.{ours}"
+        ours = ours.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        ours = re.sub(r"\.bn(\d)\.", r".conv\1.norm.", ours)
+        if not re.match(r"(stem|res[2-5]\.\d+)\.(conv[1-3]|shortcut)\.", ours):
             raise ValueError(f"{name!r} is not a parameter of a torchvision ResNet")
-        converted[prefix + rest] = value
+        converted[ours] = value
     return converted
 
 
-class TorchvisionHandler(PathHandler):
+class _TorchvisionHandler(PathHandler):
     """Resolves ``torchvision://`` names and paths to a file in Detectron2's format."""
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -58,7 +54,7 @@ class TorchvisionHandler(PathHandler):
         name = path.removeprefix(_PREFIX).removeprefix("torchvision:")
         on_disk = os.path.isabs(name)
         cache_name = name
-        if on_disk:  # named by its content, since files of one name differ
+        if on_disk:  # the content names it, since files of one name differ
             digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
             cache_name = f"file-{os.path.basename(name)}-{digest[:16]}"
         file = os.path.join(get_cache_dir(), "fcos_d2", "torchvision", cache_name + ".pkl")
@@ -69,16 +65,12 @@ class TorchvisionHandler(PathHandler):
                 source = torchvision.models.get_weight(name).get_state_dict(
                     check_hash=True, weights_only=True
                 )
-            state_dict = convert_torchvision_resnet(source)
-            model = {k: v.numpy() for k, v in state_dict.items()}
+            model = {k: v.numpy() for k, v in convert_torchvision_resnet(source).items()}
             data = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
             os.makedirs(os.path.dirname(file), exist_ok=True)
             with replacing(file, own=True) as f:
                 pickle.dump(data, f)
         return file
 
-    def _open(self, path: str, mode: str = "r", **kwargs):
-        return open(self._get_local_path(path), mode)
 
-
-PathManager.register_handler(TorchvisionHandler(), allow_override=True)
+PathManager.register_handler(_TorchvisionHandler(), allow_override=True)

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent."""
+"""Files that are complete or absent."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ def check_local(folder: str) -> None:
     if "://" in folder:
         raise ValueError(
             f"OUTPUT_DIR {folder!r} is no local folder. A file there cannot be replaced as a "
-            "whole: choose a folder of this machine, and copy it when the run is done"
+            "whole. Choose a folder of this machine, and copy it when the run is done"
         )
 
 
@@ -19,14 +19,14 @@ def check_local(folder: str) -> None:
 def replacing(path: str, mode: str = "wb", own: bool = False) -> Iterator[IO]:
     """Write a file under a temporary name, and rename it once it is complete on disk.
 
-    The temporary file is a new one: what lies under its name, such as a link to another file, is
-    removed, not written to.
+    The temporary file is a new one. What has its name before, such as a link to another file, is
+    removed and not written to.
 
     Args:
         path: the final path.
         mode: "wb" or "w".
         own: put the process id into the temporary name, so that several processes can write the
-            same file at once. Without it, the next write removes what a killed process left.
+            same file at once. Without it, the next write removes what a killed process leaves.
 
     Yields:
         the open temporary file.

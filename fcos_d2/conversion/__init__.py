@@ -1,3 +1,4 @@
-from .convert import SOURCES, convert
+from .convert import convert
+from .sources import SOURCES
 
 __all__ = ["SOURCES", "convert"]

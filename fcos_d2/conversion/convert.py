@@ -1,4 +1,4 @@
-"""Converts whole checkpoints of other FCOS implementations, or raises an error."""
+"""Converts checkpoints of other FCOS implementations as a whole, or raises an error."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,27 +10,14 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from ..modeling.losses import FCOSLoss
-from .adelaidet import ADELAIDET
-from .detectron2 import DETECTRON2
-from .mmdet import MMDET
-from .original_fcos import ORIGINAL_FCOS
 from .source import ORIGINAL_SETTINGS, Source
-from .torchvision import TORCHVISION
-
-SOURCES: dict[str, Source] = {
-    "adelaidet": ADELAIDET,
-    "fcos": ORIGINAL_FCOS,
-    "detectron2": DETECTRON2,
-    "torchvision": TORCHVISION,
-    "mmdet": MMDET,
-}
+from .sources import SOURCES
 
 
 def convert(
     state_dict: Mapping[str, Any], source: str, cfg: CfgNode, opts: Sequence = ()
 ) -> tuple[dict[str, Tensor], CfgNode]:
-    """Turn the checkpoint of another implementation into one of ours. The arguments stay as is.
+    """Turn the checkpoint of another implementation into one of ours. No argument is changed.
 
     Args:
         state_dict: maps the names in the checkpoint to tensors or arrays. May be wrapped in
@@ -47,8 +34,8 @@ def convert(
         input; and ``cfg`` with the keys that reproduce the source's arithmetic at inference.
 
     Raises:
-        ValueError: for an unknown source; for a checkpoint of another source; or for one that does
-            not fit the config, listing all names that have no place in the model, are missing, or
+        ValueError: for an unknown source, for a checkpoint of another source, and for one that does
+            not fit the config, with all names that have no place in the model, are missing, or
             differ in shape.
     """
     if source not in SOURCES:
@@ -68,15 +55,24 @@ def convert(
     layout.adapt(ours, cfg)
 
     expected = _expected_tensors(cfg)
-    _fill_in(ours, expected, cfg)
+    _fill_in(ours, expected)
     unexpected += [their_names[n] for n in ours.keys() - expected.keys() if n in their_names]
-    missing = [name for name in expected if name not in ours]
     misshaped = [
         f"{their_names.get(name, name)}: {tuple(ours[name].shape)}, the model has {tuple(x.shape)}"
         for name, x in expected.items()
         if name in ours and ours[name].shape != x.shape
     ]
-    _check_fit(source, unexpected, missing, misshaped)
+    problems = {
+        "Names of the checkpoint that have no place in the model": unexpected,
+        "Names of the model that the checkpoint lacks": expected.keys() - ours.keys(),
+        "Names whose shapes differ": misshaped,
+    }
+    lists = [f"{title}:\n  " + "\n  ".join(sorted(x)) for title, x in problems.items() if x]
+    if lists:
+        raise ValueError(
+            f"The checkpoint of {source!r} does not fit the config. Check its backbone, levels, "
+            "and numbers of classes and convolutions.\n" + "\n".join(lists)
+        )
     return {n: ours[n].detach().to("cpu", x.dtype, copy=True) for n, x in expected.items()}, cfg
 
 
@@ -94,7 +90,7 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         raise ValueError(f"Not a state dict. These entries are not tensors: {', '.join(others)}")
     while tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): x for name, x in tensors.items()}
-    # Adapting half-precision tensors to our model would round.
+    # What adapts tensors to our model would round those of half precision.
     return {n: x.float() if x.is_floating_point() else x for n, x in tensors.items()}
 
 
@@ -112,9 +108,9 @@ def _check_source(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def _config(cfg: CfgNode, layout: Source, ours: dict[str, Tensor], opts: Sequence) -> CfgNode:
-    """The config with the settings of the source and its tensors.
+    """The config with the settings of the source and of its tensors.
 
-    Removes the pixel statistics from ``ours``: here they belong to the config.
+    The pixel statistics are removed from ``ours``: they belong to our config.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -158,35 +154,16 @@ def _expected_tensors(cfg: CfgNode) -> dict[str, Tensor]:
         return build_model(cfg).state_dict()
 
 
-def _fill_in(ours: dict[str, Tensor], expected: Mapping[str, Tensor], cfg: CfgNode) -> None:
-    """Add, in place, the tensors that are copied from others or start from scratch."""
-    # Each level has its own copy of a norm's tensors that all levels share in the source.
+def _fill_in(ours: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Add, in place, the tensors that are copies of others or start at zero."""
+    # Where all levels share a norm in the source, each of ours has a copy of its tensors.
     shared_by = {n: re.sub(r"^(head\.\w+_tower\.\d+)\.\d+\.", r"\1.", n) for n in expected}
     shared_by = {n: shared for n, shared in shared_by.items() if n not in ours and shared in ours}
     ours.update({name: ours[shared] for name, shared in shared_by.items()})
     for shared in set(shared_by.values()):
         del ours[shared]
-    running_averages = FCOSLoss(cfg).state_dict()
     for name, x in expected.items():
         if name.startswith("head.scales.") and name in ours and ours[name].dim() == 0:
             ours[name] = ours[name].reshape(1)  # mmdetection's scales are scalars
-        elif name.endswith(".num_batches_tracked"):
-            ours[name] = torch.zeros(x.shape, dtype=x.dtype)
-        elif name.startswith("loss."):
-            ours[name] = running_averages[name.removeprefix("loss.")]
-
-
-def _check_fit(
-    source: str, unexpected: Sequence[str], missing: Sequence[str], misshaped: Sequence[str]
-) -> None:
-    problems = {
-        "Names of the checkpoint that have no place in the model": unexpected,
-        "Names of the model that the checkpoint lacks": missing,
-        "Names whose shapes differ": misshaped,
-    }
-    lists = [f"{title}:\n  " + "\n  ".join(sorted(x)) for title, x in problems.items() if x]
-    if lists:
-        raise ValueError(
-            f"The checkpoint of {source!r} does not fit the config. Check its backbone, levels, "
-            "and numbers of classes and convolutions.\n" + "\n".join(lists)
-        )
+        elif name.endswith(".num_batches_tracked") or name.startswith("loss."):
+            ours[name] = torch.zeros(x.shape, dtype=x.dtype)  # counters and moving averages

@@ -1,4 +1,4 @@
-"""What describes the checkpoints of another implementation, each in a file beside this one."""
+"""How the checkpoints of another implementation are described; sources.py describes each."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..checkpoint import convert_torchvision_resnet
 
-# Pairs of a pattern for the first parts of a source's name, up to a dot or the end, and the same
-# parts of our name, with the groups as \1, \2, ... What follows is the same in both.
+# Pairs of a pattern and our name. The pattern matches the first parts of a source's name, up to a
+# dot or the end. Our name has its groups as \1, \2, ... What follows is the same in both names.
 Rules = Sequence[tuple[str, str]]
 
 # BatchNorm uses this counter only if its momentum is None, which no source has. Detectron2 before
-# version 0.6 saves one box per level, centred on the location: LOCATION_OFFSET replaces it.
+# version 0.6 saves a box per level, centred on the location; LOCATION_OFFSET takes its place.
 _IGNORED = r".*\.num_batches_tracked|anchor_generator\.cell_anchors\.\d+"
 
 
@@ -24,15 +24,15 @@ class Source:
     """The layout of an implementation's checkpoints.
 
     Attributes:
-        signature: a pattern that some names of this source start with, and none of the others.
-        rules: the first that matches a name counts.
+        signature: some names of this source start with this pattern, and no name of another.
+        rules: the first one that matches a name counts.
         cfg: config keys and values that reproduce the source's arithmetic, where it differs from
             :data:`ORIGINAL_SETTINGS`.
         not_in_file: config keys that change the detections, but follow neither from the source nor
-            from its checkpoints: the user must choose a config with the right values.
+            from its checkpoints. The user chooses a config with the right values.
         resnet: a pattern of the prefix of its ResNet, if that has torchvision's names.
         tower_rules: returns rules that depend on all names of a checkpoint.
-        adapt: changes the renamed tensors in place so that our model computes the same.
+        adapt: changes the renamed tensors in place, so that our model computes the same.
     """
 
     signature: str
@@ -44,7 +44,7 @@ class Source:
     adapt: Callable[[dict[str, Tensor], CfgNode], None] = lambda tensors, cfg: None
 
     def our_names(self, names: Collection[str]) -> dict[str, str | None]:
-        """Map each name that our model may need to our name, or to None if it has none."""
+        """Our name for each name that our model may need, or None where we have none."""
         rules = [*self.rules, *self.tower_rules(names)]
         return {n: self._our_name(n, rules) for n in names if not re.fullmatch(_IGNORED, n)}
 
@@ -64,14 +64,14 @@ def _our_resnet_name(name: str) -> str | None:
     name = name.replace(".conv2.conv.", ".conv2.")
     try:
         (resnet_name,) = convert_torchvision_resnet({name: None})
-    except ValueError:  # not a name of a ResNet, or of its classifier, which is left out
+    except ValueError:  # no name of a ResNet, or one of its classifier, which is left out
         return None
     if is_offset:
         resnet_name = resnet_name.replace(".conv2.offset.", ".conv2_offset.")
     return "backbone.bottom_up." + resnet_name
 
 
-# Our backbone is Detectron2's ResNet and FPN, so that the names are the same.
+# Our backbone is Detectron2's ResNet and FPN, so the names are the same.
 DETECTRON2_BACKBONE: Rules = [
     (r"backbone\.(bottom_up|fpn_lateral\d|fpn_output\d|top_block)", r"backbone.\1"),
     # Checkpoints of older versions have these buffers, which become PIXEL_MEAN and PIXEL_STD.
@@ -80,7 +80,7 @@ DETECTRON2_BACKBONE: Rules = [
 
 
 def fpn_rules(lateral: str, output: str, first: int = 0) -> Rules:
-    """For the FPN on C3, C4 and C5; {} in the patterns is a number that starts at ``first``."""
+    """Of the FPN on C3, C4 and C5; {} in the patterns is a number that starts at ``first``."""
     return [
         (pattern.format(first + i), f"backbone.fpn_{kind}{i + 3}")
         for kind, pattern in (("lateral", lateral), ("output", output))

@@ -19,12 +19,11 @@ from ..command_line import config_parser, exit_on_error
 from ..config import load_cfg
 from ..data import class_names
 from ..modeling import FCOS
-from .onnx import LIMIT, ExportError, only_fcos, to_onnx
+from .onnx import LIMIT, ExportError, check_model, to_onnx
 
 
 def parse_args() -> argparse.Namespace:
     parser = config_parser(__doc__, prog="python -m fcos_d2.export")
-    parser.add_argument("--format", choices=["onnx"], default="onnx", help="(default: onnx)")
     parser.add_argument("--output", required=True, metavar="FILE", help="such as model.onnx")
     parser.add_argument(
         "--raw", action="store_true", help="the maps of the head in place of detections"
@@ -51,13 +50,12 @@ def load_model(cfg: CfgNode) -> tuple[FCOS, list[str] | None]:
         ValueError: for another detector than FCOS, for weights that do not fill the model, and for
             other numbers of names than of classes.
     """
-    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
-        raise only_fcos(cfg.MODEL.META_ARCHITECTURE)
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("Name the weights to export: MODEL.WEIGHTS FILE")
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
+    check_model(model)
     checkpointer = AtomicCheckpointer(model)
     checkpointer.load(cfg.MODEL.WEIGHTS)
     checkpointer.check_complete()

@@ -63,13 +63,10 @@ def _differences(compare_batch: Callable, model: FCOS, proto, batches: list[Tens
     options.intra_op_num_threads = torch.get_num_threads()
     file, providers = proto.SerializeToString(), ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(file, options, providers=providers)
-    return [compare_batch(model, session, batch) for batch in batches]
-
-
-def _run(session, images: Tensor) -> list[np.ndarray]:
     (pixels,) = session.get_inputs()
     dtype = np.uint8 if pixels.type == "tensor(uint8)" else np.float32
-    return session.run(None, {pixels.name: images.numpy().astype(dtype)})
+    outputs = (session.run(None, {pixels.name: x.numpy().astype(dtype)}) for x in batches)
+    return [compare_batch(model, *pair) for pair in zip(batches, outputs, strict=True)]
 
 
 def _images(n: int, height: int, width: int) -> Tensor:
@@ -81,17 +78,17 @@ def _images(n: int, height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def _raw_difference(model: FCOS, session, images: Tensor) -> float:
+def _raw_difference(model: FCOS, images: Tensor, actual: list[np.ndarray]) -> float:
     outputs = model.head_outputs(model.preprocess_image([{"image": x} for x in images]))
     maps = [*outputs.class_logits, *outputs.ltrb, *(outputs.quality_logits or [])]
-    pairs = zip(maps, _run(session, images), strict=True)
+    pairs = zip(maps, actual, strict=True)
     return float(np.max([_difference(a.numpy(), b).max() for a, b in pairs]))
 
 
 @torch.no_grad()
-def _detections_difference(model: FCOS, session, images: Tensor) -> float:
+def _detections_difference(model: FCOS, images: Tensor, outputs: list[np.ndarray]) -> float:
     differences = []
-    for image, *actual, count in zip(images, *_run(session, images), strict=True):
+    for image, *actual, count in zip(images, *outputs, strict=True):
         found = model([{"image": image}])[0]["instances"]
         expected = found.pred_boxes.tensor.numpy(), found.scores.numpy(), found.pred_classes.numpy()
         actual = [x[:count] for x in actual]

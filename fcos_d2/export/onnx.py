@@ -74,7 +74,7 @@ def to_onnx(
         OSError: if the file cannot be written.
         ExportError: if the file gives other results than PyTorch. No file is written then.
     """
-    _check_model(model)
+    check_model(model)
     if input_type not in ("float32", "uint8"):
         raise ValueError(f"input_type must be 'float32' or 'uint8', got {input_type!r}")
     if class_names is not None and len(class_names) != model.num_classes:
@@ -113,16 +113,13 @@ def to_onnx(
     return difference
 
 
-def only_fcos(other: str) -> ValueError:
-    return ValueError(
-        f"Only META_ARCHITECTURE 'FCOS' can be exported, not {other!r}. For other detectors use "
-        "Detectron2's tools/deploy/export_model.py"
-    )
-
-
-def _check_model(model: FCOS) -> None:
+def check_model(model: FCOS) -> None:
+    """Raise a ValueError for a model that cannot be exported."""
     if not isinstance(model, FCOS):
-        raise only_fcos(type(model).__name__)
+        raise ValueError(
+            f"Only META_ARCHITECTURE 'FCOS' can be exported, not {type(model).__name__!r}. For "
+            "other detectors use Detectron2's tools/deploy/export_model.py"
+        )
     limit = model.post_processor.max_detections_per_image
     if limit < 1:
         raise ValueError(

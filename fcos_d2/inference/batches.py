@@ -34,46 +34,42 @@ def run_in_batches(
             The results of all items before the one that failed, or before the first of the batch
             that failed, are yielded first.
     """
+    # By kind, with their numbers. The first group is the one whose first item has waited longest.
+    waiting: dict[Hashable, list[tuple[int, Item]]] = {}
+    finished: dict[int, tuple[Item, Result]] = {}
+    next_number = 0
     error: Exception | None = None
     end: float = math.inf  # number of the first item that has no result because of the error
 
-    def batches() -> Iterator[list[tuple[int, Item]]]:
-        """Pairs of number and item, of one kind."""
-        nonlocal error
-        # Groups by kind. The first group is the one whose first item has waited longest.
-        waiting: dict[Hashable, list[tuple[int, Item]]] = {}
+    def run_waiting(kind: Hashable) -> Iterator[tuple[Item, Result]]:
+        """Run the items of a kind, and yield all results whose turn it is then."""
+        nonlocal next_number, error, end
+        batch = [(number, item) for number, item in waiting.pop(kind) if number < end]
         try:
-            for number, item in enumerate(items):
-                kind = kind_of(item)
-                waiting.setdefault(kind, []).append((number, item))
-                if len(waiting[kind]) == batch_size:
-                    yield waiting.pop(kind)
-                if waiting:
-                    oldest_kind, oldest = next(iter(waiting.items()))
-                    # All items from the oldest waiting one on are held.
-                    if number - oldest[0][0] + 1 >= max_held:
-                        yield waiting.pop(oldest_kind)
-                if error is not None:
-                    break
-        except Exception as e:
-            error = e
-        yield from waiting.values()
-
-    finished: dict[int, tuple[Item, Result]] = {}
-    next_number = 0
-    for whole_batch in batches():
-        batch = [(number, item) for number, item in whole_batch if number < end]
-        if not batch:
-            continue
-        try:
-            results = list(zip(batch, run([item for _, item in batch]), strict=True))
+            results = run([item for _, item in batch]) if batch else []
+            pairs = list(zip(batch, results, strict=True))
+            finished.update({number: (item, result) for (number, item), result in pairs})
         except Exception as e:
             error, end = e, batch[0][0]  # an error before was that of a later item
-            continue
-        for (number, item), result in results:
-            finished[number] = item, result
         while next_number in finished:
             yield finished.pop(next_number)
             next_number += 1
+
+    try:
+        for number, item in enumerate(items):
+            kind = kind_of(item)
+            waiting.setdefault(kind, []).append((number, item))
+            if len(waiting[kind]) == batch_size:
+                yield from run_waiting(kind)
+            oldest_kind = next(iter(waiting), None)
+            # All items from the oldest waiting one on are held.
+            if waiting and number - waiting[oldest_kind][0][0] + 1 >= max_held:
+                yield from run_waiting(oldest_kind)
+            if error is not None:
+                break
+    except Exception as e:
+        error = e
+    for kind in list(waiting):
+        yield from run_waiting(kind)
     if error is not None:
         raise error

@@ -10,7 +10,6 @@
 import argparse
 import contextlib
 import glob
-import itertools
 import json
 import os
 import sys
@@ -29,6 +28,7 @@ from detectron2.structures import Instances
 from tqdm import tqdm
 
 from ..checkpoint import read_checkpoint, replacing
+from ..command_line import config_parser
 from ..config import load_cfg
 from ..data.image_files import IMAGE_SUFFIXES, images_in, read_image
 from .drawing import draw_instances
@@ -48,23 +48,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         threshold = _threshold(args.threshold, predictor.metadata.get("thing_classes", None))
         output = Path(args.output)
         output.mkdir(parents=True, exist_ok=True)
+        read: list[str] = []
         failed: list[str] = []
         if isinstance(source, list):
             writer = _ImageWriter(output, source)
-            # The copy keeps the images whose detections are not there yet.
-            images, copy = itertools.tee(_readable(source, failed))
-            found = zip(copy, predictor.stream(image for _, image in images), strict=True)
-            detected = ((file, image, outputs) for (file, image), outputs in found)
+            detected = predictor.pairs(_readable(source, read, failed), "BGR")
         else:
             writer = _VideoWriter(output, source)
-            frames = enumerate(predictor.video(source))
-            detected = ((number, frame, outputs) for number, (frame, outputs) in frames)
+            detected = predictor.video(source)
     except (ValueError, OSError) as error:
         raise SystemExit(f"Nothing was detected. {error}") from error
 
     coco_results, count, begin = [], 0, time.perf_counter()
     try:
-        for name, image, outputs in tqdm(detected, total=writer.total, unit=" images"):
+        for image, outputs in tqdm(detected, total=writer.total, unit=" images"):
+            name = read[count] if read else count
             count += 1
             instances = outputs["instances"].to("cpu")
             writer.write(name, draw_instances(image, instances, predictor.metadata, threshold))
@@ -85,15 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fcos_d2.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = config_parser(__doc__, config_required=False, prog="python -m fcos_d2.predict")
     parser.add_argument(
-        "--config-file", help="a YAML; not needed for a checkpoint that carries its own"
+        "--weights", help="MODEL.WEIGHTS; no --config-file is needed if they carry theirs"
     )
-    parser.add_argument("--weights", help="a checkpoint, in place of the config's MODEL.WEIGHTS")
     parser.add_argument(
         "--input", required=True, help="an image, folder, pattern, video, or a camera's number"
     )
@@ -109,10 +102,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=8, help="images that run together (8)")
     parser.add_argument("--device", help='for example "cuda:1" or "cpu"; a GPU if there is one')
-    parser.add_argument(
-        "--precision", choices=["float32", "bfloat16", "float16"], help="MODEL.FCOS.PRECISION_TEST"
-    )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
     return parser
 
 
@@ -133,8 +122,6 @@ def _config(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.WEIGHTS = args.weights
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("The config names no MODEL.WEIGHTS: add --weights")
-    if args.precision:
-        cfg.MODEL.FCOS.PRECISION_TEST = args.precision
     # The config may name the GPU of another machine.
     available = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.MODEL.DEVICE = str(torch.device(args.device or available))
@@ -185,15 +172,16 @@ def _source(name: str) -> list[str] | str | int:
     return files
 
 
-def _readable(files: Sequence[str], failed: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each file with its image, BGR; those that cannot be read go into ``failed``."""
+def _readable(files: Sequence[str], read: list[str], failed: list[str]) -> Iterator[np.ndarray]:
+    """The images, BGR, of the files, which go into ``read`` or, with the reason, ``failed``."""
     for file in files:
         try:
             image = read_image(file, "BGR")
         except Exception as error:  # PIL raises many kinds
             failed.append(f"{file}: {error}")
         else:
-            yield file, image
+            read.append(file)
+            yield image
 
 
 class _ImageWriter:
@@ -259,7 +247,3 @@ def _as_coco_results(name: str | int, instances: Instances, metadata: Metadata) 
         if names:
             result["category_name"] = names[number]
     return results
-
-
-if __name__ == "__main__":
-    main()

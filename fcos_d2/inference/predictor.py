@@ -16,14 +16,14 @@ from ..checkpoint import AtomicCheckpointer
 from ..data import category_ids, class_names
 from ..data.image_files import IMAGE_SUFFIXES, images_in, read_image
 from ..modeling.backbone import padded_size
-from ..modeling.images import check_finite
 from .batches import run_in_batches
+from .onnx_predictor import ImagePredictor, check_image
 
 # An image may wait for others of its size until this many full batches of images are held.
 _BATCHES_HELD = 4
 
 
-class Predictor:
+class Predictor(ImagePredictor):
     """Runs a detector on an image, a list, a directory or a video.
 
     Only images that the network sees at one size, padding included, run together: more padding
@@ -44,10 +44,7 @@ class Predictor:
             ValueError: for a batch size below 1, another order of channels, and weights that do not
                 fit or could run code.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if channels not in ("BGR", "RGB"):
-            raise ValueError(f"channels must be 'BGR' or 'RGB', got {channels!r}")
+        super().__init__(batch_size, channels)
         # Unlike DefaultPredictor, this does not run code from a .pkl file of weights.
         self.model = build_model(cfg.clone()).eval()
         checkpointer = AtomicCheckpointer(self.model)
@@ -55,33 +52,33 @@ class Predictor:
         self.metadata = _metadata(cfg, checkpointer)
         self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self.model_channels = cfg.INPUT.FORMAT
-        self.batch_size, self.channels = batch_size, channels
-
-    def __call__(self, images: np.ndarray | str | os.PathLike | Iterable) -> dict | list[dict]:
-        """Detections of an image, or of each image of a list.
-
-        Args:
-            images: (H, W, 3) uint8 or floating point in [0, 255], a file, or a list of them.
-
-        Returns:
-            ``{"instances": Instances}`` with the fields that the model gives, in pixels of the
-            image; for a list a list of them.
-
-        Raises:
-            ValueError: for an array that is no image, and for a file of more than 8 bits a pixel.
-            OSError: for a file that cannot be read.
-        """
-        if isinstance(images, np.ndarray | str | os.PathLike):
-            return next(self.stream([images]))
-        return list(self.stream(images))
 
     def stream(self, images: Iterable) -> Iterator[dict]:
-        """Like the call with a list, but yields as it goes: ``images`` may be endless.
+        return (detections for _, detections in self.pairs(images))
 
-        It holds a few batches of images at a time. If one cannot be read, the detections of all
-        before it come first.
+    def pairs(self, images: Iterable, channels: str | None = None) -> Iterator[tuple[Any, dict]]:
+        """Each file or array of :meth:`stream` with its detections.
+
+        A few batches of images are held at a time.
+
+        Args:
+            channels: of arrays, in place of the predictor's own.
         """
-        return (detections for _, detections in self._run(images, self.channels))
+
+        def model_input(index: int, item: np.ndarray | str | os.PathLike) -> dict:
+            if isinstance(item, str | os.PathLike):
+                return self.model_input(read_image(os.fspath(item), "BGR"), "BGR", index)
+            return self.model_input(item, channels or self.channels, index)
+
+        inputs = ((item, model_input(index, item)) for index, item in enumerate(images))
+        results = run_in_batches(
+            inputs,
+            kind_of=lambda pair: self._padded_size(pair[1]["image"]),
+            run=torch.no_grad()(lambda pairs: self.model([x for _, x in pairs])),
+            batch_size=self.batch_size,
+            max_held=_BATCHES_HELD * self.batch_size,
+        )
+        return ((item, detections) for (item, _), detections in results)
 
     def directory(self, folder: str | os.PathLike) -> Iterator[tuple[str, dict]]:
         """File and detections of each image in a folder, by name.
@@ -92,7 +89,7 @@ class Predictor:
         files = images_in(folder)
         if not files:
             raise ValueError(f"No image in {folder}: no file ends with {IMAGE_SUFFIXES}")
-        return self._run(files, self.channels)
+        return self.pairs(files)
 
     def video(
         self, source: str | os.PathLike | int | cv2.VideoCapture
@@ -109,25 +106,7 @@ class Predictor:
             capture = cv2.VideoCapture(source if isinstance(source, int) else os.fspath(source))
         if not capture.isOpened():
             raise OSError(f"OpenCV cannot open the video {source}")
-        return self._run(_frames(capture), "BGR")
-
-    def _run(self, items: Iterable, channels: str) -> Iterator[tuple[Any, dict]]:
-        """Each file or array with its detections, in order. ``channels`` is that of the arrays."""
-
-        def model_input(index: int, item: np.ndarray | str | os.PathLike) -> dict:
-            if isinstance(item, str | os.PathLike):
-                return self.model_input(read_image(os.fspath(item), "BGR"), "BGR", index)
-            return self.model_input(item, channels, index)
-
-        inputs = ((item, model_input(index, item)) for index, item in enumerate(items))
-        results = run_in_batches(
-            inputs,
-            kind_of=lambda pair: self._padded_size(pair[1]["image"]),
-            run=torch.no_grad()(lambda pairs: self.model([x for _, x in pairs])),
-            batch_size=self.batch_size,
-            max_held=_BATCHES_HELD * self.batch_size,
-        )
-        return ((item, detections) for (item, _), detections in results)
+        return self.pairs(_frames(capture), "BGR")
 
     def model_input(self, image: np.ndarray, channels: str, index: int = 0) -> dict:
         """The model's input for an image, resized as by DefaultPredictor.
@@ -137,17 +116,7 @@ class Predictor:
             channels: their order, "BGR" or "RGB".
             index: the image's number, for errors.
         """
-        if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3:
-            got = f"shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise ValueError(f"Image {index} must be an array of (H, W, 3), got {got}")
-        floating = np.issubdtype(image.dtype, np.floating)
-        if image.size == 0 or not (floating or image.dtype == np.uint8):
-            raise ValueError(
-                f"Image {index} must have pixels of uint8 or floating point, got {image.dtype} of "
-                f"shape {image.shape}"
-            )
-        if floating:  # before resizing, which may lose the bad pixels of a large image
-            check_finite(torch.from_numpy(np.array(image, dtype=np.float32)), f"number {index}")
+        check_image(image, index)  # before resizing, which may lose the bad pixels of a large one
         if channels != self.model_channels:
             image = image[:, :, ::-1]
         height, width = image.shape[:2]

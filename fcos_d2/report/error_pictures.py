@@ -1,6 +1,5 @@
 """Pictures of errors: a part of an image with its ground truth, and with what was detected."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 import cv2
@@ -9,13 +8,12 @@ import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from ..inference.drawing import class_colors, draw_instances
+from ..inference.drawing import draw_instances
 from .errors import Error
 from .evaluation import BoxEvaluation
 
 _AROUND = 1  # margin of a part on each side of the box, in sides of the box
 _LEAST = 96  # pixels of the image along a side of the part
-_NARROWEST = 1 / 20  # height over width of a part, or the reverse: white fills the rest
 _SIDE = 420  # pixels of the picture along the longer side of a part
 _GAP = 8
 
@@ -37,14 +35,13 @@ def draw_error(
     crop = image[y0:y1, x0:x1]
     longest = max(crop.shape[:2])
     scale = _SIDE / longest
-    below, beside = (max(math.ceil(_NARROWEST * longest) - n, 0) for n in crop.shape[:2])
+    below, beside = (longest - side for side in crop.shape[:2])
     crop = np.pad(crop, ((0, below), (0, beside), (0, 0)), constant_values=255)
     names = evaluation.class_names
-    metadata = Metadata(thing_classes=list(names.values()), thing_colors=class_colors(len(names)))
+    metadata = Metadata(thing_classes=list(names.values()))
     drawn = []
     for side in (evaluation.truth, evaluation.detections):
-        shown, scored = side.imgToAnns[error.image_id], side is evaluation.detections
-        instances = _instances(shown, names, part, scored)
+        instances = _instances(side.imgToAnns[error.image_id], names, part)
         drawn.append(draw_instances(crop, instances, metadata, threshold, scale).copy())
     _frame(drawn[error.kind != "missed"], np.array(error.box) - [x0, y0, x0, y0], scale)
     gap = np.full((drawn[0].shape[0], _GAP, 3), 255, dtype=np.uint8)
@@ -52,10 +49,7 @@ def draw_error(
 
 
 def _instances(
-    annotations: Sequence[dict],
-    categories: Iterable[int],
-    part: tuple[int, int, int, int],
-    scored: bool,
+    annotations: Sequence[dict], categories: Iterable[int], part: tuple[int, int, int, int]
 ) -> Instances:
     """In pixels of a part of the image; ``categories`` in the order of the classes."""
     x0, y0, x1, y1 = part
@@ -66,7 +60,7 @@ def _instances(
     numbers = {category: i for i, category in enumerate(categories)}
     classes = torch.tensor([numbers[a["category_id"]] for a in annotations], dtype=torch.int64)
     instances = Instances(size, pred_boxes=boxes, pred_classes=classes)
-    if scored:
+    if any("score" in a for a in annotations):
         instances.scores = torch.tensor([a["score"] for a in annotations])
     boxes.clip(size)
     return instances[boxes.nonempty()]

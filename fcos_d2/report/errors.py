@@ -4,16 +4,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from pycocotools.mask import iou
 
 from .evaluation import MATCH_IOU, BoxEvaluation
 
-POOR_IOU = 0.1  # with a smaller IoU a detection counts as background
+_POOR_IOU = 0.1  # with a smaller IoU a detection counts as background
 # A false positive is of the first kind that is true of it.
 KINDS = {
     "twice": "a box of its class that another detection found",
     "wrong class": f"a box of another class, with an IoU of {MATCH_IOU:g} or more",
-    "poor box": f"a box with an IoU of {POOR_IOU:g} to {MATCH_IOU:g}",
-    "background": f"no box with an IoU of {POOR_IOU:g} or more",
+    "poor box": f"a box with an IoU of {_POOR_IOU:g} to {MATCH_IOU:g}",
+    "background": f"no box with an IoU of {_POOR_IOU:g} or more",
     "missed": "a box that no detection of its class found",
 }
 
@@ -72,8 +73,8 @@ def find_errors(evaluation: BoxEvaluation, threshold: float) -> list[Error]:
             if not ignored and detection not in counted:
                 missed.add(i)
     errors = []
-    for image in evaluation.agnostic_matches():
-        errors += _errors_of_image(evaluation, image, threshold, wrong, missed)
+    for image_id in evaluation.truth.getImgIds():
+        errors += _errors_of_image(evaluation, image_id, threshold, wrong, missed)
     return sorted(errors, key=_badness, reverse=True)
 
 
@@ -93,14 +94,12 @@ def _boxes(image: dict) -> Iterator[tuple[int, int, bool]]:
 
 
 def _errors_of_image(
-    evaluation: BoxEvaluation, image: dict, threshold: float, wrong: set[int], missed: set[int]
+    evaluation: BoxEvaluation, image_id: int | str, threshold: float, wrong: set, missed: set
 ) -> Iterator[Error]:
-    # COCOeval's IoUs: a row for each of dtIds, a column for each box, class by class.
-    boxes = evaluation.truth.imgToAnns[image["image_id"]]
-    boxes = sorted(boxes, key=lambda box: box["category_id"])
-    found = [evaluation.detections.anns[i] for i in image["dtIds"]]
-    ious = np.asarray(evaluation.agnostic.ious[image["image_id"], -1])
-    ious = ious.reshape(len(found), len(boxes)) * [not g["iscrowd"] for g in boxes]
+    boxes, found = (x.imgToAnns[image_id] for x in (evaluation.truth, evaluation.detections))
+    corners, others = ([x["bbox"] for x in side] for side in (found, boxes))
+    ious = np.reshape(iou(corners, others, [0] * len(boxes)), (len(found), len(boxes)))
+    ious = ious * [not box["iscrowd"] for box in boxes]
     same_class = np.equal.outer(*([x["category_id"] for x in side] for side in (found, boxes)))
     for row, detection in enumerate(found):
         if detection["id"] in wrong:
@@ -117,7 +116,7 @@ def _kind(ious: np.ndarray, same_class: np.ndarray) -> str:
         return "twice"
     if (ious[~same_class] >= MATCH_IOU).any():
         return "wrong class"
-    return "poor box" if (ious >= POOR_IOU).any() else "background"
+    return "poor box" if (ious >= _POOR_IOU).any() else "background"
 
 
 def _error(kind: str, annotation: dict, others: list[dict], ious: np.ndarray) -> Error:

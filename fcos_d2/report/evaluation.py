@@ -37,9 +37,11 @@ class ScoreCurve:
             return None
         return float(self.scores[self.best : self.best + 2].mean())
 
-    def at_best(self, name: str) -> float | None:
-        """ "precision", "recall" or "f1" at the best score; None if nothing is found."""
-        return None if self.best is None else float(getattr(self, name)[self.best])
+    def at_best(self) -> dict[str, float | None]:
+        """The threshold, and F1, precision and recall at the best score; None if there is none."""
+        curves = {"f1": self.f1, "precision": self.precision, "recall": self.recall}
+        best = {x: None if self.best is None else float(y[self.best]) for x, y in curves.items()}
+        return {"threshold": self.threshold} | best
 
 
 class BoxEvaluation:

@@ -1,14 +1,13 @@
 """Charts of runs, alone or beside others: training, AP, score threshold, confusion."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..analysis.charts import COLORS, grouped_bars, new_chart, new_figure
+from ..analysis.charts import bars_figure, new_chart, new_figure
 from ..inference.drawing import plain_text
 from .evaluation import CURVE_IOUS, MATCH_IOU, BoxEvaluation, ScoreCurve
 
@@ -32,22 +31,22 @@ def training_figure(runs: Mapping[str, Sequence[dict]]) -> Figure | None:
     figure = new_figure(4.4 * len(panels), 3.6)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (key, title) in zip(grid, panels.items(), strict=True):
+        for i, (name, rows) in enumerate(runs.items()):
+            # A single AP would be no line.
+            style = {"color": f"C{i}", "marker": "o" if key == "AP" else None}
+            _plot(axes, rows, key, name if len(runs) > 1 else key, **style)
         if len(runs) == 1 and key == "total_loss":
             names = sorted({k for row in every for k in row if k.startswith("loss")})
-            for color, name in zip(cycle(COLORS[1:]), names):
-                _plot(axes, every, name, name, color=color, linewidth=1)
-        for color, (name, rows) in zip(cycle(COLORS), runs.items()):
-            # A single value would be no line.
-            marker = "o" if key == "AP" else None
-            label = name if len(runs) > 1 else key
-            _plot(axes, rows, key, label, color=color, marker=marker)
+            for i, name in enumerate(names, 1):
+                _plot(axes, every, name, name, color=f"C{i}", linewidth=1)
         axes.set(title=title, xlabel="iteration")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         top = axes.dataLim.y1  # infinite where all values are NaN
         axes.set(xlim=(0, last), ylim=(0, 1.08 * top if 0 < top < np.inf else 1))
     if len(runs) > 1:
-        _legend_of(figure, figure.axes[0])
+        lines = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*lines, frameon=False, loc="outside lower center", ncols=3)
     elif "total_loss" in panels:
         figure.axes[0].legend(frameon=False)
     return figure
@@ -63,14 +62,12 @@ def precision_recall_figure(runs: Mapping[str, BoxEvaluation]) -> Figure:
     """Without classes, one panel for each IoU, as in figures 4 to 6 of 1904.01355."""
     figure = new_figure(4.4 * len(CURVE_IOUS), 4.3)
     for axes, iou in zip(figure.subplots(1, len(CURVE_IOUS)), CURVE_IOUS, strict=True):
-        for color, (name, evaluation) in zip(cycle(COLORS), runs.items()):
+        for name, evaluation in runs.items():
             recall, precision = evaluation.precision_recall(iou)
             label = f"{plain_text(name)}: AP {100 * precision.mean():.1f}"
-            axes.plot(recall, precision, color=color, label=label)
-        axes.set(
-            title=f"IoU {iou:g}", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02)
-        )
-        axes.set_aspect("equal")
+            axes.plot(recall, precision, label=label)
+        axes.set(title=f"IoU {iou:g}", xlabel="recall", ylabel="precision")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
         axes.grid(alpha=0.3)
         axes.legend(loc="best", fontsize=8)
     return figure
@@ -80,9 +77,9 @@ def score_figure(curve: ScoreCurve) -> Figure:
     """Precision, recall and F1 over the score threshold."""
     figure, axes = new_chart(4)
     # Each value holds from its score down to the next lower one.
-    for color, name in zip(cycle(COLORS), ("precision", "recall", "f1")):
+    for name in ("precision", "recall", "f1"):
         label = "F1" if name == "f1" else name
-        axes.step(curve.scores, getattr(curve, name), where="post", color=color, label=label)
+        axes.step(curve.scores, getattr(curve, name), where="post", label=label)
     if curve.threshold is not None:
         axes.axvline(curve.threshold, color="black", linestyle="--", linewidth=1)
         text = f" F1 {curve.f1[curve.best]:.2f} at {curve.threshold:.2f}"
@@ -90,11 +87,11 @@ def score_figure(curve: ScoreCurve) -> Figure:
     axes.set(xlabel="score threshold", xlim=(0, 1), ylim=(0, 1))
     axes.set_ylabel(f"at an IoU of {MATCH_IOU:g}, all classes together")
     axes.grid(alpha=0.3)
-    _legend_of(figure, axes)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 
-def bars_figure(
+def ap_figure(
     names: Sequence[str], runs: Mapping[str, Sequence[float | None]], title: str
 ) -> Figure:
     """AP of each class or size, a bar for each run. Of many, those with the lowest AP of the first.
@@ -107,12 +104,9 @@ def bars_figure(
     shown = np.sort(first.argsort(kind="stable")[:_MOST_BARS])
     if len(shown) < len(names):
         title += f": the {len(shown)} lowest of {len(names)}"
-    figure, axes = new_chart(1.3 + 0.3 * len(shown) * max(1, 0.6 * len(runs)))
     groups = {run: [values[number] for number in shown] for run, values in runs.items()}
-    grouped_bars(axes, [names[number] for number in shown], groups, "{:.1f}".format)
-    axes.set(title=title, xlabel="AP", xlim=(0, 105))
-    if len(runs) > 1:
-        _legend_of(figure, axes)
+    figure = bars_figure([names[i] for i in shown], groups, "{:.1f}".format, title, "AP")
+    figure.axes[0].set_xlim(0, 105)
     return figure
 
 
@@ -141,7 +135,3 @@ def confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     if len(shown) < len(names):
         axes.set_title(f"the {len(shown)} of {len(names)} classes that are confused most")
     return figure
-
-
-def _legend_of(figure: Figure, axes: Axes) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..analysis.charts import save_figures
 from ..checkpoint import replacing
 from ..data import load_dataset
 from ..data.image_files import read_image
@@ -84,71 +85,68 @@ class _Report:
         self.folder, self.dataset, self.runs = folder, dataset, runs
         self.evaluation: BoxEvaluation = runs[0].evaluation
         self.curve = self.evaluation.score_curve()
-        self.curves = {c: self.evaluation.score_curve(c) for c in self.evaluation.class_names}
         # Where nothing is found, any threshold does.
         self.threshold = 0.5 if self.curve.threshold is None else self.curve.threshold
         self.errors = find_errors(self.evaluation, self.threshold)
         self.confusion = confusion_matrix(self.evaluation, self.threshold)
+        self.class_ap: dict[str, list[float | None]] = self._by_run(
+            lambda e: [e.average_precision(category=c) for c in e.class_names]
+        )
 
     def write(self, records: Sequence[dict]) -> Path:
         """Write all files, the page last; returns its path."""
         (self.folder / "errors").mkdir(parents=True, exist_ok=True)
         numbers = self._numbers()
-        self._write_json("report.json", numbers)
+        self._write("report.json", json.dumps(numbers, indent=1))
         (self.folder / "thresholds.json").unlink(missing_ok=True)
         if self.curve.threshold is not None:
             # What ``fcos_d2.predict --threshold`` reads.
             found = ((row["name"], row["threshold"]) for row in numbers["classes"])
             best = {name: self.threshold if t is None else t for name, t in found}
             content = {"iou": MATCH_IOU, "threshold": self.threshold, "classes": best}
-            self._write_json("thresholds.json", content)
-        widths = {}  # in pixels of a page
-        for name, figure in self._charts().items():
-            if figure is not None:
-                figure.savefig(self.folder / name)
-                widths[name] = round(96 * figure.get_figwidth())
+            self._write("thresholds.json", json.dumps(content, indent=1))
+        figures = self._figures(numbers["ap"])
+        save_figures(figures, self.folder)
         pictures, problem = self._write_pictures(records)
         environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True)
-        environment.filters["number"] = _number
-        text = environment.get_template("page.html.j2").render(
+        page = environment.get_template("page.html.j2").render(
             report=self,
             numbers=numbers,
             now=datetime.now(),
             iou=MATCH_IOU,
             kinds=KINDS,
-            widths=widths,
+            widths={name: round(96 * f.get_figwidth()) for name, f in figures.items()},
             pictures=pictures,
             pictures_problem=problem,
         )
-        page = self.folder / "index.html"
-        with replacing(str(page), "wb") as file:
+        return self._write("index.html", page)
+
+    def _write(self, name: str, text: str) -> Path:
+        with replacing(str(self.folder / name), "wb") as file:
             file.write(text.encode(errors="replace"))  # names may hold what is no character
-        return page
+        return self.folder / name
 
-    def _write_json(self, name: str, content: dict) -> None:
-        with replacing(str(self.folder / name), "w") as file:
-            json.dump(content, file, indent=1)
-
-    def _charts(self) -> dict[str, Figure | None]:
-        """By the name of the file; for None there is nothing to draw."""
-        evaluations = self._by_run(lambda e: e)
+    def _figures(self, ap: dict[str, dict[str, float | None]]) -> dict[str, Figure]:
+        """By name, without one that has nothing to show."""
         names = list(self.evaluation.class_names.values())
-        sizes = self._by_run(lambda e: [e.average_precision(area=area) for area in AREAS])
-        classes = self._by_run(lambda e: [e.average_precision(category=c) for c in e.class_names])
-        return {
-            "training.png": run_charts.training_figure({r.name: r.metrics for r in self.runs}),
-            "precision_recall.png": run_charts.precision_recall_figure(evaluations),
-            "thresholds.png": run_charts.score_figure(self.curve),
-            "sizes.png": run_charts.bars_figure(AREAS, sizes, "AP by size"),
-            "classes.png": run_charts.bars_figure(names, classes, "AP by class"),
-            "confusion.png": run_charts.confusion_figure(self.confusion, names),
+        sizes = {run: [x["AP"], x["APs"], x["APm"], x["APl"]] for run, x in ap.items()}
+        figures = {
+            "training": run_charts.training_figure({r.name: r.metrics for r in self.runs}),
+            "precision_recall": run_charts.precision_recall_figure(self._by_run(lambda e: e)),
+            "thresholds": run_charts.score_figure(self.curve),
+            "sizes": run_charts.ap_figure(AREAS, sizes, "AP by size"),
+            "classes": run_charts.ap_figure(names, self.class_ap, "AP by class"),
+            "confusion": run_charts.confusion_figure(self.confusion, names),
         }
+        return {name: figure for name, figure in figures.items() if figure is not None}
 
     def _by_run(self, value: Callable[[BoxEvaluation], Any]) -> dict[str, Any]:
         return {run.name: value(run.evaluation) for run in self.runs}
 
     def _numbers(self) -> dict:
         """All that the page says, for programs."""
+        names, ap = self.evaluation.class_names, self.class_ap[self.runs[0].name]
+        curves = map(self.evaluation.score_curve, names)
         return {
             "dataset": self.dataset,
             "ap": self._by_run(
@@ -159,17 +157,11 @@ class _Report:
             ),
             "threshold": self.curve.threshold,
             "classes": [
-                {
-                    "name": self.evaluation.class_names[category],
-                    "boxes": curve.boxes,
-                    "ap": self.evaluation.average_precision(category=category),
-                    "threshold": curve.threshold,
-                    **{name: curve.at_best(name) for name in ("f1", "precision", "recall")},
-                }
-                for category, curve in self.curves.items()
+                {"name": name, "boxes": curve.boxes, "ap": of_class, **curve.at_best()}
+                for name, curve, of_class in zip(names.values(), curves, ap, strict=True)
             ],
             "confusion": {
-                "classes": [*self.evaluation.class_names.values(), "background"],
+                "classes": [*names.values(), "background"],
                 "counts": self.confusion.tolist(),
             },
             "errors": {kind: sum(e.kind == kind for e in self.errors) for kind in KINDS},
@@ -207,7 +199,3 @@ class _Report:
             return text
         whose = "detection" if error.kind == "missed" else "box"
         return f"{text}; IoU {error.iou:.2f} with a {whose} of {names[error.other]}"
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -348,7 +348,7 @@ def test_errors(records):
     assert find_record(records, "2") is records[2]
     with pytest.raises(ValueError, match=r"no image with the image_id '7'.*\[0, 1, 2, 3\]"):
         find_record(records, "7")
-    with pytest.raises(ValueError, match=r"0\.png has \(height, width\) \(50, 61\).*\(50, 60\)"):
+    with pytest.raises(ValueError, match=r"0\.png, got \(61, 50\), expect \(60, 50\)"):
         read_record_image(records[0] | {"width": 60})
     retinanet = detectron2_cfg()
     retinanet.MODEL.META_ARCHITECTURE = "RetinaNet"

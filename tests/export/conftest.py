@@ -44,7 +44,7 @@ def command(tmp_path_factory):
     result = subprocess.run(
         [
             sys.executable, "-m", "fcos_d2.export", "--config-file", folder / "config.yaml",
-            "--format", "onnx", "--output", file, "DATASETS.TEST", "('colours',)",
+            "--output", file, "DATASETS.TEST", "('colours',)",
             "DATASETS.CUSTOM.colours", f"{{FORMAT: voc, ROOT: x, SPLIT: test, CLASSES: {NAMES}}}",
         ],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True,

@@ -15,7 +15,8 @@ from helpers import assert_same_detections, make_arrays
 from PIL import Image
 
 import fcos_d2
-from fcos_d2.export import OnnxPredictor, onnx_predictor
+from fcos_d2.export import OnnxPredictor
+from fcos_d2.inference import onnx_predictor
 
 # The shorter side becomes 128 and the longer one at most 1333.
 SIZES = [(96, 144), (96, 144), (144, 96), (64, 97), (150, 150), (9, 100), (128, 128)]

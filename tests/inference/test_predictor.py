@@ -113,6 +113,16 @@ def test_video(cfg, tmp_path):
         predictor.video(tmp_path / "missing.avi")
 
 
+def test_pairs_have_the_images_themselves(cfg):
+    images, predictor = make_arrays(SIZES), fcos_d2.Predictor(cfg, 2)
+    pairs = predictor.pairs(images)
+    for image, expected, (same, detections) in zip(images, predictor(images), pairs, strict=True):
+        assert same is image
+        assert_same(detections, expected)
+    ((_, in_rgb),) = predictor.pairs([images[0][:, :, ::-1]], "RGB")
+    assert_same(in_rgb, predictor(images[0]))
+
+
 def test_endless_stream_comes_in_order_with_few_held_back(cfg):
     # One image of a rare size must not hold back the others for ever.
     rare, common = make_arrays([(144, 96), (96, 144)])

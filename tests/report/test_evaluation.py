@@ -21,7 +21,6 @@ NAMES |= {f"AP{area[0]}": {"area": area} for area in ("small", "medium", "large"
 @pytest.fixture
 def evaluator_of(tmp_path):
     """Detectron2's evaluator of a ground truth."""
-    (tmp_path / "truth.json").touch()
 
     def make(truth):
         (tmp_path / "truth.json").write_text(json.dumps(truth.dataset))
@@ -34,9 +33,7 @@ def evaluator_of(tmp_path):
         )
         return COCOEvaluator("report_test", distributed=False, output_dir=str(tmp_path))
 
-    yield make
-    DatasetCatalog.remove("report_test")
-    MetadataCatalog.pop("report_test")
+    return make
 
 
 def test_average_precision_is_the_evaluators(case, evaluator_of, tmp_path):

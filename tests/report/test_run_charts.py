@@ -2,25 +2,25 @@
 
 import pytest
 
-from fcos_d2.report.run_charts import bars_figure, training_figure
+from fcos_d2.report.run_charts import ap_figure, training_figure
 
 
 def test_bars_of_many_classes_and_of_two_with_one_name():
     names = [f"class {i}" for i in range(1200)] + ["class 0"]
     first = [float(i % 100) for i in range(1200)] + [None]
-    figure = bars_figure(names, {"run": first, "other": first[::-1]}, "AP")
+    figure = ap_figure(names, {"run": first, "other": first[::-1]}, "AP")
     assert max(figure.get_size_inches()) < 40
     assert "the 80 lowest of 1201" in figure.axes[0].get_title()
     shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert len(shown) == 80 and shown[0] == "class 0" and "class 99" not in shown
 
-    few = bars_figure(["a", "b", "a"], {"run": [3.0, None, 1.0]}, "AP")
+    few = ap_figure(["a", "b", "a"], {"run": [3.0, None, 1.0]}, "AP")
     assert [bar.get_width() for bar in few.axes[0].patches] == pytest.approx([3, 0, 1])
     assert few.axes[0].get_title() == "AP"
 
 
 def test_names_with_an_underscore_are_in_the_legend():
-    figure = bars_figure(["a"], {"_run": [1.0], "other": [2.0]}, "AP")
+    figure = ap_figure(["a"], {"_run": [1.0], "other": [2.0]}, "AP")
     assert [x.get_text().strip() for x in figure.legends[0].get_texts()] == ["_run", "other"]
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from helpers import LIGHT, tiny_cfg
@@ -238,12 +237,8 @@ def test_a_data_set_without_annotations(cfg, shapes_folder, tmp_path):
     (tmp_path / "test.json").write_text(json.dumps(truth))
     register_coco_instances("report_unlabelled", {}, str(tmp_path / "test.json"), "nowhere")
     cfg.DATASETS.TEST = ("report_unlabelled",)
-    try:
-        with pytest.raises(ValueError, match="'report_unlabelled' has no annotations"):
-            write_report(cfg)
-    finally:
-        DatasetCatalog.remove("report_unlabelled")
-        MetadataCatalog.remove("report_unlabelled")
+    with pytest.raises(ValueError, match="'report_unlabelled' has no annotations"):
+        write_report(cfg)
 
 
 def test_the_tool_evaluates_and_says_where_the_page_is(shapes_folder, tmp_path, cfg):

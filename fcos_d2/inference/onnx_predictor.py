@@ -1,4 +1,4 @@
-"""Detections of images from a file that fcos_d2.export.to_onnx wrote.
+"""Detections of images from a file of fcos_d2.export.to_onnx, and what all predictors share.
 
 Needs onnxruntime, numpy and pillow. This module imports nothing of fcos_d2, so that it can be
 copied to a machine that has neither PyTorch nor Detectron2, and be imported there by itself.
@@ -27,8 +27,45 @@ class Detections:
         return len(self.scores)
 
 
-class OnnxPredictor:
+class ImagePredictor:
+    """The call of a predictor, which its ``stream`` answers."""
+
+    def __init__(self, batch_size: int, channels: str):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if channels not in ("BGR", "RGB"):
+            raise ValueError(f"channels must be 'BGR' or 'RGB', got {channels!r}")
+        self.batch_size, self.channels = batch_size, channels
+
+    def __call__(self, images: np.ndarray | str | os.PathLike | Iterable) -> dict | list[dict]:
+        """Detections of an image, or of each image of a list.
+
+        Args:
+            images: (H, W, 3) uint8 or floating point in [0, 255], a file, or a list of them.
+
+        Returns:
+            ``{"instances": detections}`` in pixels of the image; for a list a list of them.
+
+        Raises:
+            ValueError: for an array that is no image, and for a file of more than 8 bits a pixel.
+            OSError: for a file that cannot be read.
+        """
+        if isinstance(images, np.ndarray | str | os.PathLike):
+            return next(self.stream([images]))
+        return list(self.stream(images))
+
+    def stream(self, images: Iterable) -> Iterator[dict]:
+        """Like the call with a list, but yields as it goes: ``images`` may be endless.
+
+        If an image cannot be read, the detections of all before it come first.
+        """
+        raise NotImplementedError
+
+
+class OnnxPredictor(ImagePredictor):
     """fcos_d2.Predictor in ONNX Runtime: the same results up to rounding, as :class:`Detections`.
+
+    A file that was exported for uint8 takes no floating point.
 
     Attributes:
         class_names: of each class, or None if the file has none.
@@ -57,10 +94,7 @@ class OnnxPredictor:
             ValueError: for a batch size below 1, another order of channels, and for a file that
                 was not exported by fcos_d2, or with raw outputs.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if channels not in ("BGR", "RGB"):
-            raise ValueError(f"channels must be 'BGR' or 'RGB', got {channels!r}")
+        super().__init__(batch_size, channels)
         try:
             import onnxruntime
         except ImportError as error:
@@ -75,31 +109,8 @@ class OnnxPredictor:
         if self.settings["outputs"] != "detections":
             raise ValueError(f"{file} gives the maps of the head: export it without --raw")
         self.class_names = self.settings["class_names"]
-        self.batch_size, self.channels = batch_size, channels
-
-    def __call__(self, images: np.ndarray | str | os.PathLike | Iterable) -> dict | list[dict]:
-        """Detections of an image, or of each image of a list.
-
-        Args:
-            images: (H, W, 3) uint8 or floating point in [0, 255], a file, or a list of them. A
-                file that was exported for uint8 takes no floating point.
-
-        Returns:
-            ``{"instances": Detections}``, in pixels of the image; for a list a list of them.
-
-        Raises:
-            ValueError: for an array that is no image, and for a file of more than 8 bits a pixel.
-            OSError: for a file that cannot be read.
-        """
-        if isinstance(images, np.ndarray | str | os.PathLike):
-            return next(self.stream([images]))
-        return list(self.stream(images))
 
     def stream(self, images: Iterable) -> Iterator[dict]:
-        """As the call with a list, but yields as it goes: ``images`` may be endless.
-
-        If an image cannot be read, the detections of all before it are yielded first.
-        """
         batch = []
         for index, image in enumerate(images):
             try:
@@ -121,7 +132,7 @@ class OnnxPredictor:
         channels = self.channels
         if isinstance(image, str | os.PathLike):
             image, channels = _read(image), "RGB"
-        _check_image(image, index)
+        check_image(image, index)
         if image.dtype != np.uint8 and self.settings["input_type"] == "uint8":
             raise ValueError(
                 f"Image {index} has pixels of {image.dtype}, but the file was exported for uint8. "
@@ -164,7 +175,8 @@ def _read(file: str | os.PathLike) -> np.ndarray:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
-def _check_image(image: np.ndarray, index: int) -> None:
+def check_image(image: np.ndarray, index: int) -> None:
+    """Raise a ValueError for what is no image, or has NaN or infinite pixels."""
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3:
         got = f"shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"Image {index} must be an array of (H, W, 3), got {got}")

@@ -1,0 +1,207 @@
+"""The layouts of the checkpoints that :func:`fcos_d2.conversion.convert` knows."""
+
+import re
+from collections.abc import Collection
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from torch import Tensor
+
+from .source import DETECTRON2_BACKBONE, Rules, Source, fpn_rules
+
+# ---- AdelaiDet, whose names are ours but for the prefix of the head ----
+
+_ADELAIDET_HEAD = r"proposal_generator\.fcos_head\."
+_ADELAIDET_LAYERS = "share_tower|cls_tower|bbox_tower|cls_logits|bbox_pred|ctrness|scales"
+
+ADELAIDET = Source(
+    signature=_ADELAIDET_HEAD,
+    rules=[*DETECTRON2_BACKBONE, (rf"{_ADELAIDET_HEAD}({_ADELAIDET_LAYERS})", r"head.\1")],
+    cfg={
+        "INPUT.FORMAT": "BGR",
+        "MODEL.FCOS.BOX_ACTIVATION": "relu",
+        "MODEL.FCOS.QUALITY_ON": "box",
+        "MODEL.FCOS.CLIP_BOXES": "after_nms",
+        "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
+    },
+    # Its X-101-32x8d models divide by a standard deviation; the others do not.
+    not_in_file=("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"),
+)
+
+# ---- The authors' original code, tianzhi0549/FCOS, built on maskrcnn-benchmark ----
+
+
+def _scale_norms(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
+    """Ours divide by sqrt(variance + 1e-5), its frozen ones by sqrt(variance)."""
+    for name in [n for n in tensors if n.endswith(".norm.weight")]:
+        weight, variance = tensors[name], tensors.get(name.replace(".weight", ".running_var"))
+        if variance is not None and variance.shape == weight.shape:  # else it is reported later
+            tensors[name] = weight * torch.sqrt((variance + 1e-5) / variance)
+
+
+ORIGINAL_FCOS = Source(
+    signature=r"rpn\.head\.(cls_tower|bbox_tower|centerness)\.",
+    rules=[
+        # Its FPN numbers the stages from res2, which has no lateral: 2 is res3.
+        *fpn_rules(r"backbone\.fpn\.fpn_inner{}", r"backbone\.fpn\.fpn_layer{}", first=2),
+        (r"backbone\.fpn\.top_blocks", "backbone.top_block"),
+        (r"rpn\.head\.(cls_tower|bbox_tower|cls_logits|bbox_pred|scales)", r"head.\1"),
+        (r"rpn\.head\.centerness", "head.ctrness"),
+    ],
+    cfg={
+        "INPUT.FORMAT": "BGR",
+        "MODEL.PIXEL_MEAN": [102.9801, 115.9465, 122.7717],
+        "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+        "MODEL.FCOS.QUALITY": "centerness",
+        "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
+    },
+    # Its own config sets these: NORM_REG_TARGETS, CENTERNESS_ON_REG and STRIDE_IN_1X1.
+    not_in_file=(
+        "MODEL.FCOS.BOX_ACTIVATION",
+        "MODEL.FCOS.QUALITY_ON",
+        "MODEL.RESNETS.STRIDE_IN_1X1",
+    ),
+    resnet=r"backbone\.body\.(stem\.)?",
+    adapt=_scale_norms,
+)
+
+# ---- Detectron2's own FCOS, detectron2/modeling/meta_arch/fcos.py ----
+
+DETECTRON2 = Source(
+    signature=r"head\.cls_subnet\.",
+    rules=[
+        *DETECTRON2_BACKBONE,
+        (r"head\.(cls|bbox)_subnet", r"head.\1_tower"),
+        (r"head\.cls_score", "head.cls_logits"),
+        (r"head\.(bbox_pred|ctrness)", r"head.\1"),
+    ],
+    cfg={
+        # The settings of its configs, whose data loader gives BGR.
+        "INPUT.FORMAT": "BGR",
+        "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
+        "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+        "MODEL.RESNETS.STRIDE_IN_1X1": True,
+        "MODEL.FCOS.BOX_ACTIVATION": "relu",
+        "MODEL.FCOS.QUALITY": "centerness",
+        "MODEL.FCOS.QUALITY_ON": "box",
+        "MODEL.FCOS.CLIP_BOXES": "after_nms",
+        "MODEL.FCOS.SCORE_THRESH_ON": "score",
+        "MODEL.FCOS.SCORE_THRESH_TEST": 0.2,
+        "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
+    },
+)
+
+# ---- torchvision.models.detection: fcos_resnet50_fpn, and FCOS on other ResNets ----
+
+
+def _select_classes(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
+    """Leave out the background; or keep the 80 of COCO's category numbers 0 to 90 that are used."""
+    num_classes = cfg.MODEL.FCOS.NUM_CLASSES
+    for name in ("head.cls_logits.weight", "head.cls_logits.bias"):
+        channels = tensors[name].shape[:1] if name in tensors else ()
+        if num_classes == 80 and channels == (91,):
+            class_of = MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id
+            tensors[name] = tensors[name][sorted(class_of, key=class_of.get)]
+        elif channels == (num_classes + 1,):
+            tensors[name] = tensors[name][1:]
+
+
+TORCHVISION = Source(
+    signature=r"head\.(classification|regression)_head\.",
+    rules=[
+        # "inner_blocks.0.0.weight"; before version 0.13, "inner_blocks.0.weight".
+        *fpn_rules(
+            r"backbone\.fpn\.inner_blocks\.{}(\.0)?", r"backbone\.fpn\.layer_blocks\.{}(\.0)?"
+        ),
+        (r"backbone\.fpn\.extra_blocks", "backbone.top_block"),
+        (r"head\.classification_head\.conv", "head.cls_tower"),
+        (r"head\.classification_head\.cls_logits", "head.cls_logits"),
+        (r"head\.regression_head\.conv", "head.bbox_tower"),
+        (r"head\.regression_head\.bbox_reg", "head.bbox_pred"),
+        (r"head\.regression_head\.bbox_ctrness", "head.ctrness"),
+    ],
+    cfg={
+        "INPUT.FORMAT": "RGB",
+        # 255 times its 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 for images in [0, 1].
+        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+        "MODEL.FCOS.LOCATION_OFFSET": 0.0,
+        "MODEL.FCOS.BOX_ACTIVATION": "relu",
+        "MODEL.FCOS.QUALITY": "centerness",
+        "MODEL.FCOS.QUALITY_ON": "box",
+        "MODEL.FCOS.SCORE_THRESH_ON": "score",
+        "MODEL.FCOS.SCORE_THRESH_TEST": 0.2,
+        "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
+    },
+    resnet=r"backbone\.body\.",
+    adapt=_select_classes,
+)
+
+# ---- mmdetection, versions 1 to 3 ----
+
+
+def _mmdet_tower_rules(names: Collection[str]) -> Rules:
+    """Its numbers count convolutions, ours also the norms and activations after them."""
+    has_norm = any(re.match(r"bbox_head\.(cls|reg)_convs\.\d+\.(gn|bn)\.", n) for n in names)
+    rules = {}
+    for name in names:
+        if match := re.match(r"bbox_head\.(cls|reg)_convs\.(\d+)\.", name):
+            tower = f"head.{'cls' if match[1] == 'cls' else 'bbox'}_tower"
+            number = int(match[2]) * (3 if has_norm else 2)
+            layer, conv = re.escape(match[0]), f"{tower}.{number}"
+            offset = layer + r"conv[._](conv_)?offset"
+            deformable = any(re.match(offset, n) for n in names)
+            rules[offset] = f"{conv}.offset"
+            rules[layer + "conv"] = f"{conv}.conv" if deformable else conv
+            rules[layer + "(gn|bn)"] = f"{tower}.{number + 1}"
+    return list(rules.items())
+
+
+def _add_biases(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
+    """Zeros for the towers, where ``conv_bias="auto"`` leaves out the biases before a norm."""
+    pattern = r"(head\.(?:cls|bbox)_tower\.\d+\.(?:conv\.)?)weight"
+    matches = [re.fullmatch(pattern, name) for name, x in tensors.items() if x.dim() == 4]
+    biases = {m[1] + "bias": torch.zeros(len(tensors[m[0]])) for m in matches if m}
+    if not biases.keys() & tensors.keys():
+        tensors.update(biases)
+
+
+MMDET = Source(
+    signature=r"bbox_head\.((conv|fcos)_(cls|centerness)|cls_convs)\.",
+    rules=[
+        *fpn_rules(r"neck\.lateral_convs\.{}\.conv", r"neck\.fpn_convs\.{}\.conv"),
+        (r"neck\.fpn_convs\.3\.conv", "backbone.top_block.p6"),
+        (r"neck\.fpn_convs\.4\.conv", "backbone.top_block.p7"),
+        # Before version 2.1, the names were fcos_cls, fcos_reg and fcos_centerness.
+        (r"bbox_head\.(conv|fcos)_cls", "head.cls_logits"),
+        (r"bbox_head\.(conv|fcos)_reg", "head.bbox_pred"),
+        (r"bbox_head\.(conv|fcos)_centerness", "head.ctrness"),
+        (r"bbox_head\.scales", "head.scales"),
+        (r"data_preprocessor\.(mean|std)", r"pixel_\1"),
+    ],
+    tower_rules=_mmdet_tower_rules,
+    cfg={"MODEL.FCOS.QUALITY": "centerness", "MODEL.FCOS.SCORE_FUSION": "product"},
+    # Its own config sets these: norm_on_bbox, centerness_on_reg, nms, the data preprocessor and
+    # the backbone's style.
+    not_in_file=(
+        "MODEL.FCOS.BOX_ACTIVATION",
+        "MODEL.FCOS.QUALITY_ON",
+        "MODEL.FCOS.NMS_THRESH_TEST",
+        "INPUT.FORMAT",
+        "MODEL.PIXEL_MEAN",
+        "MODEL.PIXEL_STD",
+        "MODEL.RESNETS.STRIDE_IN_1X1",
+    ),
+    resnet=r"backbone\.",
+    adapt=_add_biases,
+)
+
+SOURCES: dict[str, Source] = {
+    "adelaidet": ADELAIDET,
+    "fcos": ORIGINAL_FCOS,
+    "detectron2": DETECTRON2,
+    "torchvision": TORCHVISION,
+    "mmdet": MMDET,
+}
