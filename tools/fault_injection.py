@@ -248,7 +248,7 @@ def damaged_checkpoint(run: Run, damage: Callable[[bytes], bytes]) -> str:
     last = run.output / (run.output / "last_checkpoint").read_text()
     last.write_bytes(damage(last.read_bytes()))
     run.finish()
-    if f"{last} is missing or damaged: resuming from" not in run.log.read_text():
+    if f"{str(last)!r} is missing or damaged: resuming from" not in run.log.read_text():
         raise RuntimeError("the damage was not noticed")
     return f"{last.name} was passed over"
 
