@@ -18,7 +18,7 @@ from .analysis.charts import new_figure
 from .data import make_shapes_dataset, register_custom_datasets
 from .data.image_files import read_image
 from .engine import Trainer
-from .inference import Predictor
+from .inference import Predictor, draw_instances
 from .report import write_report
 
 CONFIG = "quick_schedules/fcos_R_18_FPN_shapes.yaml"
@@ -44,19 +44,15 @@ def predictions_figure(cfg: CfgNode, dataset_name: str) -> Figure:
     metadata.thing_colors = [(255, 255, 255), (255, 220, 0), (0, 255, 255)]  # by class
     figure = new_figure(10, 11)
     pairs = figure.subplots(5, 4, subplot_kw={"xticks": [], "yticks": []}).reshape(10, 2)
-    outputs = Predictor(cfg)(record["file_name"] for record in shown)
-    for axes, record, output in zip(pairs, shown, outputs, strict=True):
-        image = read_image(record["file_name"], "RGB")
-        detections = output["instances"].to("cpu")
-        detections = detections[detections.scores > _SHOWN_SCORE]
-        left, right = (
-            Visualizer(image, metadata, scale=2.0, instance_mode=ColorMode.SEGMENTATION)
-            for _ in axes
-        )
-        axes[0].imshow(left.draw_dataset_dict(record).get_image())
+    images = [read_image(record["file_name"], "BGR") for record in shown]
+    detected = Predictor(cfg).pairs(images)
+    for axes, record, (image, output) in zip(pairs, shown, detected, strict=True):
+        truth = Visualizer(image[:, :, ::-1], metadata, 2.0, ColorMode.SEGMENTATION)
+        axes[0].imshow(truth.draw_dataset_dict(record).get_image())
         axes[0].set_title(f"ground truth: {len(record['annotations'])}")
-        axes[1].imshow(right.draw_instance_predictions(detections).get_image())
-        axes[1].set_title(f"predicted: {len(detections)}")
+        found = output["instances"]
+        axes[1].imshow(draw_instances(image, found, metadata, _SHOWN_SCORE, 2.0)[:, :, ::-1])
+        axes[1].set_title(f"predicted: {(found.scores >= _SHOWN_SCORE).sum()}")
     return figure
 
 

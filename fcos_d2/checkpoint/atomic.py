@@ -65,14 +65,15 @@ class AtomicCheckpointer(DetectionCheckpointer):
             FileNotFoundError: if the folder has no whole checkpoint.
             ValueError: if ``last_checkpoint`` names a file of another folder.
         """
+        tag = os.path.join(self.save_dir, "last_checkpoint")
         try:
-            last = super().get_checkpoint_file()
-        except UnicodeDecodeError:  # last_checkpoint is damaged
-            last = ""
-        if last and os.path.dirname(last) != os.path.dirname(os.path.join(self.save_dir, "")):
+            last = super().get_checkpoint_file() or tag
+        except UnicodeDecodeError:
+            last = tag
+        if os.path.dirname(last) != os.path.dirname(tag):
             raise ValueError(
-                f"last_checkpoint of {self.save_dir} names {last!r}, which is not a file of its "
-                "own folder. Write the name of the checkpoint into it, or remove it"
+                f"{tag} names {last!r}, which is not a file of its own folder. Write the name of "
+                "the checkpoint into it, or remove it"
             )
         if is_intact(last):
             return last

@@ -90,7 +90,7 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         raise ValueError(f"Not a state dict. These entries are not tensors: {', '.join(others)}")
     while tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): x for name, x in tensors.items()}
-    # What adapts tensors to our model would round those of half precision.
+    # Tensors of half precision would be rounded where they are adapted to our model.
     return {n: x.float() if x.is_floating_point() else x for n, x in tensors.items()}
 
 
