@@ -12,12 +12,13 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
 from ..runtime import Runtime
+from .assignment.candidates import Targets, check_classes, make_targets
+from .assignment.location import LocationAssigner
 from .head import FCOSHead, HeadOutputs, select_levels
 from .images import checked_images
 from .losses import FCOSLoss
 from .points import Levels
 from .post_processing import FCOSPostProcessor
-from .target_assignment import LocationAssigner, Targets, check_classes, make_targets
 from .validation import check_same, values_of_keys
 
 

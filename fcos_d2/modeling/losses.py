@@ -15,11 +15,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from .assignment.candidates import Targets
 from .box_losses import box_losses, iou_of_ltrb
 from .focal_loss import sparse_sigmoid_focal_loss
 from .head import QUALITIES, HeadOutputs
 from .points import centerness
-from .target_assignment import Targets
 from .validation import check_between, check_choice, values_of_keys
 
 _EMA_MOMENTUM = 0.9
