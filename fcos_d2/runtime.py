@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
+from detectron2.structures import ImageList
 from fvcore.nn.precise_bn import BN_MODULE_TYPES
 from torch import Tensor, nn
 
@@ -43,28 +44,31 @@ class Runtime:
     def run(self, model: nn.Module, images: Tensor):
         """``model.dense(images)``: what backbone and head make of (N, 3, H, W) images."""
         device = images.device.type
-        if self.compile and not self._is_compiled:
-            _compile(model, device)
+        if self.compile and not self._is_compiled and compiler_works(device):
+            # In place: modules keep their class and the names of their parameters.
+            model.backbone.compile(dynamic=True)
+            # On CPU, PyTorch's own group normalisation is faster than the compiled one
+            # (benchmarks/NOTES.md), and the head has little else to fuse.
+            if device != "cpu":
+                model.head.compile(dynamic=True)
             self._is_compiled = True
+        if device == "cpu":
+            # Channels-last: all layers take the layout of their input. On GPU it is not measured.
+            images = images.contiguous(memory_format=torch.channels_last)
         dtype = None if model.training else self.dtype_test
         with torch.autocast(device, dtype) if dtype else contextlib.nullcontext():
-            if channels_last_helps(device):
-                # Convolutions, and on CPU all layers after them, take the layout of their input.
-                images = images.contiguous(memory_format=torch.channels_last)
-            if device != "cpu" or model.training or len(images) < 2:
-                return model.dense(images)
-            # On CPU a batch gains nothing, and the maps of one image stay nearer to the caches.
-            parts = [model.dense(image) for image in images.split(1)]
-        return type(parts[0]).cat(parts)
+            return model.dense(images)
 
 
-def channels_last_helps(device_type: str) -> bool:
-    """Whether convolutions run faster on (N, H, W, C) memory.
+def inference_parts(images: ImageList) -> list[ImageList]:
+    """The batches to run in place of this one, without training.
 
-    On CPU always (benchmarks/NOTES.md); on GPU in half precision, for the tensor cores. There the
-    group norms of the head return the plain layout, so only the backbone has it.
+    On CPU a batch gains nothing, and the maps of one image stay nearer to the caches.
     """
-    return device_type == "cpu" or (device_type == "cuda" and torch.is_autocast_enabled("cuda"))
+    if images.tensor.device.type != "cpu":
+        return [images]
+    pairs = zip(images.tensor.split(1), images.image_sizes, strict=True)
+    return [ImageList(image, [size]) for image, size in pairs]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -72,17 +76,6 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
-
-
-def _compile(model: nn.Module, device_type: str) -> None:
-    """Compile in place: modules keep their class and the names of their parameters."""
-    if not compiler_works(device_type):
-        return
-    model.backbone.compile(dynamic=True)
-    # On CPU, PyTorch's own group normalisation is faster than the compiled one
-    # (benchmarks/NOTES.md), and the head has little else to fuse.
-    if device_type != "cpu":
-        model.head.compile(dynamic=True)
 
 
 @functools.cache
