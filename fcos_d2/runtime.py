@@ -95,15 +95,15 @@ def compiler_works(device_type: str) -> bool:
 
 
 def fold_norms(backbone: nn.Module) -> None:
-    """Replace the convolutions in the residual blocks and stem of a new ResNet, in place.
+    """Make :class:`FoldedConv2d` of the convolutions in the residual blocks and stem of a ResNet.
 
     Parameters, buffers, their names and their gradients stay; results differ by rounding.
     """
     for block in backbone.modules():
         if isinstance(block, CNNBlockBase):
-            for name, child in block.named_children():
+            for child in block.children():
                 if type(child) is Conv2d and child.norm is not None:
-                    setattr(block, name, FoldedConv2d.from_conv(child))
+                    child.__class__ = FoldedConv2d  # which only adds methods
 
 
 class FoldedConv2d(Conv2d):
@@ -114,17 +114,6 @@ class FoldedConv2d(Conv2d):
     called, and hooks on it do not run. It is called as usual where there are more weights than
     activations, and on other devices, where the scaling costs more launches than it saves.
     """
-
-    @classmethod
-    def from_conv(cls, conv: Conv2d) -> "FoldedConv2d":
-        """A convolution that shares its parameters and its norm with ``conv``."""
-        folded = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-            conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode,
-            norm=conv.norm, activation=conv.activation, device="meta",
-        )  # fmt: skip
-        folded.weight, folded.bias = conv.weight, conv.bias
-        return folded.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not _is_fixed(self.norm) or not self._has_few_weights(x):

@@ -79,10 +79,8 @@ class FCOSLoss(nn.Module):
         self.cls_loss_weight = cls_loss_weight
         self.box_loss_weight = box_loss_weight
         self.quality_loss_weight = quality_loss_weight
-        if loss_normalizer == "ema_fg":
-            self.register_buffer("ema_num_positives", torch.tensor(0.0))
-        else:
-            self.ema_num_positives = None
+        average = torch.tensor(0.0) if loss_normalizer == "ema_fg" else None
+        self.register_buffer("ema_num_positives", average)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
