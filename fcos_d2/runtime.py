@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
+from detectron2.structures import ImageList
 from fvcore.nn.precise_bn import BN_MODULE_TYPES
 from torch import Tensor, nn
 
@@ -43,28 +44,31 @@ class Runtime:
     def run(self, model: nn.Module, images: Tensor):
         """``model.dense(images)``: what backbone and head make of (N, 3, H, W) images."""
         device = images.device.type
-        if self.compile and not self._is_compiled:
-            _compile(model, device)
+        if self.compile and not self._is_compiled and compiler_works(device):
+            # In place: modules keep their class and the names of their parameters.
+            model.backbone.compile(dynamic=True)
+            # On CPU, PyTorch's own group normalisation is faster than the compiled one
+            # (benchmarks/NOTES.md), and the head has little else to fuse.
+            if device != "cpu":
+                model.head.compile(dynamic=True)
             self._is_compiled = True
+        if device == "cpu":
+            # Channels-last: all layers take the layout of their input. On GPU it is not measured.
+            images = images.contiguous(memory_format=torch.channels_last)
         dtype = None if model.training else self.dtype_test
         with torch.autocast(device, dtype) if dtype else contextlib.nullcontext():
-            if channels_last_helps(device):
-                # Convolutions, and on CPU all layers after them, take the layout of their input.
-                images = images.contiguous(memory_format=torch.channels_last)
-            if device != "cpu" or model.training or len(images) < 2:
-                return model.dense(images)
-            # On CPU a batch gains nothing, and the maps of one image stay nearer to the caches.
-            parts = [model.dense(image) for image in images.split(1)]
-        return type(parts[0]).cat(parts)
+            return model.dense(images)
 
 
-def channels_last_helps(device_type: str) -> bool:
-    """Whether convolutions run faster on (N, H, W, C) memory.
+def inference_parts(images: ImageList) -> list[ImageList]:
+    """The batches to run in place of this one, without training.
 
-    On CPU always (benchmarks/NOTES.md); on GPU in half precision, for the tensor cores. There the
-    group norms of the head return the plain layout, so only the backbone has it.
+    On CPU a batch gains nothing, and the maps of one image stay nearer to the caches.
     """
-    return device_type == "cpu" or (device_type == "cuda" and torch.is_autocast_enabled("cuda"))
+    if images.tensor.device.type != "cpu":
+        return [images]
+    pairs = zip(images.tensor.split(1), images.image_sizes, strict=True)
+    return [ImageList(image, [size]) for image, size in pairs]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -72,17 +76,6 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
-
-
-def _compile(model: nn.Module, device_type: str) -> None:
-    """Compile in place: modules keep their class and the names of their parameters."""
-    if not compiler_works(device_type):
-        return
-    model.backbone.compile(dynamic=True)
-    # On CPU, PyTorch's own group normalisation is faster than the compiled one
-    # (benchmarks/NOTES.md), and the head has little else to fuse.
-    if device_type != "cpu":
-        model.head.compile(dynamic=True)
 
 
 @functools.cache
@@ -102,15 +95,15 @@ def compiler_works(device_type: str) -> bool:
 
 
 def fold_norms(backbone: nn.Module) -> None:
-    """Replace the convolutions in the residual blocks and stem of a new ResNet, in place.
+    """Make :class:`FoldedConv2d` of the convolutions in the residual blocks and stem of a ResNet.
 
     Parameters, buffers, their names and their gradients stay; results differ by rounding.
     """
     for block in backbone.modules():
         if isinstance(block, CNNBlockBase):
-            for name, child in block.named_children():
+            for child in block.children():
                 if type(child) is Conv2d and child.norm is not None:
-                    setattr(block, name, FoldedConv2d.from_conv(child))
+                    child.__class__ = FoldedConv2d  # which only adds methods
 
 
 class FoldedConv2d(Conv2d):
@@ -121,17 +114,6 @@ class FoldedConv2d(Conv2d):
     called, and hooks on it do not run. It is called as usual where there are more weights than
     activations, and on other devices, where the scaling costs more launches than it saves.
     """
-
-    @classmethod
-    def from_conv(cls, conv: Conv2d) -> "FoldedConv2d":
-        """A convolution that shares its parameters and its norm with ``conv``."""
-        folded = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-            conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode,
-            norm=conv.norm, activation=conv.activation, device="meta",
-        )  # fmt: skip
-        folded.weight, folded.bias = conv.weight, conv.bias
-        return folded.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not _is_fixed(self.norm) or not self._has_few_weights(x):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
 from torch import Tensor
 
@@ -67,9 +66,8 @@ def inspect_image(predictor: Predictor, image: np.ndarray) -> Inspection:
     outputs = model.head_outputs(images)
     found = outputs, model.levels, images.image_sizes
     (candidates,) = model.post_processor.candidates(*found, topk=sys.maxsize, with_cells=True)
-    (best,) = model.post_processor.candidates(*found, with_cells=True)
-    detections = model.post_processor.suppress(best).to("cpu")
-    detections = detector_postprocess(detections, *image.shape[:2])
+    best = candidates[candidates.rank < model.post_processor.topk_candidates]
+    detections = model.post_processor.suppress(best, image.shape[:2]).to("cpu")
     scale = torch.tensor(image_scale(image.shape[:2], best.image_size))
     detections.locations = detections.locations * scale
     detections.ltrb = detections.ltrb * scale.repeat(2)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..data.mapper import with_float_coordinates
 from ..modeling import FCOS, Levels
+from ..modeling.assignment.candidates import Positives, cell_numbers
 from ..modeling.backbone import padded_size
-from ..modeling.target_assignment import Positives, cell_numbers
 from .inspection import image_scale
 
 # Where COCO's second and third size begin, in pixels of the original image. The area is the box's:

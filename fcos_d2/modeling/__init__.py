@@ -1,5 +1,7 @@
 """The detector, one stage a file, in the order of the data flow."""
 
+from .assignment.candidates import Candidates, Positives, Targets
+from .assignment.location import LocationAssigner
 from .backbone import TimmBackbone, build_fcos_resnet_fpn_backbone, build_fcos_timm_fpn_backbone
 from .fcos import FCOS
 from .head import FCOSHead, HeadOutputs
@@ -7,7 +9,6 @@ from .losses import FCOSLoss
 from .points import Levels
 from .post_processing import FCOSPostProcessor
 from .proposal_generator import FCOSProposalGenerator
-from .target_assignment import Candidates, LocationAssigner, Positives, Targets
 from .test_time_augmentation import FCOSWithTTA
 
 __all__ = [

@@ -2,22 +2,21 @@
 
 from collections.abc import Sequence
 
-import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
-from ..runtime import Runtime
+from ..runtime import Runtime, inference_parts
+from .assignment.candidates import Targets, check_classes, make_targets
+from .assignment.location import LocationAssigner
 from .head import FCOSHead, HeadOutputs, select_levels
 from .images import checked_images
 from .losses import FCOSLoss
 from .points import Levels
 from .post_processing import FCOSPostProcessor
-from .target_assignment import LocationAssigner, Targets, check_classes, make_targets
 from .validation import check_same, values_of_keys
 
 
@@ -112,13 +111,13 @@ class FCOS(DenseDetector):
             instances = self.ground_truth(batched_inputs)
             images = self.preprocess_image(batched_inputs)
             outputs = self.head_outputs(images)
-            targets = make_targets(self.assigner, self.levels, outputs.level_shapes, instances)
+            shapes = [tuple(x.shape[-2:]) for x in outputs.class_logits]
+            targets = make_targets(self.assigner, self.levels, shapes, instances)
             self._log_training(batched_inputs, images, outputs, targets)
             return self.loss(outputs, targets.to(self.device))
-        images = self.preprocess_image(batched_inputs)
-        detections = self._detect(self.head_outputs(images), images)
-        pairs = zip(detections, batched_inputs, strict=True)
-        return [{"instances": at_output_size(found, x)} for found, x in pairs]
+        found = self.candidates(self.preprocess_image(batched_inputs))
+        pairs = zip(found, batched_inputs, strict=True)
+        return [{"instances": self.detect(candidates, x)} for candidates, x in pairs]
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Check, normalise, pad and batch the images."""
@@ -133,9 +132,19 @@ class FCOS(DenseDetector):
         features = self.backbone(pixels)
         return self.head([features[f] for f in self.head_in_features])
 
-    @torch.no_grad()
-    def _detect(self, outputs: HeadOutputs, images: ImageList) -> list[Instances]:
-        return self.post_processor(outputs, self.levels, images.image_sizes)
+    def candidates(self, images: ImageList) -> list[Instances]:
+        """The candidates of each preprocessed image; see :meth:`FCOSPostProcessor.candidates`."""
+        found = []
+        for part in inference_parts(images):
+            outputs = self.head_outputs(part)
+            found += self.post_processor.candidates(outputs, self.levels, part.image_sizes)
+        return found
+
+    def detect(self, candidates: Instances, image_input: dict) -> Instances:
+        """The detections of an image, at the "height" and "width" of the input if it has them."""
+        height, width = candidates.image_size
+        output_size = image_input.get("height", height), image_input.get("width", width)
+        return self.post_processor.suppress(candidates, output_size)
 
     def ground_truth(self, batched_inputs: list[dict]) -> list[Instances]:
         """The annotations of each image, checked and on CPU.
@@ -156,7 +165,8 @@ class FCOS(DenseDetector):
         storage = get_event_storage()
         storage.put_scalar("fcos/positives_per_image", len(targets) / len(images))
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
-            self.visualize_training(batched_inputs, self._detect(outputs, images))
+            detections = self.post_processor(outputs, self.levels, images.image_sizes)
+            self.visualize_training(batched_inputs, detections)
 
     def __prepare_scriptable__(self):
         """Called by torch.jit.script."""
@@ -164,11 +174,3 @@ class FCOS(DenseDetector):
             "FCOS cannot be scripted. Export it with fcos_d2.export.to_onnx, or trace it "
             "(--export-method tracing)"
         )
-
-
-def at_output_size(detections: Instances, image_input: dict) -> Instances:
-    """Scale the detections of an image to the "height" and "width" of the input, if it has them."""
-    height, width = detections.image_size
-    return detector_postprocess(
-        detections, image_input.get("height", height), image_input.get("width", width)
-    )

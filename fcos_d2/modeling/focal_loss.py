@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .target_assignment import Targets
+from .assignment.candidates import Targets
 
 # Elements to process at once. On CPU the temporaries then stay in the cache; on GPU this bounds
 # their size with few kernel launches.

@@ -15,11 +15,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from .assignment.candidates import Targets
 from .box_losses import box_losses, iou_of_ltrb
 from .focal_loss import sparse_sigmoid_focal_loss
 from .head import QUALITIES, HeadOutputs
 from .points import centerness
-from .target_assignment import Targets
 from .validation import check_between, check_choice, values_of_keys
 
 _EMA_MOMENTUM = 0.9
@@ -79,10 +79,8 @@ class FCOSLoss(nn.Module):
         self.cls_loss_weight = cls_loss_weight
         self.box_loss_weight = box_loss_weight
         self.quality_loss_weight = quality_loss_weight
-        if loss_normalizer == "ema_fg":
-            self.register_buffer("ema_num_positives", torch.tensor(0.0))
-        else:
-            self.ema_num_positives = None
+        average = torch.tensor(0.0) if loss_normalizer == "ema_fg" else None
+        self.register_buffer("ema_num_positives", average)
 
     @classmethod
     def from_config(cls, cfg) -> dict:

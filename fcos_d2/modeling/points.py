@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..runtime import to_device
 from .validation import check_between
 
 
@@ -44,7 +45,7 @@ class Levels:
         if isinstance(level, int):
             stride = self.strides[level]
         else:
-            stride = torch.tensor(self.strides, device=level.device)[level]
+            stride = to_device(torch.tensor(self.strides), level.device)[level]
         return torch.stack([(x + self.offset) * stride, (y + self.offset) * stride], dim=-1).float()
 
     def all_locations(self, level: int, height: int, width: int, device: torch.device) -> Tensor:
@@ -71,6 +72,18 @@ def boxes_to_ltrb(locations: Tensor, boxes: Tensor) -> Tensor:
 def ltrb_to_boxes(locations: Tensor, ltrb: Tensor) -> Tensor:
     """Inverse of :func:`boxes_to_ltrb`: (..., 4) boxes as x0, y0, x1, y1 in pixels."""
     return torch.cat([locations - ltrb[..., :2], locations + ltrb[..., 2:]], dim=-1)
+
+
+def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """(C, 4) boxes inside an image of (height, width). Unlike Boxes.clip, waits for no GPU."""
+    x = boxes[:, 0::2].clamp(min=0, max=size[1])
+    y = boxes[:, 1::2].clamp(min=0, max=size[0])
+    return torch.stack([x, y], dim=2).flatten(1)
+
+
+def has_area(boxes: Tensor) -> Tensor:
+    """(C,) whether boxes are wider and higher than 0."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
 
 
 def centerness(ltrb: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From the head's maps to detections: threshold, score, top-k, decode, clip, NMS.
+"""From the head's maps to detections: threshold, score, top-k, decode, clip, NMS, scale.
 
 Shapes: N images, L levels, K classes, (Hi, Wi) cells of level i, S selected cells of the batch,
 C candidates of the batch.
@@ -6,11 +6,13 @@ C candidates of the batch.
 Candidate: a location and a class whose probability is above the threshold. A cell with several
 such classes makes several candidates with the same box.
 
-Every step is safe to trace: sizes that depend on the data stay in tensors.
+Every step is safe to trace: sizes that depend on the data stay in tensors. For a batch on GPU, the
+CPU waits once a level and three times more, and then three times for each image.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -20,8 +22,8 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from .head import QUALITIES, HeadOutputs
-from .points import Levels, centerness, ltrb_to_boxes
-from .validation import check_between, check_choice, check_count
+from .points import Levels, centerness, clip, has_area, ltrb_to_boxes
+from .validation import check_between, check_choice, check_count, values_of_keys
 
 
 class _Cells(NamedTuple):
@@ -77,15 +79,12 @@ class FCOSPostProcessor:
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        return {
+        keys = "SCORE_THRESH_ON", "SCORE_FUSION", "QUALITY", "CLIP_BOXES"
+        return values_of_keys(cfg, *keys) | {
             "score_thresh": cfg.MODEL.FCOS.SCORE_THRESH_TEST,
-            "score_thresh_on": cfg.MODEL.FCOS.SCORE_THRESH_ON,
             "topk_candidates": cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST,
             "nms_thresh": cfg.MODEL.FCOS.NMS_THRESH_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "score_fusion": cfg.MODEL.FCOS.SCORE_FUSION,
-            "quality": cfg.MODEL.FCOS.QUALITY,
-            "clip_boxes": cfg.MODEL.FCOS.CLIP_BOXES,
         }
 
     def __call__(
@@ -103,6 +102,7 @@ class FCOSPostProcessor:
         """
         return [self.suppress(x) for x in self.candidates(outputs, levels, image_sizes)]
 
+    @torch.no_grad()
     def candidates(
         self,
         outputs: HeadOutputs,
@@ -120,8 +120,9 @@ class FCOSPostProcessor:
 
         Returns:
             for each image, with the fields of the call; boxes may reach beyond the image. With
-            ``with_cells`` also ``level`` (C,) int64, ``locations`` (C, 2) and ``ltrb`` (C, 4) in
-            pixels, ``class_probability`` (C,), and ``quality`` (C,), 1 with QUALITY "none".
+            ``with_cells`` also ``level`` (C,) int64, ``rank`` (C,) int64 in its level from 0,
+            ``locations`` (C, 2) and ``ltrb`` (C, 4) in pixels, ``class_probability`` (C,), and
+            ``quality`` (C,), 1 with QUALITY "none".
         """
         if (outputs.quality_logits is not None) != (self.quality in ("centerness", "iou")):
             raise ValueError(f"The head's outputs do not fit the quality {self.quality!r}")
@@ -129,56 +130,65 @@ class FCOSPostProcessor:
         cells = self._select_cells(outputs, levels)
         cell, classes = (cells.class_logits > self.logit_thresh).nonzero(as_tuple=True)
 
-        # 2. Score.
+        # 2. Score; -1 for what is not above the threshold, as NaN.
         scores = self.score(cells.class_logits[cell, classes].sigmoid(), cells.quality[cell])
         threshold = self.score_thresh if self.score_thresh_on == "score" else -math.inf
-        above = _where(scores > threshold)  # NaN is not
-        cell, classes, scores = cell[above], classes[above], scores[above]
+        scores = torch.where(scores > threshold, scores, -1.0)
 
         # 3. Top-k of each image and level.
-        group = (cells.image * len(levels) + cells.level)[cell]
-        num_groups = len(image_sizes) * len(levels)
-        topk = self.topk_candidates if topk is None else topk
-        best = top_k_per_group(scores, group, num_groups, topk)
-        cell, classes, scores = cell[best], classes[best], scores[best]
+        order, rank = rank_in_groups(scores, (cells.image * len(levels) + cells.level)[cell])
+        cell, classes, scores = cell[order], classes[order], scores[order]
 
         # 4. Decode.
         boxes = ltrb_to_boxes(cells.locations[cell], cells.ltrb[cell])
-        finite = _where(boxes.isfinite().all(dim=1))
-        cell, classes = cell[finite], classes[finite]
-        fields = {
-            "pred_boxes": Boxes(boxes[finite]),
-            "scores": scores[finite],
-            "pred_classes": classes,
-        }
+        is_kept = (scores >= 0) & (rank < (self.topk_candidates if topk is None else topk))
+        kept = (is_kept & boxes.isfinite().all(dim=1)).nonzero().squeeze(1)
+        cell, classes = cell[kept], classes[kept]
+        fields = {"pred_boxes": Boxes(boxes[kept]), "scores": scores[kept], "pred_classes": classes}
         if with_cells:
             names = ("level", "locations", "ltrb", "quality")
             fields |= {name: getattr(cells, name)[cell] for name in names}
+            fields["rank"] = rank[kept]
             fields["class_probability"] = cells.class_logits[cell, classes].sigmoid()
-        image = cells.image[cell]
-        return [_instances(size, fields, _where(image == i)) for i, size in enumerate(image_sizes)]
+        entries = _entries_of_images(cells.image[cell], len(image_sizes))
+        return [_instances(*x, fields) for x in zip(image_sizes, entries, strict=True)]
 
-    def suppress(self, candidates: Instances) -> Instances:
-        """Clipping and NMS of the candidates of one image; keeps the best of what is left."""
-        # 5. Clip; with CLIP_BOXES "after_nms" this comes last.
+    @torch.no_grad()
+    def suppress(
+        self, candidates: Instances, output_size: tuple[int, int] | None = None
+    ) -> Instances:
+        """Clipping and NMS of the candidates of one image; keeps the best of what is left.
+
+        Args:
+            output_size: (height, width) that the image is scaled to, as by Detectron2's
+                ``detector_postprocess``; by default the size of the candidates.
+        """
+        # 5. Clip. An empty box suppresses no other; its score of -1 puts it behind the others.
+        fields, size = candidates.get_fields(), candidates.image_size
+        boxes, scores = fields["pred_boxes"].tensor, fields["scores"]
+        clipped = clip(boxes, size)
+        nonempty = has_area(clipped)
         if self.clip_boxes == "before_nms":
-            candidates = _clip(candidates)
+            boxes, scores = clipped, torch.where(nonempty, scores, -1.0)
 
         # 6. Class-wise NMS, in float64: to keep the classes apart batched_nms may move their boxes
         # by several image sizes, which in float32 would round them by up to 1/128 pixel.
-        keep = batched_nms(
-            candidates.pred_boxes.tensor.double(),
-            candidates.scores.double(),
-            candidates.pred_classes,
-            self.nms_thresh,
-        )
+        classes = fields["pred_classes"]
+        keep = batched_nms(boxes.double(), scores.double(), classes, self.nms_thresh)
         # Best first, of equal scores the first: batched_nms leaves the order of these open.
         keep = keep.sort().values
-        keep = keep[candidates.scores[keep].argsort(descending=True, stable=True)]
+        keep = keep[scores[keep].argsort(descending=True, stable=True)]
         if self.max_detections_per_image >= 0:
             keep = keep[: self.max_detections_per_image]
-        detections = candidates[keep]
-        return detections if self.clip_boxes == "before_nms" else _clip(detections)
+
+        # 7. Scale, and leave out what is empty.
+        if output_size is not None:
+            Boxes(clipped).scale(output_size[1] / size[1], output_size[0] / size[0])
+            clipped, size = clip(clipped, output_size), output_size
+            nonempty &= has_area(clipped)
+            if isinstance(size[1], Tensor):  # in a trace
+                size = torch.stack(size)
+        return _instances(size, keep[nonempty[keep]], fields | {"pred_boxes": Boxes(clipped)})
 
     def _select_cells(self, outputs: HeadOutputs, levels: Levels) -> _Cells:
         """The cells of all levels that have a class above the threshold.
@@ -194,24 +204,18 @@ class FCOSPostProcessor:
                 quality = outputs.quality_logits[level][:, 0].float().sigmoid()
                 above &= self.score(best.sigmoid(), quality) > self.score_thresh
             image, y, x = above.nonzero(as_tuple=True)
-            ltrb = outputs.ltrb[level][image, :, y, x].float()
+            cells = [image, torch.full_like(image, level), x, y]
+            cells += [class_logits[image, :, y, x], outputs.ltrb[level][image, :, y, x]]
             if outputs.quality_logits is not None:
-                quality = outputs.quality_logits[level][image, 0, y, x].float().sigmoid()
-            elif self.quality == "computed":
-                quality = centerness(ltrb)  # NaN, and no candidate, for a box without extent
-            else:
-                quality = torch.ones_like(ltrb[:, 0])
-            selected.append(
-                _Cells(
-                    image=image,
-                    level=torch.full_like(image, level),
-                    locations=levels.locations(level, x, y),
-                    class_logits=class_logits[image, :, y, x].float(),
-                    ltrb=ltrb,
-                    quality=quality,
-                )
-            )
-        return _Cells(*(torch.cat(tensors) for tensors in zip(*selected, strict=True)))
+                cells.append(outputs.quality_logits[level][image, 0, y, x].float().sigmoid())
+            selected.append(cells)
+        # From here on all levels at once.
+        image, level, x, y, logits, ltrb, *quality = map(torch.cat, zip(*selected, strict=True))
+        if self.quality == "computed":
+            quality = [centerness(ltrb)]  # NaN, and no candidate, for a box without extent
+        elif self.quality == "none":
+            quality = [torch.ones_like(ltrb[:, 0])]
+        return _Cells(image, level, levels.locations(level, x, y), logits.float(), ltrb, *quality)
 
     def score(self, class_probability: Tensor, quality: Tensor) -> Tensor:
         """Scores of candidates, from tensors whose shapes broadcast."""
@@ -231,39 +235,26 @@ class FCOSPostProcessor:
         return math.log(thresh / (1 - thresh))
 
 
-def _instances(
-    image_size: tuple[int, int], fields: dict[str, Tensor | Boxes], index: Tensor
-) -> Instances:
-    return Instances(image_size, **{name: values[index] for name, values in fields.items()})
+def _instances(size: tuple[int, int], index: Tensor | slice, fields: dict) -> Instances:
+    return Instances(size, **{name: values[index] for name, values in fields.items()})
 
 
-def _clip(instances: Instances) -> Instances:
-    """Clip the boxes of one image to it, and leave out those that are empty then."""
-    boxes = instances.pred_boxes.clone()
-    boxes.clip(instances.image_size)
-    fields = instances.get_fields() | {"pred_boxes": boxes}
-    return _instances(instances.image_size, fields, _where(boxes.nonempty()))
+def _entries_of_images(image: Tensor, num_images: int) -> list[slice]:
+    """Where the entries of each image are, sorted by image. For one image no GPU is waited for."""
+    if num_images == 1:
+        return [slice(None)]
+    # Bounds on CPU: a slice with a bound on GPU waits for it.
+    bounds = torch.searchsorted(image, torch.arange(num_images + 1, device=image.device)).cpu()
+    return [slice(begin, end) for begin, end in pairwise(bounds)]
 
 
-def _where(mask: Tensor) -> Tensor:
-    """Indices of the true entries. A mask as an index would be searched for each tensor anew."""
-    return mask.nonzero().squeeze(1)
+def rank_in_groups(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """(C,) indices of the scores by group and best first, and the rank of each there, from 0.
 
-
-def top_k_per_group(scores: Tensor, group: Tensor, num_groups: int, k: int) -> Tensor:
-    """Indices of the k best scores of each group, group by group, best first.
-
-    Args:
-        scores: (C,)
-        group: (C,) int64 in [0, num_groups).
-
-    Returns:
-        indices into ``scores``; of equal scores the first is the better.
+    Of equal scores the first is the better.
     """
     order = scores.argsort(descending=True, stable=True)
     order = order[group[order].argsort(stable=True)]
     group = group[order]
-    group_sizes = torch.bincount(group, minlength=num_groups)
-    group_begin = group_sizes.cumsum(0) - group_sizes
-    rank = torch.ones_like(order).cumsum(0) - 1 - group_begin[group]
-    return order[rank < k]
+    begin = torch.searchsorted(group, group)  # where the group of each entry begins
+    return order, torch.arange(group.shape[0], device=group.device) - begin

@@ -11,10 +11,11 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from .assignment.candidates import Targets, check_classes, make_targets
+from .assignment.location import LocationAssigner
 from .head import FCOSHead, HeadOutputs, select_levels
 from .losses import FCOSLoss
 from .points import Levels, ltrb_to_boxes
-from .target_assignment import LocationAssigner, check_classes, make_targets
 from .validation import check_same, values_of_keys
 
 
@@ -111,11 +112,16 @@ class FCOSProposalGenerator(nn.Module):
             proposals: ``proposal_boxes`` and ``objectness_logits`` of each image, best first.
             losses: those of the detector in training, else none.
         """
-        outputs = self.head([features[f] for f in self.in_features])
-        losses = self._losses(outputs, gt_instances) if self.training else {}
+        maps = [features[f] for f in self.in_features]
+        if not self.training:
+            return self._proposals(self.head(maps), images), {}
+        # Before the head is queued: copying the boxes from a GPU waits for all that is queued.
+        targets = self._targets([tuple(x.shape[-2:]) for x in maps], gt_instances)
+        outputs = self.head(maps)
+        losses = self.loss(outputs, targets.to(maps[0].device))
         return self._proposals(outputs, images), losses
 
-    def _losses(self, outputs: HeadOutputs, gt_instances: list[Instances]) -> dict[str, Tensor]:
+    def _targets(self, shapes: list[tuple[int, int]], gt_instances: list[Instances]) -> Targets:
         # On CPU, and only what the assignment reads; the caller's instances stay as they are.
         instances = [
             Instances(x.image_size, gt_boxes=x.gt_boxes, gt_classes=x.gt_classes).to("cpu")
@@ -125,8 +131,7 @@ class FCOSProposalGenerator(nn.Module):
             for x in instances:
                 x.gt_classes = torch.zeros_like(x.gt_classes)
         check_classes(instances, self.num_classes)
-        targets = make_targets(self.assigner, self.levels, outputs.level_shapes, instances)
-        return self.loss(outputs, targets.to(outputs.ltrb[0].device))
+        return make_targets(self.assigner, self.levels, shapes, instances)
 
     @torch.no_grad()
     def _proposals(self, outputs: HeadOutputs, images: ImageList) -> list[Instances]:

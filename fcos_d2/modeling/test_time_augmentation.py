@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.image_files import read_image
-from .fcos import FCOS, at_output_size
+from .fcos import FCOS
 
 
 class FCOSWithTTA(nn.Module):
@@ -64,16 +64,11 @@ class FCOSWithTTA(nn.Module):
         # common size would change the result.
         for _, same_size in groupby(versions, key=lambda version: version["image"].shape):
             batch = list(same_size)
-            images = self.model.preprocess_image(batch)
-            outputs = self.model.head_outputs(images)
-            found = self.model.post_processor.candidates(
-                outputs, self.model.levels, images.image_sizes
-            )
+            found = self.model.candidates(self.model.preprocess_image(batch))
             for version, candidates in zip(batch, found, strict=True):
                 fields = candidates.get_fields()
                 boxes = fields["pred_boxes"].tensor
                 back = version["transforms"].inverse().apply_box(boxes.cpu().numpy())
                 fields["pred_boxes"] = Boxes(torch.as_tensor(back).to(boxes))
                 candidates_of_all.append(Instances((height, width), **fields))
-        merged = self.model.post_processor.suppress(Instances.cat(candidates_of_all))
-        return at_output_size(merged, image_input)
+        return self.model.detect(Instances.cat(candidates_of_all), image_input)

@@ -12,10 +12,10 @@ from helpers import LEVELS, RANGES, level_shapes, make_instances
 from torch.autograd import gradcheck
 
 from fcos_d2.modeling import FCOSLoss, HeadOutputs, LocationAssigner
+from fcos_d2.modeling.assignment.candidates import Targets, make_targets
 from fcos_d2.modeling.box_losses import box_losses, iou_of_ltrb
 from fcos_d2.modeling.losses import gather
 from fcos_d2.modeling.points import centerness
-from fcos_d2.modeling.target_assignment import Targets, make_targets
 
 NUM_CLASSES = 3
 SIZE = (64, 96)

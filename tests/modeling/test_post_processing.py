@@ -4,13 +4,14 @@ import math
 import pytest
 import torch
 from detectron2.layers import nms
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from helpers import LEVELS, STRIDES, level_locations, level_shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcos_d2.modeling import FCOSPostProcessor, HeadOutputs, Levels
-from fcos_d2.modeling.post_processing import top_k_per_group
+from fcos_d2.modeling.post_processing import rank_in_groups
 
 NUM_CLASSES = 3
 
@@ -131,6 +132,22 @@ def test_clipping_after_nms_by_hand():
     for clip_boxes, count in {"before_nms": 1, "after_nms": 0}.items():
         process = FCOSPostProcessor(clip_boxes=clip_boxes, max_detections_per_image=1)
         assert len(process.suppress(candidates)) == count
+
+
+@pytest.mark.parametrize("clip_boxes", ["before_nms", "after_nms"])
+@pytest.mark.parametrize("output_size", [(96, 128), (301, 77), (5, 9)])
+def test_scaling_equals_detectron2s(clip_boxes, output_size):
+    outputs = make_maps(images=1)
+    outputs.ltrb[0][:, :, ::2] = 0  # boxes without area
+    process = FCOSPostProcessor(clip_boxes=clip_boxes, max_detections_per_image=60)
+    (candidates,) = process.candidates(outputs, LEVELS, [(90, 120)])
+    expected = detector_postprocess(process.suppress(candidates), *output_size)
+    actual = process.suppress(candidates, output_size)
+    assert actual.image_size == expected.image_size == output_size
+    assert torch.equal(actual.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert torch.equal(actual.scores, expected.scores)
+    assert torch.equal(actual.pred_classes, expected.pred_classes)
+    assert len(actual) > 20
 
 
 @pytest.mark.parametrize(
@@ -297,7 +314,7 @@ def test_detections_bring_their_cells_where_asked_for(clip_boxes):
     names = {"pred_boxes", "scores", "pred_classes"}
     for image, (a, b) in enumerate(zip(plain, map(process.suppress, candidates), strict=True)):
         assert set(a.get_fields()) == names
-        cells = {"level", "locations", "ltrb", "class_probability", "quality"}
+        cells = {"level", "rank", "locations", "ltrb", "class_probability", "quality"}
         assert set(b.get_fields()) == names | cells
         assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
         assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_classes, b.pred_classes)
@@ -309,15 +326,22 @@ def test_detections_bring_their_cells_where_asked_for(clip_boxes):
             assert d.class_probability.item() == pytest.approx(p.sigmoid().item())
             assert d.quality.item() == pytest.approx(q[image, 0, y, x].sigmoid().item())
         assert len(b) > 10 and len(b.level.unique()) > 2
-    everything = process.candidates(outputs, LEVELS, [(96, 128)] * 2, topk=10**6)
+    everything = process.candidates(outputs, LEVELS, [(96, 128)] * 2, topk=10**6, with_cells=True)
     assert sum(map(len, everything)) > sum(map(len, candidates))
+    for some, more in zip(candidates, everything, strict=True):
+        best = more[more.rank < 30]
+        assert torch.equal(best.scores, some.scores) and torch.equal(best.level, some.level)
+        assert torch.equal(best.pred_boxes.tensor, some.pred_boxes.tensor)
 
 
 def test_images_are_independent():
-    outputs = make_maps(images=3)
+    outputs = make_maps(images=4)
+    for x in outputs.class_logits:
+        x[1] = x[3] = -99  # nothing in these images
     process = FCOSPostProcessor()
-    together = process(outputs, LEVELS, [(96, 128)] * 3)
-    for i in range(3):
+    together = process(outputs, LEVELS, [(96, 128)] * 4)
+    assert [len(x) > 10 for x in together] == [True, False, True, False]
+    for i in range(4):
         one = HeadOutputs(*([x[i : i + 1] for x in maps] for maps in outputs))
         alone = process(one, LEVELS, [(96, 128)])[0]
         assert torch.equal(alone.pred_boxes.tensor, together[i].pred_boxes.tensor)
@@ -354,13 +378,14 @@ def test_nan_and_infinite_maps_give_no_detection_there():
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5).map(float)), max_size=40),
-    st.integers(0, 6),
 )
-def test_top_k_per_group(pairs, k):
+def test_rank_in_groups(pairs):
     group = torch.tensor([g for g, _ in pairs], dtype=torch.int64)
     scores = torch.tensor([s for _, s in pairs])
-    expected = []
+    expected, ranks = [], []
     for g in range(4):
         mine = [i for i, (other, _) in enumerate(pairs) if other == g]
-        expected += sorted(mine, key=lambda i: -pairs[i][1])[:k]  # sorted() is stable
-    assert top_k_per_group(scores, group, 4, k).tolist() == expected
+        expected += sorted(mine, key=lambda i: -pairs[i][1])  # sorted() is stable
+        ranks += range(len(mine))
+    order, rank = rank_in_groups(scores, group)
+    assert order.tolist() == expected and rank.tolist() == ranks

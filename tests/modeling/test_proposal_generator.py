@@ -103,6 +103,16 @@ def test_ground_truth_of_the_caller_is_left_as_it_is():
     assert batch[0]["instances"].gt_classes.tolist() == [2]
 
 
+def test_targets_are_made_before_the_head_is_queued():
+    model, order = build().train(), []
+    generator = model.proposal_generator
+    assign = generator.assigner
+    generator.assigner = lambda *args: order.append("targets") or assign(*args)
+    generator.head.register_forward_pre_hook(lambda *_: order.append("head"))
+    proposals_of(model, [make_input()])
+    assert order == ["targets", "head"]
+
+
 def test_detections():
     instances = build().eval()([make_input()])[0]["instances"]
     assert instances.has("pred_boxes") and instances.has("scores")

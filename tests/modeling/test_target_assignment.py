@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcos_d2.modeling import Levels, LocationAssigner
-from fcos_d2.modeling.target_assignment import cell_numbers, check_classes, make_targets
+from fcos_d2.modeling.assignment.candidates import cell_numbers, check_classes, make_targets
 
 
 def assign(boxes, radius=0.0, shapes=((4, 4),), strides=(8,), ranges=((0, math.inf),)):
@@ -196,7 +196,7 @@ def test_errors_say_what_is_wrong():
         LocationAssigner([(0, 64)], math.inf)
     with pytest.raises(ValueError, match="must be >= 0, got -1"):
         LocationAssigner([(0, 64)], -1)
-    with pytest.raises(ValueError, match="1 REGRESSION_RANGES for 2 levels"):
+    with pytest.raises(ValueError, match="1 REGRESSION_RANGES for the 2 levels"):
         LocationAssigner([(0, 64)], 1.5)(Levels((8, 16)), [(2, 2), (1, 1)], [torch.zeros(0, 4)])
     boxes = [torch.zeros(0, 4), torch.tensor([[0.0, 0, math.nan, 1]])]
     with pytest.raises(ValueError, match=r"must be finite; not so in .* \[1\]"):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
 from detectron2.layers.batch_norm import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import build_resnet_backbone
@@ -27,7 +27,15 @@ def conv_and_folded(norm, bias, activation=None, groups=1):
     for x, low in ((norm.weight, 0.5), (norm.bias, -1), (norm.running_mean, -1)):
         nn.init.uniform_(x, low, 2)
     nn.init.uniform_(norm.running_var, 0.2, 3)
-    return conv, FoldedConv2d.from_conv(copy.deepcopy(conv))
+    return conv, fold(copy.deepcopy(conv))
+
+
+def fold(conv):
+    """The convolution after :func:`fold_norms` of a block that has it."""
+    block = CNNBlockBase(4, 6, 2)
+    block.conv1 = conv
+    fold_norms(block)
+    return block.conv1
 
 
 def gradients(conv, x):
@@ -103,9 +111,10 @@ def test_folded_only_where_weights_are_fewer_than_activations():
 def test_shares_parameters_and_draws_no_random_numbers():
     conv, _ = conv_and_folded("BN", True)
     state = torch.get_rng_state()
-    folded = FoldedConv2d.from_conv(conv.eval())
+    weight, bias, norm = conv.weight, conv.bias, conv.norm
+    folded = fold(conv.eval())
     assert torch.equal(torch.get_rng_state(), state)
-    assert folded.weight is conv.weight and folded.bias is conv.bias and folded.norm is conv.norm
+    assert folded.weight is weight and folded.bias is bias and folded.norm is norm
     assert not folded.training and repr(folded).startswith("FoldedConv2d(")
 
 

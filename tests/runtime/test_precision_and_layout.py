@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import pairwise_iou
 from helpers import make_input, tiny_cfg
 
-from fcos_d2 import runtime
+from fcos_d2.runtime import Runtime
 
 
 @pytest.fixture
@@ -47,10 +47,11 @@ def detect(model, *batch):
 def test_channels_last_on_cpu_gives_the_same(monkeypatch, logits_of):
     start = trained(tiny_cfg())
     seen, results = [], []
-    for helps in (True, False):
+    for channels_last in (True, False):
         model = copy.deepcopy(start)
         layouts = logits_of(model)
-        monkeypatch.setattr(runtime, "channels_last_helps", lambda device, helps=helps: helps)
+        if not channels_last:
+            monkeypatch.setattr(model.runtime, "run", lambda model, images: model.dense(images))
         detections = detect(model, make_input(), make_input(seed=1))
         model.train().zero_grad()
         losses = model([make_input(), make_input((), ())])
@@ -73,12 +74,16 @@ def test_channels_last_on_cpu_gives_the_same(monkeypatch, logits_of):
         assert (a - gradients2[name]).norm() <= 1e-3 * a.norm(), name
 
 
-def test_channels_last_where(monkeypatch):
-    assert runtime.channels_last_helps("cpu")
-    assert not runtime.channels_last_helps("cuda")
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    assert runtime.channels_last_helps("cuda")
-    assert not runtime.channels_last_helps("mps")
+def test_channels_last_on_cpu_alone():
+    class Identity(torch.nn.Module):
+        def dense(self, images):
+            return images
+
+    images = torch.rand(1, 3, 8, 8)
+    on_cpu = Runtime().run(Identity(), images)
+    assert torch.equal(on_cpu, images) and on_cpu.is_contiguous(memory_format=torch.channels_last)
+    elsewhere = images.to("meta")
+    assert Runtime().run(Identity(), elsewhere) is elsewhere
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])

@@ -1,10 +1,6 @@
-"""Which location learns which box: boxes -> candidates -> positives -> targets.
+"""The rule of the FCOS papers: each location looks at the boxes around it.
 
-Shapes: L levels, M boxes in the batch, C candidates, P positives, K classes.
-
-Candidate: a location and a box that it may learn.
-Positive: a candidate that won its location. All other locations are background.
-Target: what a positive learns.
+Shapes: L levels, M boxes in the batch, C candidates.
 
 Every box proposes the few cells it could own, instead of every cell looking at every box. A box
 can only own cells in a window: within the centre sampling radius, and near enough to its far
@@ -13,92 +9,27 @@ boxes times cells.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.structures import Instances
 from torch import Tensor
 
-from ..runtime import to_device
-from .points import Levels, boxes_to_ltrb
-from .validation import values_of_keys
+from ..points import Levels, boxes_to_ltrb
+from ..validation import values_of_keys
+from .candidates import Candidates, Positives, smallest_wins
 
 # In cells. Rounding must not lose a cell at the edge of a window; the exact test in _may_learn
 # rejects those that the wider window adds.
 _WINDOW_MARGIN = 0.01
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Pairs of a location and a box that it may learn, level by level.
-
-    Attributes:
-        image: (C,) int64 index of the image in the batch.
-        level: (C,) int64 index of the level; 0 is the finest.
-        x, y: (C,) int64 column and row of the cell on its level.
-        gt: (C,) int64 index of the box, into the boxes of all images concatenated.
-        ltrb: (C, 4) float32 distances from the location to the sides of the box, in pixels.
-    """
-
-    image: Tensor
-    level: Tensor
-    x: Tensor
-    y: Tensor
-    gt: Tensor
-    ltrb: Tensor
-
-    def __len__(self) -> int:
-        return len(self.gt)
-
-    def __getitem__(self, mask: Tensor) -> "Candidates":
-        """The candidates that a (C,) bool mask selects."""
-        return Candidates(*(field[mask] for field in vars(self).values()))
-
-
-class Positives(Candidates):
-    """The candidates that won their location: no cell of an image appears twice."""
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Where the positives of a batch are and what they learn, level by level.
-
-    Attributes:
-        image, x, y: (P,) int64 image, column and row of each positive.
-        classes: (P,) int64 in [0, K).
-        ltrb: (P, 4) float32 distances in pixels, all > 0.
-        per_level: number of positives on each level, a list: reading it waits for no GPU.
-    """
-
-    image: Tensor
-    x: Tensor
-    y: Tensor
-    classes: Tensor
-    ltrb: Tensor
-    per_level: list[int]
-
-    def __len__(self) -> int:
-        return len(self.classes)
-
-    def by_level(self) -> Iterator[tuple[Tensor, ...]]:
-        """(image, y, x, classes) of the positives on each level."""
-        fields = (self.image, self.y, self.x, self.classes)
-        return zip(*(field.split(self.per_level) for field in fields), strict=True)
-
-    def to(self, device: torch.device) -> "Targets":
-        tensors = (self.image, self.x, self.y, self.classes, self.ltrb)
-        return Targets(*(to_device(x, device) for x in tensors), self.per_level)
-
-
 class LocationAssigner:
-    """Location-based target assignment (1904.01355, section 3.2; 2006.09214, section 3).
+    """Location-based assignment (1904.01355, section 3.2; 2006.09214, section 3).
 
     A location may learn a box if it is strictly inside, if the largest of its distances to the
     four sides is in the regression range of its level (bounds included), and, with centre
-    sampling, if it is less than ``radius * stride`` from the box centre on both axes. The box with
-    the smallest float32 area wins the location, of equal areas the first box.
+    sampling, if it is less than ``radius * stride`` from the box centre on both axes.
     """
 
     @configurable
@@ -123,13 +54,16 @@ class LocationAssigner:
     def from_config(cls, cfg) -> dict:
         return values_of_keys(cfg, "REGRESSION_RANGES", "CENTER_SAMPLING_RADIUS")
 
-    def check_levels(self, names: Sequence[str]) -> None:
+    def check_levels(self, levels: Sequence) -> None:
         """Raise a ValueError unless there are as many regression ranges as levels."""
-        if len(self.regression_ranges) != len(names):
+        if len(self.regression_ranges) != len(levels):
             raise ValueError(
-                f"{len(self.regression_ranges)} REGRESSION_RANGES for the {len(names)} "
-                f"levels {list(names)}: they must be as many"
+                f"{len(self.regression_ranges)} REGRESSION_RANGES for the {len(levels)} levels "
+                f"{list(levels)}: IN_FEATURES and REGRESSION_RANGES must be as many"
             )
+
+    # Who wins where a location may learn several boxes.
+    resolve = staticmethod(smallest_wins)
 
     def __call__(
         self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
@@ -154,11 +88,8 @@ class LocationAssigner:
             ValueError: if there are not as many levels as regression ranges, or if a box is not
                 finite.
         """
-        if not len(level_shapes) == len(levels) == len(self.regression_ranges):
-            raise ValueError(
-                f"{len(self.regression_ranges)} REGRESSION_RANGES for {len(level_shapes)} levels "
-                f"with {len(levels)} strides: IN_FEATURES and REGRESSION_RANGES must be as many"
-            )
+        self.check_levels(levels.strides)
+        self.check_levels(level_shapes)
         all_boxes = torch.cat(list(boxes)).float()
         device = all_boxes.device
         boxes_per_image = torch.tensor([len(b) for b in boxes], device=device)
@@ -234,29 +165,6 @@ class LocationAssigner:
             accepted &= off_center < self.radius * stride
         return accepted
 
-    @torch.no_grad()
-    def resolve(
-        self,
-        candidates: Candidates,
-        level_shapes: Sequence[tuple[int, int]],
-        boxes: Sequence[Tensor],
-    ) -> Positives:
-        """The positives: for each location, its pair with the smallest box.
-
-        Arguments are as in the call of :meth:`candidates` that returned the candidates.
-        """
-        cell = cell_numbers(candidates, level_shapes, len(boxes))
-        # The smallest area wins, then the lowest box number. As integers, the bits of non-negative
-        # float32 numbers have the order of the numbers, so area and box number make one exact key.
-        all_boxes = torch.cat(list(boxes)).float()
-        size = all_boxes[:, 2:] - all_boxes[:, :2]
-        area = (size[:, 0] * size[:, 1])[candidates.gt]
-        key = (area.view(torch.int32).long() << 32) | candidates.gt
-        num_cells = len(boxes) * sum(height * width for height, width in level_shapes)
-        smallest = torch.full((num_cells,), torch.iinfo(torch.int64).max, device=cell.device)
-        smallest.scatter_reduce_(0, cell, key, reduce="amin")
-        return Positives(**vars(candidates[smallest[cell] == key]))
-
 
 def _check_ranges(ranges: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     try:
@@ -275,50 +183,3 @@ def _check_ranges(ranges: Sequence[tuple[float, float]]) -> list[tuple[float, fl
                 f"got {list(map(list, ranges))}"
             )
     return pairs
-
-
-def cell_numbers(
-    candidates: Candidates, level_shapes: Sequence[tuple[int, int]], num_images: int
-) -> Tensor:
-    """(C,) int64 number of each candidate's cell among those of all levels and images."""
-    device, level = candidates.x.device, candidates.level
-    height, width = torch.tensor(level_shapes, device=device).unbind(dim=1)
-    size = height * width
-    level_begin = num_images * (size.cumsum(0) - size)
-    in_level = candidates.image * size[level] + candidates.y * width[level] + candidates.x
-    return level_begin[level] + in_level
-
-
-def make_targets(
-    assigner: LocationAssigner,
-    levels: Levels,
-    level_shapes: Sequence[tuple[int, int]],
-    instances: Sequence[Instances],
-) -> Targets:
-    """The targets of a batch, on the device of its instances.
-
-    Args:
-        levels, level_shapes: and errors, see :meth:`LocationAssigner.candidates`.
-        instances: of each image, with ``gt_boxes`` and ``gt_classes``.
-    """
-    positives = assigner(levels, level_shapes, [x.gt_boxes.tensor for x in instances])
-    return Targets(
-        image=positives.image,
-        x=positives.x,
-        y=positives.y,
-        classes=torch.cat([x.gt_classes for x in instances])[positives.gt],
-        ltrb=positives.ltrb,
-        per_level=torch.bincount(positives.level, minlength=len(levels)).tolist(),
-    )
-
-
-def check_classes(instances: Sequence[Instances], num_classes: int) -> None:
-    """Raise a ValueError for class numbers outside [0, num_classes)."""
-    for i, x in enumerate(instances):
-        classes = x.gt_classes.tolist()
-        lowest, highest = min(classes, default=0), max(classes, default=0)
-        if lowest < 0 or highest >= num_classes:
-            raise ValueError(
-                f"Image number {i} of the batch has classes from {lowest} to {highest}, but the "
-                f"model has {num_classes}: classes are numbered from 0"
-            )

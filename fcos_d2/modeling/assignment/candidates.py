@@ -1,0 +1,148 @@
+"""Which location learns which box: boxes -> candidates -> positives -> targets.
+
+Shapes: C candidates, P positives, K classes.
+
+Candidate: a location and a box that it may learn. A rule of assignment says which there are.
+Positive: a candidate that won its location. All other locations are background.
+Target: what a positive learns.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+
+from ...runtime import to_device
+from ..points import Levels
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Pairs of a location and a box that it may learn, level by level.
+
+    Attributes:
+        image: (C,) int64 index of the image in the batch.
+        level: (C,) int64 index of the level; 0 is the finest.
+        x, y: (C,) int64 column and row of the cell on its level.
+        gt: (C,) int64 index of the box, into the boxes of all images concatenated.
+        ltrb: (C, 4) float32 distances from the location to the sides of the box, in pixels.
+    """
+
+    image: Tensor
+    level: Tensor
+    x: Tensor
+    y: Tensor
+    gt: Tensor
+    ltrb: Tensor
+
+    def __len__(self) -> int:
+        return len(self.gt)
+
+    def __getitem__(self, mask: Tensor) -> "Candidates":
+        """The candidates that a (C,) bool mask selects."""
+        return Candidates(*(field[mask] for field in vars(self).values()))
+
+
+class Positives(Candidates):
+    """The candidates that won their location: no cell of an image appears twice."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where the positives of a batch are and what they learn, level by level.
+
+    Attributes:
+        image, x, y: (P,) int64 image, column and row of each positive.
+        classes: (P,) int64 in [0, K).
+        ltrb: (P, 4) float32 distances in pixels, all > 0.
+        per_level: number of positives on each level, a list: reading it waits for no GPU.
+    """
+
+    image: Tensor
+    x: Tensor
+    y: Tensor
+    classes: Tensor
+    ltrb: Tensor
+    per_level: list[int]
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def by_level(self) -> Iterator[tuple[Tensor, ...]]:
+        """(image, y, x, classes) of the positives on each level."""
+        fields = (self.image, self.y, self.x, self.classes)
+        return zip(*(field.split(self.per_level) for field in fields), strict=True)
+
+    def to(self, device: torch.device) -> "Targets":
+        tensors = (self.image, self.x, self.y, self.classes, self.ltrb)
+        return Targets(*(to_device(x, device) for x in tensors), self.per_level)
+
+
+@torch.no_grad()
+def smallest_wins(
+    candidates: Candidates, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
+) -> Positives:
+    """The positives: for each location, its pair with the smallest float32 area.
+
+    Of equal areas the first box wins. Arguments are those of the call that gave the candidates.
+    """
+    cell = cell_numbers(candidates, level_shapes, len(boxes))
+    # As integers, the bits of non-negative float32 numbers have the order of the numbers, so area
+    # and box number make one exact key.
+    all_boxes = torch.cat(list(boxes)).float()
+    size = all_boxes[:, 2:] - all_boxes[:, :2]
+    area = (size[:, 0] * size[:, 1])[candidates.gt]
+    key = (area.view(torch.int32).long() << 32) | candidates.gt
+    num_cells = len(boxes) * sum(height * width for height, width in level_shapes)
+    smallest = torch.full((num_cells,), torch.iinfo(torch.int64).max, device=cell.device)
+    smallest.scatter_reduce_(0, cell, key, reduce="amin")
+    return Positives(**vars(candidates[smallest[cell] == key]))
+
+
+def cell_numbers(
+    candidates: Candidates, level_shapes: Sequence[tuple[int, int]], num_images: int
+) -> Tensor:
+    """(C,) int64 number of each candidate's cell among those of all levels and images."""
+    device, level = candidates.x.device, candidates.level
+    height, width = torch.tensor(level_shapes, device=device).unbind(dim=1)
+    size = height * width
+    level_begin = num_images * (size.cumsum(0) - size)
+    in_level = candidates.image * size[level] + candidates.y * width[level] + candidates.x
+    return level_begin[level] + in_level
+
+
+def make_targets(
+    assigner: Callable[..., Positives],
+    levels: Levels,
+    level_shapes: Sequence[tuple[int, int]],
+    instances: Sequence[Instances],
+) -> Targets:
+    """The targets of a batch, on the device of its instances.
+
+    Args:
+        assigner: of levels, level_shapes and the boxes of each image, as LocationAssigner.
+        instances: of each image, with ``gt_boxes`` and ``gt_classes``.
+    """
+    positives = assigner(levels, level_shapes, [x.gt_boxes.tensor for x in instances])
+    return Targets(
+        image=positives.image,
+        x=positives.x,
+        y=positives.y,
+        classes=torch.cat([x.gt_classes for x in instances])[positives.gt],
+        ltrb=positives.ltrb,
+        per_level=torch.bincount(positives.level, minlength=len(levels)).tolist(),
+    )
+
+
+def check_classes(instances: Sequence[Instances], num_classes: int) -> None:
+    """Raise a ValueError for class numbers outside [0, num_classes)."""
+    for i, x in enumerate(instances):
+        classes = x.gt_classes.tolist()
+        lowest, highest = min(classes, default=0), max(classes, default=0)
+        if lowest < 0 or highest >= num_classes:
+            raise ValueError(
+                f"Image number {i} of the batch has classes from {lowest} to {highest}, but the "
+                f"model has {num_classes}: classes are numbered from 0"
+            )
