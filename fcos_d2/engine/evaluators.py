@@ -4,7 +4,7 @@ import logging
 import os
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -51,6 +51,9 @@ def coco_evaluator(
     Args:
         output_folder: for the detections, in place of OUTPUT_DIR/inference.
     """
+    metadata = MetadataCatalog.get(dataset_name)
+    if metadata.get("image_root") is not None and metadata.get("json_file") is None:
+        DatasetCatalog.get(dataset_name)  # a COCO entry of DATASETS.CUSTOM: loading finds its file
     return StoppableCOCOEvaluator(
         dataset_name,
         output_dir=output_folder or inference_folder(cfg, dataset_name),
