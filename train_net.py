@@ -30,7 +30,7 @@ def main(args):
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = Trainer(cfg)
+    trainer = Trainer(cfg, given=args.opts[::2])
     trainer.resume_or_load(resume=args.resume)
     if args.overwrite and not args.resume:
         delete_earlier_run(cfg.OUTPUT_DIR)

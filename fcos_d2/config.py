@@ -27,6 +27,10 @@ def add_fcos_config(cfg: CN) -> None:
     # "auto": bfloat16 on CPU and, for FCOS, on GPUs that have it (Ampere and later), else float16.
     # Detectron2's RoI heads, in R-CNN, round their boxes in bfloat16.
     new.SOLVER.AMP.DTYPE = "auto"
+    # Number of epochs, in place of MAX_ITER: the training is as long, and STEPS, WARMUP_ITERS,
+    # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD follow, for the images that are really trained on. 0
+    # takes these keys as they are; -1 as many epochs as suit the data, as --data does.
+    new.SOLVER.EPOCHS = 0
     new.DATALOADER = CN()
     # What training does with an image or annotations that it cannot use: "raise" an error with the
     # file's name, or "skip" it: take another image, with a warning and a count. Evaluation always

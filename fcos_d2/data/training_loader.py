@@ -121,6 +121,22 @@ class TrainingLoader:
             self._count_skipped(batch)
             yield batch
 
+    @property
+    def images_per_epoch(self) -> float:
+        """Number of images in an epoch. Those that a sampler repeats count as often, on average."""
+        if self.sampler == "RandomSubsetTrainingSampler":
+            return int(len(self.dataset) * self.cfg.DATALOADER.RANDOM_SUBSET_RATIO)
+        factors = self._repeat_factors()
+        return len(self.dataset) if factors is None else factors.sum().item()
+
+    def _repeat_factors(self) -> torch.Tensor | None:
+        if self.sampler != "RepeatFactorTrainingSampler":
+            return None
+        keys = self.cfg.DATALOADER
+        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            self.dataset.records, keys.REPEAT_THRESHOLD, sqrt=keys.REPEAT_SQRT
+        )
+
     def indices(self) -> Iterator[int]:
         """The records in an endless order, over all processes: shuffled epochs in turn.
 
@@ -136,13 +152,7 @@ class TrainingLoader:
             shuffled = torch.randperm(len(records), generator=generator.manual_seed(subset_seed))
             records = shuffled[: int(len(records) * self.cfg.DATALOADER.RANDOM_SUBSET_RATIO)]
             generator.manual_seed(shuffle_seed)
-        factors = None
-        if self.sampler == "RepeatFactorTrainingSampler":
-            factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-                self.dataset.records,
-                self.cfg.DATALOADER.REPEAT_THRESHOLD,
-                sqrt=self.cfg.DATALOADER.REPEAT_SQRT,
-            )
+        factors = self._repeat_factors()
         while True:
             epoch = records
             if factors is not None:  # the fraction is the probability of one more time

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -14,7 +15,13 @@ from ..data import register_custom_datasets
 from ..data.layouts import use_data
 from .evaluators import AUGMENTED
 from .resuming import refuse_earlier_run
-from .schedule import check_steps, follow_max_iter
+from .schedule import (
+    AUTOMATIC,
+    check_epochs,
+    check_steps,
+    follow_batch,
+    follow_max_iter,
+)
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -25,6 +32,19 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         metavar="PATH",
         help="train and test on this data set in place of the config's: a folder in COCO, VOC or "
         "YOLO layout, a COCO annotation file, or a data.yaml. The number of classes follows it",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="train for so many epochs (SOLVER.EPOCHS), with a schedule that fits; with --data, "
+        "as many as suit the number of images if not given",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="images in a batch, over all processes (SOLVER.IMS_PER_BATCH), with a rate that fits",
     )
     parser.add_argument(
         "--overwrite",
@@ -71,8 +91,7 @@ def setup(args) -> CfgNode:
     if not eval_only:
         own = get_cfg()
         own.merge_from_file(args.config_file, allow_unsafe=allow_unsafe)
-        notes.append(follow_max_iter(cfg, own.SOLVER, given))
-        check_steps(cfg.SOLVER)
+        notes += _fit_schedule(cfg, own.SOLVER, args, given)
     cfg.freeze()
     check_local(cfg.OUTPUT_DIR)
     if not eval_only and not getattr(args, "resume", False):
@@ -84,3 +103,37 @@ def setup(args) -> CfgNode:
         logging.getLogger(__name__).info(note)
     register_custom_datasets(cfg)
     return cfg
+
+
+def _fit_schedule(cfg: CfgNode, own: CfgNode, args, given: Sequence[str]) -> list[str]:
+    """Apply --epochs and --batch, and what follows from them and from --data; returns notes.
+
+    Args:
+        cfg: changed in place.
+        own: the section SOLVER of the config file alone.
+        given: the keys that the command line sets.
+
+    Raises:
+        ValueError: for values that cannot be, or that contradict each other.
+    """
+    options = {name: getattr(args, name, None) for name in ("data", "epochs", "batch")}
+    batch, epochs = options["batch"], options["epochs"]
+    if batch is not None:
+        if batch < 1 or "SOLVER.IMS_PER_BATCH" in given:
+            raise ValueError(
+                f"--batch must be at least 1, and not be given beside SOLVER.IMS_PER_BATCH; {batch}"
+            )
+        # The number is that of this run: Detectron2 does not adapt it to the number of processes.
+        cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = batch, 0
+    if epochs is not None:
+        check_epochs(epochs, given)
+        cfg.SOLVER.EPOCHS = epochs
+    elif options["data"] and cfg.SOLVER.EPOCHS == 0 and "SOLVER.MAX_ITER" not in given:
+        cfg.SOLVER.EPOCHS = AUTOMATIC
+    notes = []
+    if any(value is not None for value in options.values()):
+        notes.append(follow_batch(cfg, own, given))
+    if cfg.SOLVER.EPOCHS == 0:  # else the trainer does, which knows the number of images
+        notes.append(follow_max_iter(cfg, own, given))
+        check_steps(cfg.SOLVER)
+    return notes

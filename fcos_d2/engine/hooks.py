@@ -21,6 +21,7 @@ from ..checkpoint import AtomicCheckpointer, read_checkpoint
 from .resuming import metrics_rows
 
 _WAIT_LOGGED_AFTER = 60.0  # seconds
+_EPOCH_LOGGED_EVERY = 20  # iterations, where epochs are shorter
 
 
 class EvalHook(hooks.EvalHook):
@@ -123,6 +124,26 @@ class GatherMetrics(HookBase):
         is_due = any(done % period == 0 for period in self._periods)
         if is_due or done == self.trainer.max_iter:
             self.trainer.gather_metrics()
+
+
+class EpochLog(HookBase):
+    """Counts epochs beside iterations: as the metric "epoch", and in the log when one ends."""
+
+    def __init__(self, iterations: float):
+        """
+        Args:
+            iterations: in an epoch.
+        """
+        self._iterations, self._said = iterations, 0
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        epochs = done / self._iterations
+        self.trainer.storage.put_scalar("epoch", epochs, smoothing_hint=False)
+        ends = int(epochs) > int((done - 1) / self._iterations)
+        if ends and done - self._said >= _EPOCH_LOGGED_EVERY:
+            self._said, last = done, self.trainer.max_iter / self._iterations
+            logging.getLogger(__name__).info(f"Epoch {int(epochs)} of {last:.3g} is done")
 
 
 class AverageBatchNormStatistics(HookBase):

@@ -1,8 +1,109 @@
-"""A schedule that fits the length of the training."""
+"""A schedule that fits the data, the batch and the length of the training.
 
-from collections.abc import Collection
+What is derived is said with what it was derived from. Keys that the command line sets stay as they
+are.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from operator import attrgetter
 
 from detectron2.config import CfgNode
+from tabulate import tabulate
+
+# A value of SOLVER.EPOCHS: as many as suit the number of images, from _EPOCHS up. A short training
+# takes at least _LEAST_ITERATIONS, a long one at most the config's own MAX_ITER.
+AUTOMATIC = -1
+_EPOCHS, _LEAST_ITERATIONS = 50, 2000
+_LEAST_PERIOD = 250  # iterations between two evaluations, and two checkpoints
+_MOST_ITERATIONS = 10**8
+
+Row = tuple[str, object, str]  # a key of the config, its value, and what that was derived from
+
+
+def follow_batch(cfg: CfgNode, own_solver: CfgNode, given: Collection[str]) -> str:
+    """Scale SOLVER.BASE_LR, which is that of the config's own batch, with another batch.
+
+    Returns:
+        what has changed, as a sentence; "" for nothing.
+    """
+    own, batch = own_solver.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
+    if batch == own or "SOLVER.BASE_LR" in given:
+        return ""
+    cfg.SOLVER.BASE_LR = own_solver.BASE_LR * batch / own
+    rates = f"{own_solver.BASE_LR:g} -> {cfg.SOLVER.BASE_LR:g}"
+    return f"SOLVER.IMS_PER_BATCH {own} -> {batch} scales SOLVER.BASE_LR {rates}"
+
+
+def follow_epochs(cfg: CfgNode, images: float, given: Collection[str]) -> list[Row]:
+    """Set the schedule that SOLVER.EPOCHS asks for. The config's own one gives the proportions.
+
+    Args:
+        cfg: changed in place.
+        images: in an epoch, of those that are trained on.
+        given: the keys that the command line sets.
+
+    Raises:
+        ValueError: for a number that cannot be, and together with SOLVER.MAX_ITER.
+    """
+    solver, epochs = cfg.SOLVER, cfg.SOLVER.EPOCHS
+    check_epochs(epochs, given)
+    own_end, own_steps, own_warmup = solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS
+    per_epoch = images / solver.IMS_PER_BATCH
+    of_images = f"{images:g} images, {solver.IMS_PER_BATCH} a batch"
+    if epochs == AUTOMATIC:
+        end = min(max(round(_EPOCHS * per_epoch), _LEAST_ITERATIONS), own_end)
+        reason = (
+            f"{end / per_epoch:.3g} epochs of {of_images}: {_EPOCHS}, but at least "
+            f"{_LEAST_ITERATIONS} iterations, and at most {own_end}; --epochs N for another number"
+        )
+    else:
+        end = max(1, round(epochs * per_epoch))
+        reason = f"{epochs} epochs of {of_images}"
+    if end > _MOST_ITERATIONS:
+        raise ValueError(f"SOLVER.EPOCHS {epochs} makes {end} iterations: choose a smaller number")
+    steps = tuple(sorted({step * end // own_end for step in own_steps} - {0}))
+    shares = ", ".join(f"{step / own_end:.3f}" for step in own_steps)
+    # Whole epochs.
+    period = max(1, round(per_epoch * math.ceil(_LEAST_PERIOD / per_epoch)))
+    of_period = f"{period / per_epoch:.3g} epoch(s)"
+    wanted = {
+        "SOLVER.MAX_ITER": (end, reason),
+        "SOLVER.STEPS": (steps, f"after {shares} of the run, as the config's own"),
+        "SOLVER.WARMUP_ITERS": (
+            min(own_warmup, end // 10),
+            f"the config's {own_warmup}, at most a tenth of the run",
+        ),
+        "SOLVER.CHECKPOINT_PERIOD": (period, of_period),
+        "TEST.EVAL_PERIOD": (period, of_period),
+    }
+    return [_derived(cfg, given, key, *value) for key, value in wanted.items()]
+
+
+def check_epochs(epochs: int, given: Collection[str]) -> None:
+    """Raise a ValueError for a value of SOLVER.EPOCHS that cannot be."""
+    if epochs < 1 and epochs != AUTOMATIC:
+        raise ValueError(
+            f"SOLVER.EPOCHS (--epochs) must be at least 1, got {epochs}; 0 in a config takes "
+            "SOLVER.MAX_ITER, and -1 as many as suit the data"
+        )
+    if "SOLVER.MAX_ITER" in given:
+        raise ValueError(
+            f"SOLVER.EPOCHS is {epochs}, and the command line sets SOLVER.MAX_ITER, too: give one "
+            "of them"
+        )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text for the log."""
+    return tabulate(rows, ("key", "value", "from"), disable_numparse=True)
+
+
+def _derived(cfg: CfgNode, given: Collection[str], key: str, value: object, reason: str) -> Row:
+    if key in given:
+        return key, attrgetter(key)(cfg), "given"
+    cfg.merge_from_list([key, value])
+    return key, value, reason
 
 
 def follow_max_iter(cfg: CfgNode, own_solver: CfgNode, given: Collection[str]) -> str:

@@ -3,6 +3,7 @@
 import logging
 import os
 import weakref
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from functools import partial
 
@@ -33,12 +34,14 @@ from .evaluators import build_evaluator, deciding_metric, evaluate_with_augmenta
 from .hooks import (
     AverageBatchNormStatistics,
     BestCheckpointer,
+    EpochLog,
     EvalHook,
     GatherMetrics,
     WaitingLog,
 )
 from .processes import distribute
 from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from, settings_kept
+from .schedule import check_steps, follow_epochs, table
 from .step_trainer import StepTrainer, amp_dtype
 from .stopping import StopOnSignal, Stopped, stop_signals
 
@@ -50,7 +53,12 @@ class Trainer(DefaultTrainer):
     checkpoint.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, given: Collection[str] = ()):
+        """
+        Args:
+            cfg: of the run. Where SOLVER.EPOCHS is set, ``self.cfg`` has the schedule for them.
+            given: keys that were set by hand, which SOLVER.EPOCHS leaves as they are.
+        """
         # Follows DefaultTrainer.__init__ of Detectron2's commit 02b5c4e, with another checkpointer
         # and AMP on every device. Calling that one fails for DDP on CPU, to which it passes a GPU.
         TrainerBase.__init__(self)
@@ -66,6 +74,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        cfg = self._with_schedule(cfg, data_loader, given)
         model = distribute(model, cfg.MODEL.DEVICE)
         dtype = amp_dtype(cfg) if cfg.SOLVER.AMP.ENABLED else None
         self._trainer = StepTrainer(model, data_loader, optimizer, cfg.MODEL.DEVICE, dtype)
@@ -78,6 +87,21 @@ class Trainer(DefaultTrainer):
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._writers: list[events.EventWriter] = []  # PeriodicWriter has it, train() fills it
         self.register_hooks(self.build_hooks())
+
+    def _with_schedule(
+        self, cfg: CfgNode, data_loader: Iterable, given: Collection[str]
+    ) -> CfgNode:
+        if cfg.SOLVER.EPOCHS == 0:
+            return cfg
+        if not isinstance(data_loader, TrainingLoader):
+            raise ValueError("SOLVER.EPOCHS needs a TrainingLoader: set SOLVER.MAX_ITER instead")
+        cfg = cfg.clone()
+        cfg.defrost()
+        rows = follow_epochs(cfg, data_loader.images_per_epoch, given)
+        check_steps(cfg.SOLVER)
+        cfg.freeze()
+        logging.getLogger(__name__).info(f"The schedule follows the data:\n{table(rows)}")
+        return cfg
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint of OUTPUT_DIR if asked to and there is one, else MODEL.WEIGHTS.
@@ -172,11 +196,13 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """All hooks, in the order in which they run."""
         cfg, period, is_main = self.cfg, self.cfg.TEST.EVAL_PERIOD, comm.is_main_process()
+        images = getattr(self.data_loader, "images_per_epoch", 0)  # a loader of others has no epoch
         has_test_sets, metric = len(cfg.DATASETS.TEST) > 0, deciding_metric(cfg)
         in_order = [
             WaitingLog(),
             hooks.IterationTimer(),
             hooks.LRScheduler(),
+            images and EpochLog(images / cfg.SOLVER.IMS_PER_BATCH),
             self._precise_bn(),
             AverageBatchNormStatistics(),
             GatherMetrics(20, cfg.SOLVER.CHECKPOINT_PERIOD, period),

@@ -99,6 +99,7 @@ def test_repeats_rare_images_as_detectron2_does(cfg):
     factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(records, 0.9)
     theirs = iter(RepeatFactorTrainingSampler(factors, seed=cfg.SEED))
     expected = [file_of(records[i]) for i in itertools.islice(theirs, 400)]
+    assert TrainingLoader(cfg, dict).images_per_epoch == pytest.approx(factors.sum().item())
     assert list(itertools.chain(*names(cfg, 100))) == expected
 
 

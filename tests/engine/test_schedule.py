@@ -1,6 +1,8 @@
 """What train_net.py makes of the length of a training."""
 
 import logging
+import re
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import pytest
 
 from fcos_d2 import model_zoo
 from fcos_d2.engine import arguments, setup
+from fcos_d2.engine.schedule import AUTOMATIC, follow_epochs, table
 
 COCO = model_zoo.get_config_file("COCO-Detection/fcos_R_50_FPN_1x.yaml")
 CONFIGS = sorted(Path(COCO).parents[1].rglob("*.yaml"))
@@ -75,7 +78,84 @@ def test_an_evaluation_has_no_schedule(solver):
 
 def test_data_of_your_own_with_a_coco_config(solver, shapes_folder):
     data = str(shapes_folder / "shapes")
-    assert schedule(solver("SOLVER.MAX_ITER", 300, data=data)) == ((200, 266), 300, 3)
+    found = solver("SOLVER.MAX_ITER", 300, data=data)
+    assert schedule(found) == ((200, 266), 300, 3)
+    assert found.EPOCHS == 0
+    assert solver(data=data).EPOCHS == AUTOMATIC
+    assert solver(data=data, epochs=3).EPOCHS == 3
+
+
+def test_the_rate_follows_the_batch(solver, caplog):
+    logging.getLogger("fcos_d2").propagate = True
+    caplog.set_level(logging.INFO, logger="fcos_d2")
+    found = solver("SOLVER.REFERENCE_WORLD_SIZE", 8, batch=4)
+    # 0.01 is for 16 images.
+    assert (found.IMS_PER_BATCH, found.BASE_LR) == (4, 0.0025)
+    assert found.REFERENCE_WORLD_SIZE == 0  # else the trainer would scale once more
+    assert "SOLVER.IMS_PER_BATCH 16 -> 4 scales SOLVER.BASE_LR 0.01 -> 0.0025" in caplog.messages
+    assert solver("SOLVER.IMS_PER_BATCH", 4, epochs=2).BASE_LR == 0.0025
+    assert solver("SOLVER.IMS_PER_BATCH", 4).BASE_LR == 0.01  # as in Detectron2
+    assert solver("SOLVER.BASE_LR", 0.5, batch=4).BASE_LR == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "opts", "message"),
+    [
+        ({"epochs": 0}, (), r"EPOCHS .* must be at least 1, got 0"),
+        ({"epochs": -2}, (), "got -2"),
+        ({"epochs": 5}, ("SOLVER.MAX_ITER", 300), "give one of them"),
+        ({"batch": 0}, (), "--batch must be at least 1"),
+        ({"batch": 4}, ("SOLVER.IMS_PER_BATCH", 8), "not be given beside"),
+    ],
+)
+def test_options_that_cannot_be(solver, options, opts, message):
+    with pytest.raises(ValueError, match=message):
+        solver(*opts, **options)
+
+
+def epochs(number, images, *opts, given=()):
+    """The derived keys, with COCO's schedule of 1x."""
+    cfg = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.yaml")
+    cfg.merge_from_list(["SOLVER.EPOCHS", number, *opts])
+    rows = follow_epochs(cfg, images, given or opts[::2])
+    periods = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
+    assert all(attrgetter(key)(cfg) == value for key, value, _ in rows)
+    return *schedule(cfg.SOLVER), *periods, table(rows)
+
+
+def test_the_schedule_follows_the_epochs():
+    # 50 epochs of 160 images in batches of 16 are 500 iterations; 2/3 and 8/9 of them are 333 and
+    # 444. 10 iterations are an epoch, and 25 epochs are evaluated together.
+    *found, text = epochs(50, 160)
+    assert found == [(333, 444), 500, 50, 250, 250]
+    assert "50 epochs of 160 images, 16 a batch" in text
+    assert "after 0.667, 0.889 of the run" in text
+    # 3125 iterations an epoch: each is evaluated, and the warm-up is the config's own.
+    assert epochs(4, 50_000)[:-1] == ((8333, 11111), 12500, 1000, 3125, 3125)
+    # One image and a tiny run.
+    assert epochs(1, 1)[:-1] == ((), 1, 0, 250, 250)
+    *found, text = epochs(50, 160, "SOLVER.STEPS", (100,), "TEST.EVAL_PERIOD", 7)
+    assert found == [(100,), 500, 50, 250, 7]
+    assert re.search(r"SOLVER\.STEPS +\(100,\) +given", text)
+
+
+@pytest.mark.parametrize(
+    ("images", "iterations"),
+    [
+        (160, 2000),  # 50 epochs are 500
+        (6400, 20_000),
+        (50_000, 90_000),  # 50 epochs are 156,250, but the config has 90,000
+    ],
+)
+def test_the_number_of_epochs_follows_the_data(images, iterations):
+    found = epochs(AUTOMATIC, images)
+    assert found[1] == iterations
+    assert f"{iterations * 16 / images:.3g} epochs of {images} images" in found[-1]
+
+
+def test_too_many_epochs():
+    with pytest.raises(ValueError, match=r"EPOCHS 1000000000 makes .* choose a smaller"):
+        epochs(10**9, 160)
 
 
 @pytest.mark.parametrize("steps", ["(200, 300)", "(400,)", "(200, 100)", "(100, 100)", "(0, 100)"])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
@@ -98,6 +99,22 @@ def test_best_checkpoint_hook_comes_right_after_evaluation(cfg):
     built = Trainer(cfg)._hooks
     (evaluation,) = (i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
     assert isinstance(built[evaluation + 1], BestCheckpointer)
+
+
+def test_the_schedule_follows_the_images_that_are_trained_on(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda *args: {"bbox": {"AP": 1.0}}))
+    cfg.SOLVER.EPOCHS, cfg.SOLVER.IMS_PER_BATCH = 2, 2
+    cfg.DATALOADER.SAMPLER_TRAIN = "RandomSubsetTrainingSampler"
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.01  # 5 of the 542 images that have boxes
+    trainer = Trainer(cfg, given=["TEST.EVAL_PERIOD"])
+    assert trainer.max_iter == 5  # 2 times 5 images, 2 a batch
+    trainer.train()
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (written["SOLVER"]["MAX_ITER"], written["SOLVER"]["EPOCHS"]) == (5, 2)
+    assert written["TEST"]["EVAL_PERIOD"] == cfg.TEST.EVAL_PERIOD
+    assert torch.load(tmp_path / "model_final.pth")["iteration"] == 4
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").open()]
+    assert [row["epoch"] for row in rows if "total_loss" in row] == [2.0]
 
 
 def test_evaluates_by_the_type_of_the_data_set(cfg, tmp_path):
