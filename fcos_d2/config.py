@@ -23,6 +23,11 @@ def add_fcos_config(cfg: CN) -> None:
     new = CN()
     new.MODEL = CN({"FCOS": _fcos_defaults(), "TIMM": _timm_defaults()})
     new.SOLVER = CN({"AMP": {}})
+    # Parts that each process splits its images of a step into, for batches that do not fit into
+    # memory at once. They run one after the other, with one step of the optimizer. IMS_PER_BATCH
+    # stays the number of images of a step, over all processes and parts. FCOS learns as from one
+    # batch; other models learn from the mean of the losses of the parts. 1: Detectron2's own way.
+    new.SOLVER.ACCUMULATE = 1
     # The type that SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling), "bfloat16", or
     # "auto": bfloat16 on CPU and, for FCOS, on GPUs that have it (Ampere and later), else float16.
     # Detectron2's RoI heads, in R-CNN, round their boxes in bfloat16.

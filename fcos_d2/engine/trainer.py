@@ -39,7 +39,7 @@ from .hooks import (
 )
 from .processes import distribute
 from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from, settings_kept
-from .step_trainer import StepTrainer, amp_dtype
+from .step_trainer import StepTrainer, amp_dtype, check_accumulation
 from .stopping import StopOnSignal, Stopped, stop_signals
 
 
@@ -68,7 +68,11 @@ class Trainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         model = distribute(model, cfg.MODEL.DEVICE)
         dtype = amp_dtype(cfg) if cfg.SOLVER.AMP.ENABLED else None
-        self._trainer = StepTrainer(model, data_loader, optimizer, cfg.MODEL.DEVICE, dtype)
+        accumulate = cfg.SOLVER.ACCUMULATE
+        check_accumulation(accumulate, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
+        self._trainer = StepTrainer(
+            model, data_loader, optimizer, cfg.MODEL.DEVICE, dtype, accumulate
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0

@@ -11,10 +11,10 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
-from ..runtime import Runtime
+from ..runtime import Runtime, to_device
 from .head import FCOSHead, HeadOutputs, select_levels
 from .images import checked_images
-from .losses import FCOSLoss
+from .losses import FCOSLoss, Normalizers
 from .points import Levels
 from .post_processing import FCOSPostProcessor
 from .target_assignment import LocationAssigner, Targets, check_classes, make_targets
@@ -100,8 +100,13 @@ class FCOS(DenseDetector):
             "runtime": Runtime(precision_test=fcos.PRECISION_TEST, compile=fcos.COMPILE),
         }
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(
+        self, batched_inputs: list[dict], normalizers: Normalizers | None = None
+    ) -> dict[str, Tensor] | list[dict]:
         """Losses in training, else the ``instances`` of each image, as every Detectron2 detector.
+
+        Args:
+            normalizers: in training on a part of a batch, from :meth:`loss_normalizers`.
 
         Raises:
             ValueError: for an image on CPU with NaN or infinity; in training also for missing
@@ -114,11 +119,33 @@ class FCOS(DenseDetector):
             outputs = self.head_outputs(images)
             targets = make_targets(self.assigner, self.levels, outputs.level_shapes, instances)
             self._log_training(batched_inputs, images, outputs, targets)
-            return self.loss(outputs, targets.to(self.device))
+            return self.loss(outputs, targets.to(self.device), normalizers)
         images = self.preprocess_image(batched_inputs)
         detections = self._detect(self.head_outputs(images), images)
         pairs = zip(detections, batched_inputs, strict=True)
         return [{"instances": at_output_size(found, x)} for found, x in pairs]
+
+    def loss_normalizers(self, parts: Sequence[list[dict]]) -> Normalizers:
+        """What the losses of each part of this process's images are divided by.
+
+        With it, the mean of the losses of all parts is the loss of one large batch. All processes
+        must call it together, once a step. For errors see :meth:`forward`.
+
+        Args:
+            parts: training inputs, as for as many calls of :meth:`forward`.
+        """
+        ltrb = []
+        for part in parts:
+            # Padded as by preprocess_image, without pixels.
+            padded = ImageList.from_tensors(
+                [torch.empty_like(x["image"], device="meta") for x in part],
+                self.backbone.size_divisibility,
+                padding_constraints=self.backbone.padding_constraints,
+            )
+            shapes = self.levels.shapes(*padded.tensor.shape[-2:])
+            instances = self.ground_truth(part)
+            ltrb.append(make_targets(self.assigner, self.levels, shapes, instances).ltrb)
+        return self.loss.normalizers(to_device(torch.cat(ltrb), self.device), len(parts))
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Check, normalise, pad and batch the images."""
