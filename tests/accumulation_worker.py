@@ -7,6 +7,7 @@ from detectron2.utils.events import EventStorage
 from helpers import LIGHT, make_input, tiny_cfg
 
 from fcos_d2.engine import distribute
+from fcos_d2.engine.averaging import WeightAverage
 from fcos_d2.engine.step_trainer import StepTrainer
 
 ONE = (((10.0, 8.0, 50.0, 40.0),), (1,))
@@ -17,7 +18,7 @@ CASES = [(ONE, TWO, NONE, ONE), (NONE, NONE, TWO, TWO), (NONE, NONE, NONE, NONE)
 
 
 def step(fcos_keys, accumulate, out):
-    """Losses, gradients and the moving average of the positives after each step on all images."""
+    """Losses, gradients and moving averages after each step on all images."""
     cfg = tiny_cfg(**fcos_keys)
     cfg.merge_from_list(LIGHT)
     cfg.MODEL.RESNETS.NORM = "FrozenBN"  # batch statistics would differ with the part
@@ -27,6 +28,7 @@ def step(fcos_keys, accumulate, out):
     model = build_model(cfg).train()
     world, rank = comm.get_world_size(), comm.get_rank()
     ddp = distribute(model, cfg.MODEL.DEVICE)
+    average = WeightAverage(model, decay=0.9)
     reductions = []
     if world > 1:
         ddp.register_comm_hook(reductions, count_and_reduce)
@@ -44,10 +46,12 @@ def step(fcos_keys, accumulate, out):
             gradients = {n: p.grad.clone().cpu() for n, p in model.named_parameters()}
             losses = {k: x for k, (x, _) in storage.latest().items() if "loss" in k}
             losses = {k: x for k, x in losses.items() if not k.startswith("fcos/")}
-            average = model.loss.state_dict().get("ema_num_positives", torch.tensor(0.0)).item()
+            average.update_parameters(model)
+            state = {k: x.clone().cpu() for k, x in average.module.state_dict().items()}
+            num_positives = model.loss.state_dict().get("ema_num_positives", torch.tensor(0.0))
             results.append(
-                {"losses": losses, "gradients": gradients, "average": average}
-                | {"reductions": len(reductions)}
+                {"losses": losses, "gradients": gradients, "averaged weights": state}
+                | {"average of positives": num_positives.item(), "reductions": len(reductions)}
             )
     if rank == 0:
         torch.save(results, out)

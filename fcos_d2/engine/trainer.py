@@ -29,6 +29,7 @@ from ..data import (
 from ..data.training_loader import check_proposal_files, seed_all
 from ..data.workers import ignore_stop_signals
 from ..modeling.backbone import check_random_start
+from .averaging import AverageWeights, build_average, split_checkpoint
 from .evaluators import build_evaluator, deciding_metric, evaluate_with_augmentation
 from .hooks import (
     AverageBatchNormStatistics,
@@ -75,6 +76,9 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.average = build_average(cfg, self.checkpointer.model)  # which is not under DDP
+        if self.average is not None:
+            self.checkpointer.weights = self.average.checkpoint
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -94,23 +98,26 @@ class Trainer(DefaultTrainer):
                 from; see :func:`check_resumable` and :func:`checkpoint_to_resume`. For random
                 weights in parts of the backbone that do not learn.
         """
+        averaged = None
         found = checkpoint_to_resume(self.checkpointer, self.cfg) if resume else None
         if found is None:
             if not self.cfg.MODEL.WEIGHTS:
                 check_random_start(self.checkpointer.model)
             self.checkpointer.classes_of_data = class_names(self.cfg)
             self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
-            return
-        file, checkpoint = found
-        check_resumable(
-            checkpoint, with_class_names(self.cfg), self.checkpointer.model, self.optimizer
-        )
-        if self.cfg.SEED < 0 and checkpoint.get("seed") is not None:
-            self.seed = checkpoint["seed"]
-        del found, checkpoint
-        with settings_kept(self.optimizer, self.scheduler):
-            self.checkpointer.load(file)
-        self.start_iter = self.iter + 1
+        else:
+            file, checkpoint = found
+            cfg, model = with_class_names(self.cfg), self.checkpointer.model
+            check_resumable(checkpoint, cfg, model, self.optimizer)
+            if self.cfg.SEED < 0 and checkpoint.get("seed") is not None:
+                self.seed = checkpoint["seed"]
+            averaged = split_checkpoint(checkpoint, goes_on=self.average is not None)
+            del found, checkpoint
+            with settings_kept(self.optimizer, self.scheduler):
+                self.checkpointer.load(file)
+            self.start_iter = self.iter + 1
+        if self.average is not None:
+            self.average.start(self.checkpointer.model, averaged)
 
     def train(self) -> dict | None:
         """Train; returns the results of the last evaluation.
@@ -183,13 +190,14 @@ class Trainer(DefaultTrainer):
             hooks.LRScheduler(),
             self._precise_bn(),
             AverageBatchNormStatistics(),
+            self.average and AverageWeights(self.average, self.checkpointer.model),
             GatherMetrics(20, cfg.SOLVER.CHECKPOINT_PERIOD, period),
             is_main and hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             EvalHook(period, self._evaluate, metric),
             is_main and has_test_sets and BestCheckpointer(period, self.checkpointer, metric),
             # With test-time augmentation at the end only: period 0.
             cfg.TEST.AUG.ENABLED
-            and hooks.EvalHook(0, partial(self.test_with_TTA, cfg, self.model)),
+            and hooks.EvalHook(0, partial(self.test_with_TTA, cfg, self.evaluated_model)),
             hooks.PeriodicWriter(self._writers, period=20),
             StopOnSignal(),
         ]
@@ -205,8 +213,13 @@ class Trainer(DefaultTrainer):
         loader, number = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, number)
 
+    @property
+    def evaluated_model(self) -> torch.nn.Module:
+        """What is evaluated and kept: with ``SOLVER.EMA`` the average of the weights."""
+        return self.model if self.average is None else self.average.module
+
     def _evaluate(self) -> dict:
-        self._last_eval_results = self.test(self.cfg, self.model)
+        self._last_eval_results = self.test(self.cfg, self.evaluated_model)
         return self._last_eval_results
 
     def build_writers(self) -> list[events.EventWriter]:

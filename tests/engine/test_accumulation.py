@@ -22,11 +22,13 @@ KEYS = {
 def assert_same_steps(steps, others):
     for i, (ours, theirs) in enumerate(zip(steps, others, strict=True)):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4, abs=1e-7), i
-        for name, gradient in theirs["gradients"].items():
-            torch.testing.assert_close(
-                ours["gradients"][name], gradient, rtol=1e-3, atol=1e-6, msg=f"{i} {name}"
-            )
-        assert ours["average"] == pytest.approx(theirs["average"], rel=1e-6), i
+        for what in ("gradients", "averaged weights"):
+            for name, value in theirs[what].items():
+                torch.testing.assert_close(
+                    ours[what][name], value, rtol=1e-3, atol=1e-6, msg=f"{i} {what} {name}"
+                )
+        what = "average of positives"
+        assert ours[what] == pytest.approx(theirs[what], rel=1e-6), i
 
 
 @pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
