@@ -38,6 +38,7 @@ from .hooks import (
     GatherMetrics,
     WaitingLog,
 )
+from .optimizer import build_optimizer
 from .processes import distribute
 from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from, settings_kept
 from .step_trainer import StepTrainer, amp_dtype, check_accumulation
@@ -256,5 +257,6 @@ class Trainer(DefaultTrainer):
         check_num_classes(cfg, dataset_name)
         return loader
 
+    build_optimizer = staticmethod(build_optimizer)
     build_evaluator = staticmethod(build_evaluator)
     test_with_TTA = classmethod(evaluate_with_augmentation)

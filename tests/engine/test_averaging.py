@@ -26,7 +26,7 @@ def no_evaluation(monkeypatch):
 
 
 def test_the_average_is_that_of_its_definition():
-    """After the first step the weights, then min(decay, (1 + n) / (10 + n)) of the average stays."""
+    """The weights after one step; then min(decay, (1 + n) / (10 + n)) of the average stays."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     average = WeightAverage(model, decay=0.25)
     expected = None
