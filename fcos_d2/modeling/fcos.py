@@ -129,7 +129,8 @@ class FCOS(DenseDetector):
         """What the losses of each part of this process's images are divided by.
 
         With it, the mean of the losses of all parts is the loss of one large batch. All processes
-        must call it together, once a step. For errors see :meth:`forward`.
+        must call it together, once a step. It runs before the backbone, so neither the assignment
+        nor the weights of the losses may read predictions. For errors see :meth:`forward`.
 
         Args:
             parts: training inputs, as for as many calls of :meth:`forward`.
