@@ -22,7 +22,24 @@ def add_fcos_config(cfg: CN) -> None:
     """
     new = CN()
     new.MODEL = CN({"FCOS": _fcos_defaults(), "TIMM": _timm_defaults()})
-    new.SOLVER = CN({"AMP": {}})
+    new.SOLVER = CN({"AMP": {}, "EMA": {}})
+    # Parts that each process splits its images of a step into, for batches that do not fit into
+    # memory at once. They run one after the other, with one step of the optimizer. IMS_PER_BATCH
+    # stays the number of images of a step, over all processes and parts. FCOS learns as from one
+    # batch; other models learn from the mean of the losses of the parts. 1: Detectron2's own way.
+    new.SOLVER.ACCUMULATE = 1
+    # Moving average of the weights: 0 for none, else how much of it stays in each step, for example
+    # 0.9998 for the 90000 steps of the recipes, 0.999 for a few thousand. The average is then what
+    # is evaluated, kept as best and written as "model". The papers of FCOS use none.
+    new.SOLVER.EMA.DECAY = 0.0
+    # "SGD" (Detectron2's, and the papers') or "AdamW", as for ConvNeXt. AdamW needs values of its
+    # own: BASE_LR 0.0001 for 16 images, WEIGHT_DECAY 0.05 and WEIGHT_DECAY_BIAS 0.0 are those of
+    # ConvNeXt (2201.03545). A BASE_LR that is one for SGD is an error.
+    new.SOLVER.OPTIMIZER = "SGD"
+    # The last stage of the backbone learns at this times the rate of what follows it (FPN, head),
+    # and each stage before at this times the rate of the next: for weights that were pretrained
+    # well. 1.0: one rate, as in Detectron2. ConvNeXt's authors tried 0.7 to 0.95, on finer layers.
+    new.SOLVER.LAYER_DECAY = 1.0
     # The type that SOLVER.AMP.ENABLED computes in: "float16" (with loss scaling), "bfloat16", or
     # "auto": bfloat16 on CPU and, for FCOS, on GPUs that have it (Ampere and later), else float16.
     # Detectron2's RoI heads, in R-CNN, round their boxes in bfloat16.

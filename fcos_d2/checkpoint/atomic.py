@@ -4,11 +4,12 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import nn
+from torch import Tensor, nn
 
 from .reading import read_checkpoint
 from .writing import check_local, replacing
@@ -30,6 +31,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         check_local(save_dir)
         super().__init__(model, save_dir, **kwargs)
         self.description: dict[str, Any] = {}  # plain data that every checkpoint carries
+        # From the state of the model to the parts of a checkpoint that hold its weights.
+        self.weights: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda state: {"model": state}
         self._content: dict[str, dict[str, Any]] = {}  # of the file that was read last
         self.missing: list[str] = []  # names that the last file lacks, or has in another shape
         # Of the last file; None if it does not say them.
@@ -43,7 +46,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: x.state_dict() for key, x in self.checkpointables.items()}
-        data = {"model": self.model.state_dict(), **states, **self.description, **kwargs}
+        weights = self.weights(self.model.state_dict())
+        data = {**weights, **states, **self.description, **kwargs}
         file = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {file}")
         with replacing(file) as f:

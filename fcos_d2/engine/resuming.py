@@ -15,6 +15,7 @@ from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 
 from ..checkpoint import AtomicCheckpointer, replacing
+from ..config import get_cfg
 
 # Keys and sections that do not influence the weights that a training ends with.
 _WITHOUT_INFLUENCE = (
@@ -110,12 +111,14 @@ def check_resumable(
 
     Raises:
         ValueError: for a file of weights alone, for parameters of other names or shapes, or in
-            other groups of the optimizer, and for another number of images per batch, with which
-            the order of the images cannot go on.
+            other groups of the optimizer, for another optimizer, and for another number of images
+            per batch, with which the order of the images cannot go on.
     """
-    new = _flat(yaml.safe_load(cfg.dump()))
-    # Checkpoints of older versions carry no config.
-    old = _flat(yaml.safe_load(checkpoint["config"])) if "config" in checkpoint else new
+    new = old = _flat(yaml.safe_load(cfg.dump()))
+    if "config" in checkpoint:  # not in those of older versions
+        # Keys that are newer than the checkpoint: it ran as their defaults do.
+        defaults = _flat(yaml.safe_load(get_cfg().dump()))
+        old = defaults | _flat(yaml.safe_load(checkpoint["config"]))
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     changes = {key: (old.get(key), new.get(key)) for key in keys}
     listed = "".join(f"\n  {key}: {a!r} -> {b!r}" for key, (a, b) in changes.items())
@@ -134,6 +137,13 @@ def check_resumable(
         raise ValueError(
             "The checkpoint holds weights alone, and not the state of a training. Start a new run "
             "from it with MODEL.WEIGHTS and another OUTPUT_DIR"
+        )
+    if "SOLVER.OPTIMIZER" in changes:
+        before, now = changes["SOLVER.OPTIMIZER"]
+        raise ValueError(
+            f"SOLVER.OPTIMIZER was {before} and is {now}, which cannot go on with the state of the "
+            "other. Set it back, or start a new run from the checkpoint with MODEL.WEIGHTS and "
+            "another OUTPUT_DIR"
         )
     saved = checkpoint["trainer"]["_trainer"]["optimizer"]["param_groups"]
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in optimizer.param_groups]:

@@ -1,7 +1,9 @@
 """One step of a training, and SOLVER.AMP on every device."""
 
+import logging
 import math
 import time
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from torch.nn.parallel import DistributedDataParallel
 
 from .peers import host_group
 
@@ -40,6 +43,17 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype:
     return _DTYPES[name]
 
 
+def check_accumulation(parts: int, images: int) -> None:
+    """Raise a ValueError unless ``images``, those of one process, split into equal parts."""
+    if parts < 1 or images % parts:
+        choices = [n for n in range(1, images + 1) if images % n == 0]
+        raise ValueError(
+            f"SOLVER.ACCUMULATE {parts} does not split the {images} images that a process has in "
+            f"each step into equal parts: choose one of {choices}, or another SOLVER.IMS_PER_BATCH "
+            "(over all processes)"
+        )
+
+
 class StepTrainer(SimpleTrainer):
     """Detectron2's SimpleTrainer and AMPTrainer in one, which do not wait for the losses of a step.
 
@@ -47,15 +61,37 @@ class StepTrainer(SimpleTrainer):
     device run dry. Here :meth:`gather_metrics` does it for many steps at once.
     """
 
-    def __init__(self, model, data_loader, optimizer, device: str, dtype: torch.dtype | None):
+    def __init__(
+        self,
+        model,
+        data_loader,
+        optimizer,
+        device: str,
+        dtype: torch.dtype | None,
+        accumulate: int = 1,
+    ):
         """
         Args:
             model, data_loader, optimizer: see SimpleTrainer.
             device: that of the model.
             dtype: of the computations under autocast, None without it. Only for float16 the loss is
                 scaled.
+            accumulate: parts that the images of a step run in, one after the other. A model with
+                a method ``loss_normalizers``, such as FCOS, is given those of all parts, and
+                learns as from one large batch. Other models learn from the mean of the losses of
+                the parts.
         """
         super().__init__(model, data_loader, optimizer)
+        self.accumulate = accumulate
+        self._is_distributed = isinstance(model, DistributedDataParallel)
+        module = model.module if self._is_distributed else model
+        self._loss_normalizers = getattr(module, "loss_normalizers", None)
+        if accumulate > 1 and self._loss_normalizers is None:
+            logging.getLogger(__name__).warning(
+                f"SOLVER.ACCUMULATE {accumulate}: {type(module).__name__} learns from the mean of "
+                "the losses of the parts, each with normalisers of its own. That is near to one "
+                "large batch, but not the same"
+            )
         self.device_type, self.dtype = torch.device(device).type, dtype
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
         # Iteration, seconds of waiting for data, and losses of the steps since gather_metrics.
@@ -66,14 +102,33 @@ class StepTrainer(SimpleTrainer):
         begin = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - begin
-        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
-            losses = self.model(data)
         self.optimizer.zero_grad()
-        self.grad_scaler.scale(sum(losses.values())).backward()
+        losses = self._backward(data)
         self.after_backward()
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-        self._steps.append((self.iter, data_time, {k: x.detach() for k, x in losses.items()}))
+        self._steps.append((self.iter, data_time, losses))
+
+    def _backward(self, data: list[dict]) -> dict[str, torch.Tensor]:
+        """Compute the gradients of this process's images; returns the means of the losses."""
+        number, parts, shared = self.accumulate, [data], {}
+        if number > 1:
+            check_accumulation(number, len(data))
+            size = len(data) // number
+            parts = [data[i : i + size] for i in range(0, len(data), size)]
+            if self._loss_normalizers is not None:
+                shared["normalizers"] = self._loss_normalizers(parts)
+        means: dict[str, torch.Tensor] = {}
+        for i, part in enumerate(parts, start=1):
+            # The processes share the sum of the gradients, after the last part.
+            waits = self._is_distributed and i < number
+            with self.model.no_sync() if waits else nullcontext():
+                with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+                    losses = self.model(part, **shared)
+                self.grad_scaler.scale(sum(losses.values()) / number).backward()
+            for name, loss in losses.items():
+                means[name] = means.get(name, 0) + loss.detach() / number
+        return means
 
     def gather_metrics(self) -> None:
         """Write the metrics of the steps since the last call, as Detectron2 writes those of one.

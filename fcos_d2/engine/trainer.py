@@ -30,6 +30,7 @@ from ..data import (
 from ..data.training_loader import check_proposal_files, seed_all
 from ..data.workers import ignore_stop_signals
 from ..modeling.backbone import check_random_start
+from .averaging import AverageWeights, build_average, split_checkpoint
 from .evaluators import build_evaluator, deciding_metric, evaluate_with_augmentation
 from .hooks import (
     AverageBatchNormStatistics,
@@ -39,10 +40,11 @@ from .hooks import (
     GatherMetrics,
     WaitingLog,
 )
+from .optimizer import build_optimizer
 from .processes import distribute
 from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from, settings_kept
 from .schedule import check_steps, follow_epochs, table
-from .step_trainer import StepTrainer, amp_dtype
+from .step_trainer import StepTrainer, amp_dtype, check_accumulation
 from .stopping import StopOnSignal, Stopped, stop_signals
 
 
@@ -77,9 +79,16 @@ class Trainer(DefaultTrainer):
         cfg = self._with_schedule(cfg, data_loader, given)
         model = distribute(model, cfg.MODEL.DEVICE)
         dtype = amp_dtype(cfg) if cfg.SOLVER.AMP.ENABLED else None
-        self._trainer = StepTrainer(model, data_loader, optimizer, cfg.MODEL.DEVICE, dtype)
+        accumulate = cfg.SOLVER.ACCUMULATE
+        check_accumulation(accumulate, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
+        self._trainer = StepTrainer(
+            model, data_loader, optimizer, cfg.MODEL.DEVICE, dtype, accumulate
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.average = build_average(cfg, self.checkpointer.model)  # which is not under DDP
+        if self.average is not None:
+            self.checkpointer.weights = self.average.checkpoint
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -114,23 +123,26 @@ class Trainer(DefaultTrainer):
                 from; see :func:`check_resumable` and :func:`checkpoint_to_resume`. For random
                 weights in parts of the backbone that do not learn.
         """
+        averaged = None
         found = checkpoint_to_resume(self.checkpointer, self.cfg) if resume else None
         if found is None:
             if not self.cfg.MODEL.WEIGHTS:
                 check_random_start(self.checkpointer.model)
             self.checkpointer.classes_of_data = class_names(self.cfg)
             self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
-            return
-        file, checkpoint = found
-        check_resumable(
-            checkpoint, with_class_names(self.cfg), self.checkpointer.model, self.optimizer
-        )
-        if self.cfg.SEED < 0 and checkpoint.get("seed") is not None:
-            self.seed = checkpoint["seed"]
-        del found, checkpoint
-        with settings_kept(self.optimizer, self.scheduler):
-            self.checkpointer.load(file)
-        self.start_iter = self.iter + 1
+        else:
+            file, checkpoint = found
+            cfg, model = with_class_names(self.cfg), self.checkpointer.model
+            check_resumable(checkpoint, cfg, model, self.optimizer)
+            if self.cfg.SEED < 0 and checkpoint.get("seed") is not None:
+                self.seed = checkpoint["seed"]
+            averaged = split_checkpoint(checkpoint, goes_on=self.average is not None)
+            del found, checkpoint
+            with settings_kept(self.optimizer, self.scheduler):
+                self.checkpointer.load(file)
+            self.start_iter = self.iter + 1
+        if self.average is not None:
+            self.average.start(self.checkpointer.model, averaged)
 
     def train(self) -> dict | None:
         """Train; returns the results of the last evaluation.
@@ -205,13 +217,14 @@ class Trainer(DefaultTrainer):
             images and EpochLog(images / cfg.SOLVER.IMS_PER_BATCH),
             self._precise_bn(),
             AverageBatchNormStatistics(),
+            self.average and AverageWeights(self.average, self.checkpointer.model),
             GatherMetrics(20, cfg.SOLVER.CHECKPOINT_PERIOD, period),
             is_main and hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             EvalHook(period, self._evaluate, metric),
             is_main and has_test_sets and BestCheckpointer(period, self.checkpointer, metric),
             # With test-time augmentation at the end only: period 0.
             cfg.TEST.AUG.ENABLED
-            and hooks.EvalHook(0, partial(self.test_with_TTA, cfg, self.model)),
+            and hooks.EvalHook(0, partial(self.test_with_TTA, cfg, self.evaluated_model)),
             hooks.PeriodicWriter(self._writers, period=20),
             StopOnSignal(),
         ]
@@ -227,8 +240,13 @@ class Trainer(DefaultTrainer):
         loader, number = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, number)
 
+    @property
+    def evaluated_model(self) -> torch.nn.Module:
+        """What is evaluated and kept: with ``SOLVER.EMA`` the average of the weights."""
+        return self.model if self.average is None else self.average.module
+
     def _evaluate(self) -> dict:
-        self._last_eval_results = self.test(self.cfg, self.model)
+        self._last_eval_results = self.test(self.cfg, self.evaluated_model)
         return self._last_eval_results
 
     def build_writers(self) -> list[events.EventWriter]:
@@ -265,5 +283,6 @@ class Trainer(DefaultTrainer):
         check_num_classes(cfg, dataset_name)
         return loader
 
+    build_optimizer = staticmethod(build_optimizer)
     build_evaluator = staticmethod(build_evaluator)
     test_with_TTA = classmethod(evaluate_with_augmentation)

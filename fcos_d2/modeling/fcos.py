@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -9,12 +10,12 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
-from ..runtime import Runtime, inference_parts
+from ..runtime import Runtime, inference_parts, to_device
 from .assignment.candidates import Targets, check_classes, make_targets
 from .assignment.location import LocationAssigner
 from .head import FCOSHead, HeadOutputs, select_levels
 from .images import checked_images
-from .losses import FCOSLoss
+from .losses import FCOSLoss, Normalizers
 from .points import Levels
 from .post_processing import FCOSPostProcessor
 from .validation import check_same, values_of_keys
@@ -99,8 +100,13 @@ class FCOS(DenseDetector):
             "runtime": Runtime(precision_test=fcos.PRECISION_TEST, compile=fcos.COMPILE),
         }
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(
+        self, batched_inputs: list[dict], normalizers: Normalizers | None = None
+    ) -> dict[str, Tensor] | list[dict]:
         """Losses in training, else the ``instances`` of each image, as every Detectron2 detector.
+
+        Args:
+            normalizers: in training on a part of a batch, from :meth:`loss_normalizers`.
 
         Raises:
             ValueError: for an image on CPU with NaN or infinity; in training also for missing
@@ -114,10 +120,33 @@ class FCOS(DenseDetector):
             shapes = [tuple(x.shape[-2:]) for x in outputs.class_logits]
             targets = make_targets(self.assigner, self.levels, shapes, instances)
             self._log_training(batched_inputs, images, outputs, targets)
-            return self.loss(outputs, targets.to(self.device))
+            return self.loss(outputs, targets.to(self.device), normalizers)
         found = self.candidates(self.preprocess_image(batched_inputs))
         pairs = zip(found, batched_inputs, strict=True)
         return [{"instances": self.detect(candidates, x)} for candidates, x in pairs]
+
+    def loss_normalizers(self, parts: Sequence[list[dict]]) -> Normalizers:
+        """What the losses of each part of this process's images are divided by.
+
+        With it, the mean of the losses of all parts is the loss of one large batch. All processes
+        must call it together, once a step. It runs before the backbone, so neither the assignment
+        nor the weights of the losses may read predictions. For errors see :meth:`forward`.
+
+        Args:
+            parts: training inputs, as for as many calls of :meth:`forward`.
+        """
+        ltrb = []
+        for part in parts:
+            # Padded as by preprocess_image, without pixels.
+            padded = ImageList.from_tensors(
+                [torch.empty_like(x["image"], device="meta") for x in part],
+                self.backbone.size_divisibility,
+                padding_constraints=self.backbone.padding_constraints,
+            )
+            shapes = self.levels.shapes(*padded.tensor.shape[-2:])
+            instances = self.ground_truth(part)
+            ltrb.append(make_targets(self.assigner, self.levels, shapes, instances).ltrb)
+        return self.loss.normalizers(to_device(torch.cat(ltrb), self.device), len(parts))
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Check, normalise, pad and batch the images."""

@@ -6,6 +6,7 @@ entry for each level, in any memory layout.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,17 @@ _EMA_MOMENTUM = 0.9
 _LARGE = 1e6  # no useful weight or exponent of a loss is larger
 _LOG_PERIOD = 20  # iterations; logging waits for the GPU
 _MIN_DISTANCE = 1e-6  # pixels; keeps -ln IoU and the aspect ratio finite for a box without area
+
+
+class Normalizers(NamedTuple):
+    """Divisors of the losses, scalars.
+
+    They make the mean of the losses that of the whole batch: the mean over all processes, and over
+    the parts that each process splits its images into.
+    """
+
+    num_positives: Tensor
+    sum_of_weights: Tensor
 
 
 class FCOSLoss(nn.Module):
@@ -90,11 +102,14 @@ class FCOSLoss(nn.Module):
             "QUALITY_LOSS_WEIGHT",
         )  # fmt: skip
 
-    def forward(self, outputs: HeadOutputs, targets: Targets) -> dict[str, Tensor]:
+    def forward(
+        self, outputs: HeadOutputs, targets: Targets, normalizers: Normalizers | None = None
+    ) -> dict[str, Tensor]:
         """
         Args:
             outputs: of a head with the same ``quality``.
             targets: on the same device.
+            normalizers: of all parts of the batch, where these images are one of several parts.
 
         Returns:
             ``loss_fcos_cls``, ``loss_fcos_loc`` and, with a quality branch, ``loss_fcos_ctr`` or
@@ -108,7 +123,9 @@ class FCOSLoss(nn.Module):
         box_loss = box_losses(predicted, targets.ltrb, self.box_loss_type)
         quality = self._quality(predicted, targets)
         weights = quality if self.box_loss_weighting == "quality" else torch.ones_like(box_loss)
-        num_positives, sum_of_weights = self._normalizers(len(targets), weights)
+        if normalizers is None:
+            normalizers = self._normalizers(len(targets), weights, parts=1)
+        num_positives, sum_of_weights = normalizers
         losses = {
             "loss_fcos_cls": self.cls_loss_weight * cls_loss / num_positives,
             "loss_fcos_loc": self.box_loss_weight * (box_loss * weights).sum() / sum_of_weights,
@@ -129,8 +146,21 @@ class FCOSLoss(nn.Module):
             return iou_of_ltrb(predicted.detach(), targets.ltrb)
         return None
 
-    def _normalizers(self, num_positives: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Divisors of the losses: positives and sum of box weights, means over the processes."""
+    def normalizers(self, ltrb: Tensor, parts: int) -> Normalizers:
+        """The divisors for images that come in parts. The moving average moves once.
+
+        They depend on the targets alone, so that they are known before the head runs: with
+        BOX_LOSS_WEIGHTING "quality" the weights are centerness, and no weight is a prediction.
+
+        Args:
+            ltrb: (P, 4) of the targets of all parts of this process, on the model's device.
+            parts: how many parts.
+        """
+        is_weighted = self.box_loss_weighting == "quality"
+        weights = centerness(ltrb) if is_weighted else torch.ones_like(ltrb[:, 0])
+        return self._normalizers(len(ltrb), weights, parts)
+
+    def _normalizers(self, num_positives: int, weights: Tensor, parts: int) -> Normalizers:
         sums = torch.stack([weights.new_full((), num_positives), weights.sum()])
         world_size = comm.get_world_size()
         if world_size > 1:
@@ -138,16 +168,17 @@ class FCOSLoss(nn.Module):
         # Bounds for a batch without positives; of the whole batch, so that the number of processes
         # changes nothing.
         count = sums[0].clamp(min=1.0)
-        sum_of_weights = sums[1].clamp(min=1e-6) / world_size
+        shares = world_size * parts
+        sum_of_weights = sums[1].clamp(min=1e-6) / shares
         if self.ema_num_positives is not None:
             average = self.ema_num_positives  # 0 before the first step
             moved = _EMA_MOMENTUM * average + (1 - _EMA_MOMENTUM) * count
             count = torch.where(average > 0, moved, count)
             average.copy_(count)
-        count = count / world_size
+        count = count / shares
         if self.box_loss_weighting == "none":
             sum_of_weights = count
-        return count, sum_of_weights
+        return Normalizers(count, sum_of_weights)
 
     @torch.no_grad()
     def _log_above_floor(self, name: str, loss: Tensor, quality: Tensor, count: Tensor) -> None:

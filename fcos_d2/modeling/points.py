@@ -4,6 +4,7 @@ ltrb are the distances in pixels from a location to the left, top, right and bot
 (1904.01355, eq. 1), all positive if the location is inside the box.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,10 @@ class Levels:
 
     def __len__(self) -> int:
         return len(self.strides)
+
+    def shapes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(Hi, Wi) in cells of each level, for images padded to (height, width) in pixels."""
+        return [(math.ceil(height / s), math.ceil(width / s)) for s in self.strides]
 
     def locations(self, level: int | Tensor, x: Tensor, y: Tensor) -> Tensor:
         """(..., 2) float32 locations (x, y) in pixels of cells.
