@@ -118,6 +118,8 @@ def test_the_schedule_follows_the_images_that_are_trained_on(cfg, tmp_path, monk
 
 
 def test_evaluates_by_the_type_of_the_data_set(cfg, tmp_path):
+    for name in ("shapes_val", "shapes_train"):
+        DatasetCatalog.get(name)  # the evaluator reads the file that this names
     assert isinstance(Trainer.build_evaluator(cfg, "shapes_val"), COCOEvaluator)
     # Detections on several data sets do not write over each other.
     both = cfg.clone()
@@ -352,6 +354,7 @@ def test_best_checkpoint_without_a_record_does_not_stop_a_resumed_run(cfg, monke
 
 
 def test_augmentation_starts_from_the_original_pixels(cfg, monkeypatch):
+    DatasetCatalog.get("shapes_val")  # the evaluator reads the file that this names
     sizes = []
 
     def record(cls, cfg, model, evaluators=None):
