@@ -27,11 +27,8 @@ from ..data import (
     class_names,
     with_class_names,
 )
-from ..data.training_loader import (
-    check_proposal_files,
-    leave_signals_to_the_trainer,
-    seed_all,
-)
+from ..data.loading import check_proposal_files
+from ..data.training_loader import leave_signals_to_the_trainer, seed_all
 from ..modeling import FCOSWithTTA
 from ..modeling.backbone import check_random_start
 from .amp import AutocastTrainer, amp_dtype
