@@ -1,15 +1,18 @@
 """COCO annotation files: reading them as they are, and writing copies without their faults."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Collection, Sequence
 from functools import cache
 from os import PathLike, path
 
+import numpy as np
 from detectron2.utils.file_io import PathManager
+from pycocotools import mask
 
 from .findings import KINDS, Finding, unsound
-from .raw_data import RawData, UnknownCategory
+from .raw_data import RawData, UnknownCategory, garbage_collection_paused
 
 # What is valid, and what messages say of anything else.
 _ID = (lambda x: type(x) in (int, str), ", which is no number")
@@ -19,13 +22,13 @@ _RULES = {"id": _ID, "image_id": _ID, "category_id": _ID, "height": _PIXELS, "wi
 _RULES |= {"file_name": _TEXT, "name": _TEXT}
 
 
+@garbage_collection_paused()
 def read_coco(name: str, json_file: str | PathLike, image_root: str) -> RawData:
-    """An annotation file.
+    """An annotation file. Images and categories are sorted by their ids, as Detectron2 does it.
 
-    Raises:
-        OSError, ValueError: see :func:`parse_coco_json`.
+    A file that is not there is an OSError; one that is not in COCO's format is a ValueError.
     """
-    content = parse_coco_json(json_file)
+    content = _parse(json_file, ("images", "annotations", "categories"))
     data = RawData(name, image_root, source=str(json_file), label=_label)
     keys = ("id", "file_name", "height", "width")
     data.images = _sound_entries(data, "images", content, keys)
@@ -37,67 +40,80 @@ def read_coco(name: str, json_file: str | PathLike, image_root: str) -> RawData:
     return data
 
 
-def parse_coco_json(
-    file: str | PathLike, lists: Sequence[str] = ("images", "annotations", "categories")
-) -> dict:
-    """The content of an annotation file, which has the ``lists``; no entry is checked.
-
-    Raises:
-        OSError: for a missing file.
-        ValueError: for a file that is not JSON or cut short, or lacks a list.
-    """
-    with PathManager.open(str(file), "r", encoding="utf-8") as f:
-        try:
-            data = json.load(f)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is not a JSON file, or is cut short: {error}") from error
-    for key in lists:
-        if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise ValueError(f"{file} is not a COCO annotation file: it has no list {key!r}")
-    return data
-
-
 def load_coco_json(file: str | PathLike) -> list[dict]:
     """The records of an annotation file, without the names of its images and without masks.
 
-    They differ from those of Detectron2's loader in two ways: annotations whose polygons are all
-    invalid are kept, since they have a box, and classes keep the numbers of the file, which need
-    not list them.
-
-    Raises:
-        OSError, ValueError: for what cannot be read, and what training would refuse.
+    Unlike Detectron2's loader it keeps annotations whose polygons are all invalid, since they have
+    a box. Classes keep the numbers of the file, which need not list them. What training refuses is
+    an OSError or a ValueError.
     """
-    content = parse_coco_json(file, ("images", "annotations"))
     data = RawData("", "", source=str(file), label=_label)
+    content = _parse(file, ("images", "annotations"))
     images = _sound_entries(data, "images", content, ("id", "height", "width"))
     data.images = [image | {"file_name": ""} for image in images]
     _read_annotations(data, content, None)
     for annotation in data.annotations:
         annotation.pop("segmentation", None)
-    return data.records(unsound(data.dropped()))[0]
+    return data.records(unsound(data.dropped()))
 
 
-def training_file(data: RawData, is_part: bool = False) -> str:
-    """The annotation file that a data set is trained and evaluated with: its own, or a copy of it.
+def training_records(data: RawData, findings: Sequence[Finding]) -> list[dict]:
+    """The records of Detectron2's ``load_coco_json``, with floating-point coordinates.
 
-    A copy has no annotations that cannot be learnt, and has what the evaluation needs: "iscrowd",
-    "area", and unique numbers in "id", none of them 0, which pycocotools takes for "no match".
-
-    Args:
-        is_part: whether the file has more images than the data set.
-
-    Raises:
-        ValueError: about the first entry that training refuses.
+    As there, an annotation is left out if its polygons all have fewer than three corners. The
+    ``findings`` are those of :meth:`RawData.dropped`.
     """
-    findings = data.dropped()
+    records, number = data.records(unsound(findings)), 0
+    for record in records:
+        number += len(record["annotations"])
+        try:
+            record["annotations"] = [a for a in record["annotations"] if _convert(a)]
+        except Exception as error:  # of many kinds, of NumPy and of pycocotools
+            raise ValueError(
+                f"{data.source}: image {record['image_id']!r} has a segmentation that is neither a "
+                f"list of polygons nor a run-length code, or other keypoints than numbers: {error}"
+            ) from error
+        number -= len(record["annotations"])
+    if number:
+        logging.getLogger(__name__).warning(
+            f"{data.source}: left out {number} annotation(s) without a polygon of three corners"
+        )
+    return records
+
+
+def _convert(annotation: dict) -> bool:
+    """Convert an annotation of a record, in place. False: none of its polygons is valid."""
+    annotation.setdefault("iscrowd", 0)
+    # Sums are new objects. The old ones would keep the blocks of memory that they are in, so that
+    # the memory of the file could not be given back.
+    annotation["bbox"] = [x + 0.0 for x in annotation["bbox"]]
+    if annotation.get("keypoints"):  # from the numbers of pixels to their centres
+        numbers = enumerate(annotation["keypoints"])
+        annotation["keypoints"] = [x if i % 3 == 2 else x + 0.5 for i, x in numbers]
+    found = annotation.pop("segmentation", None)
+    if isinstance(found, list) and found:
+        polygons = [p for p in found if len(p) % 2 == 0 and len(p) >= 6]
+        annotation["segmentation"] = [np.asarray(p, dtype=np.float64) for p in polygons]
+        return len(polygons) > 0
+    if found:
+        is_list = isinstance(found["counts"], list)
+        annotation["segmentation"] = mask.frPyObjects(found, *found["size"]) if is_list else found
+    return True
+
+
+def can_be_evaluated(data: RawData, findings: Sequence[Finding]) -> bool:
+    """Whether COCO's evaluation can take the file: it needs "area", "iscrowd" and unique ids."""
     is_complete = all("area" in a and "iscrowd" in a for a in data.annotations)
-    if is_complete and _has_good_ids(data.annotations) and not findings and not is_part:
-        return data.source
+    return is_complete and _has_good_ids(data.annotations) and not findings
+
+
+def write_repaired(data: RawData, findings: Sequence[Finding]) -> str:
+    """Write an annotation file for COCO's evaluation; returns its path."""
     # mkstemp: two data sets of one name in turn must not share a file that is still read.
     prefix = f"{path.basename(data.name)}_"
     handle, file = tempfile.mkstemp(".json", prefix, _folder_of_copies().name)
     with open(handle, "w", encoding="utf-8") as f:
-        json.dump(cleaned(data, findings), f)
+        f.write(json.dumps(cleaned(data, findings)))  # json.dump takes three times as long
     return file
 
 
@@ -133,28 +149,35 @@ def cleaned(data: RawData, findings: Sequence[Finding]) -> dict:
     return lists | {"categories": data.categories}
 
 
+def _parse(file: str | PathLike, lists: Sequence[str]) -> dict:
+    """The content of an annotation file, which has the ``lists``; no entry is checked."""
+    with PathManager.open(str(file), "r", encoding="utf-8") as f:
+        try:
+            data = json.load(f)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is not a JSON file, or is cut short: {error}") from error
+    for key in lists:
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise ValueError(f"{file} is not a COCO annotation file: it has no list {key!r}")
+    return data
+
+
 def _sound_entries(data: RawData, key: str, content: dict, wanted: Sequence[str]) -> list[dict]:
-    """The entries of a list that have valid ``wanted`` keys and an id of their own."""
+    """The entries of a list that have valid ``wanted`` keys and an id of their own, by id."""
     first: dict[int | str, int] = {}
     for i, entry in enumerate(content[key]):
-        try:
+        with data.refusing(file=data.source):
             _check_entry(data.source, f"{key}[{i}]", entry, wanted)
-        except ValueError as error:
-            data.refuse(error, file=data.source)
-            continue
-        other = first.setdefault(entry["id"], i)
-        if other != i:
-            text = f"{key}[{other}] and {key}[{i}] have the same id {entry['id']!r}"
-            data.refuse(ValueError(f"{data.source}: {text}"), "id twice", file=data.source)
-    return [content[key][i] for i in first.values()]
+            other = first.setdefault(entry["id"], i)
+            if other != i:
+                text = f"{key}[{other}] and {key}[{i}] have the same id {entry['id']!r}"
+                data.refuse(ValueError(f"{data.source}: {text}"), "id twice", file=data.source)
+    numbers = sorted(first, key=lambda number: (isinstance(number, str), number))
+    return [content[key][first[number]] for number in numbers]
 
 
 def _read_annotations(data: RawData, content: dict, known: Collection | None) -> None:
-    """Add the annotations.
-
-    Args:
-        known: the ids of the categories, or None for any.
-    """
+    """Add the annotations. ``known`` are the ids of the categories, or None for any."""
     listed = str(list(known or ()))[:500]  # may be many
     ids = set()
     for i, annotation in enumerate(content["annotations"]):
@@ -170,25 +193,24 @@ def _read_annotations(data: RawData, content: dict, known: Collection | None) ->
             if known is not None and category not in known:
                 text = f"category_id {category!r}, which 'categories' does not list: {listed}"
                 raise UnknownCategory(f"{named} has {text}")
+            if annotation.get("ignore"):
+                raise ValueError(f"{named} has 'ignore', which is not supported: use 'iscrowd'")
         except ValueError as error:
             data.refuse(error, file=data.source, image=image, annotation=number)
             continue
         data.add(annotation, data.source, place if number is None else number)
         if number in ids:
-            text = f"{place} has the id of another one"
-            finding = Finding("annotation id twice", data.source, text, image, number)
-            data.findings.append(finding)
+            kind, text = "annotation id twice", f"{place} has the id of another one"
+            data.findings.append(Finding(kind, data.source, text, image, number))
         elif number is not None:
             ids.add(number)
 
 
 def _check_entry(file: str, place: str, entry: object, keys: Sequence[str]) -> None:
     """Raise a ValueError unless an entry has ``keys``, with valid values."""
-    missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+    missing = ", ".join(key for key in keys if not isinstance(entry, dict) or key not in entry)
     if missing:
-        raise ValueError(
-            f"{file} is not a COCO annotation file: {place} has no {', '.join(missing)}"
-        )
+        raise ValueError(f"{file} is not a COCO annotation file: {place} has no {missing}")
     for key in keys:
         if key in _RULES:
             is_valid, fault = _RULES[key]
@@ -202,11 +224,10 @@ def _id_of(entry: object, key: str) -> int | str | None:
 
 
 def _is_box(bbox: object) -> bool:
-    return isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_number, bbox))
-
-
-def _is_number(x: object) -> bool:
-    return type(x) is float or (type(x) is int and abs(x) < 2**53)  # JSON's have no limit
+    """Four numbers; those of JSON have no limit."""
+    return (isinstance(bbox, list) and len(bbox) == 4) and all(
+        type(x) is float or (type(x) is int and abs(x) < 2**53) for x in bbox
+    )
 
 
 def _label(finding: Finding) -> str:

@@ -2,31 +2,27 @@
 
 Each entry is registered with Detectron2 under its key. There are three formats::
 
-    DATASETS:
-      CUSTOM:
-        cells_train: {FORMAT: "coco", JSON: "cells/train.json", IMAGES: "cells/images"}
-        cells_test: {FORMAT: "voc", ROOT: "cells", SPLIT: "test", CLASSES: ["RBC", "WBC"]}
-        cars_train: {FORMAT: "yolo", DATA: "cars/data.yaml", SPLIT: "train"}
+    cells_train: {FORMAT: "coco", JSON: "cells/train.json", IMAGES: "cells/images"}
+    cells_test: {FORMAT: "voc", ROOT: "cells", SPLIT: "test", CLASSES: ["RBC", "WBC"]}
+    cars_train: {FORMAT: "yolo", DATA: "cars/data.yaml", SPLIT: "train"}
 
-``CLASSES`` of a COCO or YOLO entry are optional: with them the classes are known before the file is
-read, and the file must have the same. A run writes them into its config. ``EVALUATOR`` of a VOC
-entry is ``"coco"`` (the default, which takes the boxes as loaded) or ``"pascal_voc"`` (which reads
-the XML files itself, and ignores "difficult" objects). ``PART`` takes a part of the images, see
-:func:`is_in_part`. Relative paths start at the folder in the environment variable
-DETECTRON2_DATASETS, or else at ``datasets``, as for Detectron2's built-in data sets.
+With the optional ``CLASSES`` of a COCO or YOLO entry the classes are known before the file is read.
+A run writes them into its config. ``EVALUATOR`` of a VOC entry is ``"coco"`` (the default, which
+takes the boxes as loaded) or ``"pascal_voc"`` (which reads the XML files itself, and ignores
+"difficult" objects). ``PART`` takes a part of the images, see :func:`is_in_part`. Relative paths
+start at the folder in the environment variable DETECTRON2_DATASETS, or else at ``datasets``.
 """
 
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
-from .coco import read_coco, training_file
-from .mapper import with_float_coordinates
+from .coco import can_be_evaluated, read_coco, training_records, write_repaired
 from .raw_data import RawData
 from .voc import check_readable_by_pascal_voc_evaluator, read_voc
 from .yolo import read_yolo
@@ -41,12 +37,17 @@ _PATHS = ("JSON", "IMAGES", "ROOT", "DATA")
 _PARTS = ("train", "test")
 # The entry of each registered data set, with full paths.
 _registered: dict[str, dict] = {}
+# Data sets that are being loaded to train on: the evaluation needs no file of them.
+loaded_to_train: set[str] = set()
 
 
-def register_custom_datasets(cfg: CfgNode) -> None:
+def register_custom_datasets(cfg: CfgNode, read: dict[str, RawData] | None = None) -> None:
     """Register the data sets of ``cfg.DATASETS.CUSTOM`` with Detectron2.
 
     Calling it again with the same entries changes nothing; a changed entry replaces the old one.
+
+    Args:
+        read: by name, data sets that have been read. The first loading takes them out.
 
     Raises:
         ValueError: for an entry with an unknown format, with missing or unknown keys, or with the
@@ -65,21 +66,18 @@ def register_custom_datasets(cfg: CfgNode) -> None:
                 )
             DatasetCatalog.remove(name)
         MetadataCatalog.pop(name, None)
-        _register(name, entry)
+        _register(name, entry, {} if read is None else read)
         _registered[name] = entry
 
 
 def read_entry(name: str, entry: dict) -> RawData:
-    """Read the data set of an entry. What cannot be read at all is an OSError or a ValueError."""
-    return _read(name, _with_resolved_paths(entry))
+    """The data set of an entry. What cannot be read at all is an OSError or a ValueError."""
+    entry = _with_resolved_paths(entry)
+    return _part_of(_read(name, entry), entry)
 
 
 def load_dataset(cfg: CfgNode, name: str) -> list[dict]:
-    """The records of a data set that is registered with Detectron2 or in DATASETS.CUSTOM.
-
-    Raises:
-        ValueError: if no data set has this name, with a list of the registered ones.
-    """
+    """The records of a data set, registered or in DATASETS.CUSTOM; else a ValueError lists them."""
     register_custom_datasets(cfg)
     if name not in DatasetCatalog:
         names = sorted(DatasetCatalog)
@@ -88,11 +86,7 @@ def load_dataset(cfg: CfgNode, name: str) -> list[dict]:
 
 
 def find_record(records: list[dict], image_id: str) -> dict:
-    """The record of a data set with an ``image_id``, which may be a number or text.
-
-    Raises:
-        ValueError: if there is none, with the first ones that there are.
-    """
+    """The record with an ``image_id``, a number or text; or a ValueError with the first ones."""
     for record in records:
         if str(record.get("image_id")) == image_id:
             return record
@@ -103,17 +97,25 @@ def find_record(records: list[dict], image_id: str) -> dict:
     )
 
 
+def is_in_part(file_name: str, part: str) -> bool:
+    """Whether an image is in the part "train", or in "test", which is about a tenth.
+
+    The name of the file alone decides, so that an image stays in its part when others come.
+    """
+    digest = hashlib.sha256(os.path.basename(file_name).encode(errors="replace")).digest()
+    return (digest[0] % 10 == 0) == (part == "test")
+
+
 def _check_entry(name: str, entry: dict) -> None:
     where = f"DATASETS.CUSTOM.{name}"
-    if entry.get("FORMAT") not in _KEYS:
-        raise ValueError(
-            f"{where}.FORMAT must be one of {list(_KEYS)}, got {entry.get('FORMAT')!r}"
-        )
-    required, optional = _KEYS[entry["FORMAT"]]
+    kind = entry.get("FORMAT")
+    if kind not in _KEYS:
+        raise ValueError(f"{where}.FORMAT must be one of {list(_KEYS)}, got {kind!r}")
+    required, optional = _KEYS[kind]
     if sum(keys <= entry.keys() for keys, _ in _KEYS.values()) > 1:
         others = ", ".join(sorted(entry.keys() - required - optional))
         raise ValueError(
-            f"{where} has keys of several formats (FORMAT {entry['FORMAT']!r}, but also {others}): "
+            f"{where} has keys of several formats (FORMAT {kind!r}, but also {others}): "
             f"a base config declares {name} with another FORMAT. Give the data set another name, "
             "and put this name into DATASETS.TRAIN or TEST"
         )
@@ -131,52 +133,45 @@ def _check_entry(name: str, entry: dict) -> None:
         )
 
 
-def is_in_part(file_name: str, part: str) -> bool:
-    """Whether an image is in the part "train", or in "test", which is about a tenth.
-
-    The name of the file alone decides, so that an image stays in its part when others come.
-    """
-    digest = hashlib.sha256(os.path.basename(file_name).encode(errors="replace")).digest()
-    return (digest[0] % 10 == 0) == (part == "test")
-
-
 def _read(name: str, entry: dict) -> RawData:
     if entry["FORMAT"] == "coco":
-        data = read_coco(name, entry["JSON"], entry["IMAGES"])
-    elif entry["FORMAT"] == "voc":
-        data = read_voc(name, entry["ROOT"], str(entry["SPLIT"]), entry["CLASSES"])
-    else:
-        data = read_yolo(name, entry["DATA"], str(entry["SPLIT"]))
-    if entry.get("PART") is not None:
-        _keep_part(data, entry["PART"])
-    return data
+        return read_coco(name, entry["JSON"], entry["IMAGES"])
+    if entry["FORMAT"] == "voc":
+        return read_voc(name, entry["ROOT"], str(entry["SPLIT"]), entry["CLASSES"])
+    return read_yolo(name, entry["DATA"], str(entry["SPLIT"]))
 
 
-def _keep_part(data: RawData, part: str) -> None:
-    left_out = {i["id"] for i in data.images if not is_in_part(i["file_name"], part)}
-    data.images = [image for image in data.images if image["id"] not in left_out]
+def _part_of(data: RawData, entry: dict) -> RawData:
+    if entry.get("PART") is None:
+        return data
+    left_out = {i["id"] for i in data.images if not is_in_part(i["file_name"], entry["PART"])}
     kept = [i for i, a in enumerate(data.annotations) if a["image_id"] not in left_out]
-    data.annotations = [data.annotations[i] for i in kept]
-    data.places = [data.places[i] for i in kept]
-    data.findings = [f for f in data.findings if f.image not in left_out]
+    return replace(
+        data,
+        images=[image for image in data.images if image["id"] not in left_out],
+        annotations=[data.annotations[i] for i in kept],
+        places=[data.places[i] for i in kept],
+        findings=[f for f in data.findings if f.image not in left_out],
+    )
 
 
-def _register(name: str, entry: dict) -> None:
-    is_coco = entry["FORMAT"] == "coco"
-    DatasetCatalog.register(name, partial(_load_coco if is_coco else _load, name, entry))
+def _register(name: str, entry: dict, read: dict[str, RawData]) -> None:
     metadata = MetadataCatalog.get(name).set(evaluator_type=entry.get("EVALUATOR", "coco"))
+    load = _load
     if entry.get("CLASSES") is not None:
         metadata.set(thing_classes=list(entry["CLASSES"]))
-    if is_coco:
+    if entry["FORMAT"] == "coco":
         metadata.set(image_root=entry["IMAGES"])
+        load = partial(_load_coco, read)
     if entry["FORMAT"] == "voc":
         # Average precision as in VOC 2010 and later: the area under the curve.
         metadata.set(dirname=entry["ROOT"], split=str(entry["SPLIT"]), year=2012)
+    DatasetCatalog.register(name, partial(load, name, entry))
 
 
 def _load(name: str, entry: dict) -> list[dict]:
     """The records of a data set in VOC or YOLO layout."""
-    data = _read(name, entry)
+    data = _part_of(_read(name, entry), entry)
     records = data.training_records()
     _check_classes(name, entry, data)
     MetadataCatalog.get(name).set(thing_classes=data.classes)
@@ -185,17 +180,25 @@ def _load(name: str, entry: dict) -> list[dict]:
     return records
 
 
-def _load_coco(name: str, entry: dict) -> list[dict]:
-    """The records of Detectron2's loader, from a file that is checked the first time."""
+def _load_coco(read: dict[str, RawData], name: str, entry: dict) -> list[dict]:
+    """The records of a COCO file. The metadata get the file that the evaluation reads."""
     metadata = MetadataCatalog.get(name)
-    if metadata.get("json_file") is None:
-        data = _read(name, entry)
-        file = training_file(data, is_part=entry.get("PART") is not None)
-        _check_classes(name, entry, data)
-        metadata.set(json_file=file)  # which the COCO evaluator reads, too
-    # Our mapper makes coordinates floating point; here this is done for others.
-    records = load_coco_json(metadata.json_file, entry["IMAGES"], name)
-    return [with_float_coordinates(record) for record in records]
+    file = metadata.get("json_file")
+    if file is not None:  # of an earlier call: the file of the entry, or its repaired copy
+        data = whole = read_coco(name, file, entry["IMAGES"])
+    else:
+        # The whole stays until the end: if records took the gaps that the other part leaves, its
+        # memory could not be given back.
+        whole = read.pop(name, None) or _read(name, entry)
+        data = _part_of(whole, entry)
+    findings = data.dropped()
+    _check_classes(name, entry, data)
+    if file is None and data is whole and can_be_evaluated(data, findings):
+        metadata.set(json_file=data.source)
+    elif file is None and name not in loaded_to_train:
+        metadata.set(json_file=write_repaired(data, findings))
+    metadata.set(thing_dataset_id_to_contiguous_id=data.class_numbers, thing_classes=data.classes)
+    return training_records(data, findings)
 
 
 def _check_classes(name: str, entry: dict, data: RawData) -> None:

@@ -15,17 +15,13 @@ class YoloData:
     """The content of a data.yaml."""
 
     file: str
-    # Where relative paths start, tried in this order. The last one is the folder of the file.
-    folders: tuple[str, ...]
+    folders: tuple[str, ...]  # where relative paths start, in turn; the last is that of the file
     classes: list[str]  # in the order of the class numbers
     splits: dict[str, list[str]]  # paths of folders, of lists of images, or of images
 
 
 def read_data_yaml(data: str) -> YoloData:
-    """Read a data.yaml as plain data, without running code in it.
-
-    Args:
-        data: the file or its folder.
+    """Read a data.yaml, or that of a folder, as plain data, without running code in it.
 
     Raises:
         OSError: for a missing file.
@@ -52,10 +48,7 @@ def read_data_yaml(data: str) -> YoloData:
 
 
 def image_files(data: YoloData, split: str) -> tuple[list[str], list[str]]:
-    """The images of a split, each once, sorted within each folder.
-
-    Returns:
-        the files; and a sentence for each image of a list that does not exist.
+    """The images of a split, each once, and a sentence for each image of a list that is not there.
 
     Raises:
         OSError: for a missing folder or list.
@@ -63,15 +56,14 @@ def image_files(data: YoloData, split: str) -> tuple[list[str], list[str]]:
     """
     if split not in data.splits:
         raise ValueError(f"{data.file} has no split {split!r}; it has {list(data.splits)}")
-    files: dict[str, None] = {}
-    missing: list[str] = []
+    files, missing = [], []
     for path in data.splits[split]:
         source = _find(data.folders, path)
         if source is None:
             tried = ", ".join(os.path.join(folder, path) for folder in data.folders)
             raise FileNotFoundError(f"{data.file}: {split} is not there: {tried}")
         if os.path.isdir(source):
-            files.update(dict.fromkeys(_images_below(source)))
+            files += _images_below(source)
         elif source.endswith(".txt"):
             for number, line in label_lines(source):
                 name = _slashes(line)
@@ -79,12 +71,12 @@ def image_files(data: YoloData, split: str) -> tuple[list[str], list[str]]:
                 if image is None:
                     missing.append(f"{source}, line {number}: the image {name} is not there")
                 else:
-                    files[image] = None
+                    files.append(image)
         else:
-            files[source] = None
+            files.append(source)
     if not files and not missing:
         raise ValueError(f"{data.file}: the split {split!r}, {data.splits[split]}, has no images")
-    return list(files), missing
+    return list(dict.fromkeys(files)), missing
 
 
 def label_file(data: YoloData, image_file: str) -> str:
@@ -135,19 +127,16 @@ def _classes(file: str, content: dict) -> list[str]:
     names = content["names"]
     if isinstance(names, dict):
         if set(names) != set(range(len(names))):
-            raise ValueError(
-                f"{file}: names must be numbered from 0 to {len(names) - 1} without gaps, got "
-                f"{_short(list(names))}"
-            )
+            text = f"numbered from 0 to {len(names) - 1} without gaps, got {_short(list(names))}"
+            raise ValueError(f"{file}: names must be {text}")
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list) or not names:
         raise ValueError(f"{file}: names must be a list of classes, or numbers with their classes")
     for i, name in enumerate(names):
         # `no` and `on` are truth values in YAML.
         if not isinstance(name, str | int) or isinstance(name, bool):
-            raise ValueError(
-                f"{file}: the name of class {i}, {_short(name)}, is no text: put it in quotes"
-            )
+            text = f"the name of class {i}, {_short(name)}, is no text: put it in quotes"
+            raise ValueError(f"{file}: {text}")
     count = content.get("nc", len(names))
     if count != len(names):
         raise ValueError(f"{file}: nc is {_short(count)}, but there are {len(names)} names")

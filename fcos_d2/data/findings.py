@@ -1,4 +1,4 @@
-"""What can be wrong with a data set, and how bad it is."""
+"""What can be wrong with a data set, and how bad each kind is."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ class Kind:
     # "error": training refuses or drops it, or learns what is wrong. "warning": it may be meant.
     # "note": nothing is wrong.
     severity: str
-    # A cleaned copy leaves out the "annotation" or the "image", or "clip"s the box; "": nothing.
+    # What a cleaned copy leaves out, "annotation" or "image"; or "clip": it clips the box.
     repair: str = ""
 
 
@@ -58,23 +58,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about one place of a data set.
+    """Something to say about one place of a data set."""
 
-    Attributes:
-        kind: a key of :data:`KINDS`.
-        file: where it is: of the annotations, or of the image.
-        text: the details.
-        image: the image's id.
-        annotation: the annotation's id in a COCO file; in other formats "object 2" or "line 2".
-        index: of the annotation in :class:`RawData`.
-    """
-
-    kind: str
-    file: str
-    text: str
-    image: int | str | None = None
-    annotation: int | str | None = None
-    index: int | None = None
+    kind: str  # a key of KINDS
+    file: str  # of the annotations, or of the image
+    text: str  # the details
+    image: int | str | None = None  # its id
+    annotation: int | str | None = None  # its id; in VOC and YOLO files "object 2" or "line 2"
+    index: int | None = None  # of the annotation in RawData
 
     @property
     def severity(self) -> str:
@@ -86,7 +77,7 @@ class Finding:
 
 
 def unsound(findings: Iterable[Finding]) -> set[int]:
-    """The numbers of the annotations that a cleaned copy leaves out."""
+    """The indices of the annotations that a cleaned copy leaves out."""
     return {f.index for f in findings if KINDS[f.kind].repair == "annotation"}
 
 

@@ -1,6 +1,8 @@
 """Reading image files."""
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 from detectron2.data import detection_utils
@@ -18,18 +20,23 @@ def images_in(folder: str | os.PathLike) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
+def missing_files(files: Sequence[str]) -> list[str]:
+    """The files that are not there. Addresses such as "s3://..." are not looked at.
+
+    Each folder is listed once: looking for one file after another takes long on a network.
+    """
+    there: set[str] = set()
+    for folder in {os.path.dirname(file) for file in files}:
+        with suppress(OSError), os.scandir(folder or ".") as entries:
+            there.update(os.path.join(folder, e.name) for e in entries if e.is_file())
+    # Some folders open their files without listing them, or under other spellings of their names.
+    return [f for f in files if f not in there and "://" not in f and not os.path.isfile(f)]
+
+
 def read_image(file: str, format: str) -> np.ndarray:
-    """Detectron2's ``read_image``, which turns by EXIF; but images of more than 8 bits are errors.
+    """Detectron2's ``read_image``: (H, W, C) uint8, turned by EXIF; ``format`` is "BGR" or PIL's.
 
-    Args:
-        format: "BGR", "RGB" or one of PIL's modes.
-
-    Returns:
-        (H, W, C) uint8.
-
-    Raises:
-        ValueError: for more than 8 bits a channel.
-        OSError: for a file that cannot be read.
+    For errors see :func:`check_depth`; a file that cannot be read is an OSError.
     """
     check_depth(file)
     return detection_utils.read_image(file, format=format)
@@ -38,7 +45,7 @@ def read_image(file: str, format: str) -> np.ndarray:
 def check_depth(file: str) -> None:
     """Raise a ValueError for a grey image of 16 or 32 bits, which PIL would turn to white.
 
-    Only the header is read. Colour images of 16 bits are scaled to 8 bits by PIL itself.
+    Reads the header alone. PIL scales colour images of 16 bits to 8.
     """
     with PathManager.open(file, "rb") as f, Image.open(f) as image:
         mode = image.mode
@@ -58,15 +65,12 @@ def image_size(file: str) -> tuple[int, int]:
 def size_and_orientation(file: str) -> tuple[tuple[int, int], int]:
     """(height, width) in pixels of :func:`read_image`, and EXIF's orientation; 1 is upright.
 
-    Only the header is read.
-
-    Raises:
-        OSError: for a file that cannot be read.
-        ValueError: for one that is larger than PIL's limit.
+    Reads the header alone. It is an OSError if the file cannot be read, and a ValueError if the
+    image is larger than PIL's limit.
     """
     try:
         with PathManager.open(file, "rb") as f, Image.open(f) as image:
-            # Of the base class: that of PNG files would read the pixels.
+            # The method of the base class: that of PNG files reads the pixels.
             turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
             return (image.size if turn in _TURNED else image.size[::-1]), turn
     except Image.DecompressionBombError as error:

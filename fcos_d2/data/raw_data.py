@@ -1,19 +1,49 @@
 """A data set as its reader finds it on disk, with what is wrong in it."""
 
+import gc
 import logging
-import math
 import os
-from collections import defaultdict
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 from detectron2.structures import BoxMode
 
 from .findings import Finding, unsound
 
+# Kinds of findings about boxes. Training drops those with one of the first four.
+_FAULTS = (
+    "annotation without image",
+    "NaN or infinity in the box",
+    "a negative width or height",
+    "a box without area",
+    "box outside of the image",
+    "box larger than the image",
+    "box beyond the edge",
+)
+UNLEARNABLE = _FAULTS[:4]
+# Pixels by which a box may reach beyond the image: corners are rounded in many ways.
+_TOLERANCE = 1.0
 _NAMED = 10  # boxes of a kind that a warning names
 _DROPPED = {"annotation without image": "of images that the file does not list"}
+# What records take from annotations besides the box and the category.
+_MORE_KEYS = ("iscrowd", "keypoints", "segmentation")
+
+
+@contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+    """No search for cycles in the block, which makes millions of objects that stay.
+
+    It would take more than half of the time of reading COCO's annotations, and find nothing.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class UnknownCategory(ValueError):
@@ -22,39 +52,36 @@ class UnknownCategory(ValueError):
 
 @dataclass
 class RawData:
-    """A data set as it is on disk, faults and all.
+    """A data set as it is on disk, with its faults.
 
-    Readers note what they cannot read, and go on. The checks report it; training raises the first
-    of these errors, see :meth:`dropped`.
-
-    Attributes:
-        name: of the data set or the split.
-        image_root: the folder that the "file_name" of the images is relative to.
-        categories: with unique "id", and "name", as in COCO.
-        images: with unique "id", "file_name", "height" and "width", as in COCO.
-        annotations: as in COCO, with a "bbox" of four numbers, [x, y, width, height] in pixels.
-        places: of each annotation, its file and what findings call it.
-        findings: about what is in no list, because it cannot be read.
-        source: the file or split that it was read from.
-        label: what the warning of training calls the box of a finding.
-        error: of the first entry that cannot be read.
+    A reader notes what it cannot read, and goes on: the checks report that, training raises the
+    first error. Categories, images and annotations are as in COCO, with these keys at least.
     """
 
-    name: str
-    image_root: str
+    name: str  # of the data set or the split
+    image_root: str  # the folder that the "file_name" of the images is relative to
+    # "id" and "name", in the order of the class numbers; "id", "file_name", "height" and "width";
+    # "image_id", "category_id" and "bbox" of four numbers, [x, y, width, height] in pixels.
     categories: list[dict] = field(default_factory=list)
     images: list[dict] = field(default_factory=list)
     annotations: list[dict] = field(default_factory=list)
+    # Of each annotation, the file and what findings call the annotation.
     places: list[tuple[str, int | str]] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    source: str = ""
+    findings: list[Finding] = field(default_factory=list)  # about what cannot be read
+    source: str = ""  # the file or split that it was read from
+    # What the warning of training calls the box of a finding.
     label: Callable[[Finding], str] = lambda f: f"{f.file}, {f.annotation}"
-    error: Exception | None = None
+    error: Exception | None = None  # of the first entry that cannot be read
 
     @property
     def classes(self) -> list[str]:
-        """The names of the categories, in the order of the class numbers."""
-        return [category["name"] for category in self._ordered_categories()]
+        """The names of the categories."""
+        return [category["name"] for category in self.categories]
+
+    @property
+    def class_numbers(self) -> dict[int | str, int]:
+        """The number of the class of each category id."""
+        return {category["id"]: i for i, category in enumerate(self.categories)}
 
     def add_image(self, number: int | str, file_name: str, size: tuple[int, int]) -> None:
         """Add an image by its id, its file and its (height, width)."""
@@ -67,11 +94,7 @@ class RawData:
         self.places.append((file, place))
 
     def refuse(self, error: Exception, kind: str = "broken entry", **where) -> None:
-        """Note the error that training raises about an entry, and a finding with its text.
-
-        Args:
-            where: the other attributes of :class:`Finding`, at least "file".
-        """
+        """Note an error, and a finding with its text; ``where`` are its attributes, as "file"."""
         self.error = self.error or error
         kind = "unknown category" if isinstance(error, UnknownCategory) else kind
         text = str(error).removeprefix(where["file"]).lstrip(":, ")
@@ -79,7 +102,7 @@ class RawData:
 
     @contextmanager
     def refusing(self, kind: str = "broken entry", **where) -> Iterator[None]:
-        """Leave the block at an OSError or a ValueError, and note it, see :meth:`refuse`."""
+        """An OSError or a ValueError ends the block, and is noted as in :meth:`refuse`."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -90,36 +113,43 @@ class RawData:
         file, place = self.places[index]
         return Finding(kind, file, text, self.annotations[index]["image_id"], place, index)
 
-    def unlearnable(self) -> list[Finding]:
-        """About annotations of images that are not listed, and boxes that cannot be learnt."""
-        images = {image["id"]: image for image in self.images}
-        findings = []
-        for i, annotation in enumerate(self.annotations):
-            bbox, image = annotation["bbox"], images.get(annotation["image_id"])
-            if image is None:
-                text = f"image {annotation['image_id']!r} is not listed"
-                findings.append(self.finding("annotation without image", i, text))
-            elif (fault := _fault_of_box(bbox)) is not None:
-                findings.append(self.finding(fault, i, box_text(bbox, image)))
+    def faulty_boxes(self) -> list[Finding]:
+        """About boxes that cannot be learnt, or are not where their image is."""
+        numbers = {image["id"]: i for i, image in enumerate(self.images)}
+        images = np.array([numbers.get(a["image_id"], -1) for a in self.annotations], np.int64)
+        boxes = np.array([a["bbox"] for a in self.annotations], np.float64).reshape(-1, 4)
+        sizes = [*((image["width"], image["height"]) for image in self.images), (np.nan, np.nan)]
+        (x, y, width, height), (right, bottom) = boxes.T, np.array(sizes, np.float64)[images].T
+        with np.errstate(invalid="ignore", over="ignore"):
+            is_faulty = (
+                images < 0,
+                ~np.isfinite(boxes).all(axis=1),
+                (width < 0) | (height < 0),
+                (width == 0) | (height == 0),
+                (x >= right) | (y >= bottom) | (x + width <= 0) | (y + height <= 0),
+                (width > right + _TOLERANCE) | (height > bottom + _TOLERANCE),
+                np.maximum.reduce([-x, -y, x + width - right, y + height - bottom]) > _TOLERANCE,
+            )
+        first, findings = np.select(is_faulty, range(len(_FAULTS)), -1), []
+        for i in np.flatnonzero(first >= 0).tolist():
+            text = f"image {self.annotations[i]['image_id']!r} is not listed"
+            if images[i] >= 0:
+                box = f"[{', '.join(f'{x:g}' for x in self.annotations[i]['bbox'])}]"
+                image = self.images[images[i]]
+                text = f"{box} in an image of {image['width']} x {image['height']}"
+            findings.append(self.finding(_FAULTS[first[i]], i, text))
         return findings
 
     def dropped(self) -> list[Finding]:
-        """What training drops, after one warning that names it.
-
-        Raises:
-            OSError, ValueError: about the first entry that cannot be read, with its file.
-        """
+        """What training drops, after a warning that names it; or the first error of the reader."""
         if self.error is not None:
             raise self.error
-        findings = self.unlearnable()
-        labels = defaultdict(list)
-        for finding in findings:
-            labels[finding.kind].append(self.label(finding))
-        parts = [
-            f"{len(names)} {_DROPPED.get(kind, f'with {kind}')} "
-            f"({'; '.join(names[:_NAMED])}{'; ...' if len(names) > _NAMED else ''})"
-            for kind, names in labels.items()
-        ]
+        findings = [f for f in self.faulty_boxes() if f.kind in UNLEARNABLE]
+        parts = []
+        for kind in dict.fromkeys(f.kind for f in findings):
+            names = [self.label(f) for f in findings if f.kind == kind]
+            named = "; ".join(names[:_NAMED]) + "; ..." * (len(names) > _NAMED)
+            parts.append(f"{len(names)} {_DROPPED.get(kind, f'with {kind}')} ({named})")
         if parts:
             logging.getLogger(__name__).warning(
                 f"{self.source}: dropped {len(findings)} box(es) without area or with another "
@@ -127,16 +157,20 @@ class RawData:
             )
         return findings
 
-    def records(self, left_out: Container[int]) -> tuple[list[dict], list[list[int]]]:
+    def indices(self, left_out: Container[int]) -> list[list[int]]:
+        """For each image the indices of its annotations, without those that are left out."""
+        of_image: dict = {image["id"]: [] for image in self.images}
+        for i, annotation in enumerate(self.annotations):
+            if i not in left_out:
+                of_image[annotation["image_id"]].append(i)
+        return list(of_image.values())
+
+    def records(self, left_out: Container[int]) -> list[dict]:
         """In Detectron2's format, without the annotations of some indices.
 
-        Categories that are not listed keep their ids.
-
-        Returns:
-            the records, with boxes as [x, y, width, height]; and for each, the indices of its
-            annotations.
+        Boxes are [x, y, width, height]. Categories that are not listed keep their ids.
         """
-        classes = {c["id"]: i for i, c in enumerate(self._ordered_categories())}
+        classes = self.class_numbers
 
         def box(annotation: dict) -> dict:
             category = annotation["category_id"]
@@ -144,47 +178,23 @@ class RawData:
                 "bbox": annotation["bbox"],
                 "bbox_mode": BoxMode.XYWH_ABS,
                 "category_id": classes.get(category, category),
-            } | {k: annotation[k] for k in ("iscrowd", "segmentation") if k in annotation}
+            } | {key: annotation[key] for key in _MORE_KEYS if key in annotation}
 
-        indices: dict = {image["id"]: [] for image in self.images}
-        for i, annotation in enumerate(self.annotations):
-            if i not in left_out:
-                indices[annotation["image_id"]].append(i)
-        records = [
+        return [
             {
                 "file_name": os.path.join(self.image_root, image["file_name"]),
                 "image_id": image["id"],
                 "height": image["height"],
                 "width": image["width"],
-                "annotations": [box(self.annotations[i]) for i in indices[image["id"]]],
+                "annotations": [box(self.annotations[i]) for i in indices],
             }
-            for image in self.images
+            for image, indices in zip(self.images, self.indices(left_out), strict=True)
         ]
-        return records, list(indices.values())
 
     def training_records(self) -> list[dict]:
         """The records to train on, with boxes as [x0, y0, x1, y1]. See :meth:`dropped`."""
-        records, _ = self.records(unsound(self.dropped()))
+        records = self.records(unsound(self.dropped()))
         for box in (box for record in records for box in record["annotations"]):
             x, y, width, height = box["bbox"]
             box |= {"bbox": [x, y, x + width, y + height], "bbox_mode": BoxMode.XYXY_ABS}
         return records
-
-    def _ordered_categories(self) -> list[dict]:
-        return sorted(self.categories, key=lambda c: (isinstance(c["id"], str), c["id"]))
-
-
-def box_text(bbox: Sequence[float], image: dict) -> str:
-    """A box in a finding."""
-    box = f"[{', '.join(f'{x:g}' for x in bbox)}]"
-    return f"{box} in an image of {image['width']} x {image['height']}"
-
-
-def _fault_of_box(bbox: Sequence[float]) -> str | None:
-    """Why a box [x, y, width, height] cannot be learnt, or None."""
-    _, _, width, height = bbox
-    if not all(map(math.isfinite, bbox)):
-        return "NaN or infinity in the box"
-    if width < 0 or height < 0:
-        return "a negative width or height"
-    return "a box without area" if width == 0 or height == 0 else None

@@ -7,7 +7,6 @@ detector learns to tell them apart in minutes, from random weights.
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -24,10 +23,8 @@ _EMPTY_EVERY = 12
 def make_shapes_dataset(folder: str | Path) -> None:
     """Write ``train`` and ``val`` as PNG files with ``train.json`` and ``val.json`` in COCO format.
 
-    Takes seconds, and writes the same pixels and boxes each time.
-
-    Args:
-        folder: created if it does not exist; files with these names are overwritten.
+    Takes seconds, and writes the same pixels and boxes each time. The folder is made if it is not
+    there; files with these names are overwritten.
     """
     folder = Path(folder)
     for split, (num_images, seed) in _SPLITS.items():
@@ -43,43 +40,42 @@ def make_shapes_dataset(folder: str | Path) -> None:
             images.append({"id": image_id, "file_name": name, "height": height, "width": width})
             for shape in shapes:
                 ids = {"id": len(annotations) + 1, "image_id": image_id}
-                box = {"bbox": shape.box, "area": shape.box[2] * shape.box[3], "iscrowd": 0}
-                annotations.append(ids | {"category_id": shape.category + 1} | box)
+                box = shape["bbox"]
+                rest = {"bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+                annotations.append(ids | {"category_id": shape["category"] + 1} | rest)
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
         data = {"images": images, "annotations": annotations, "categories": categories}
         (folder / f"{split}.json").write_text(json.dumps(data))
 
 
-@dataclass
-class _Shape:
-    category: int
-    box: list[float]  # x, y, width, height
-    area: int  # in pixels, when drawn
-    visible: int  # pixels that no later shape covers
+def _draw_image(rng: np.random.Generator, empty: bool) -> tuple[np.ndarray, list[dict]]:
+    """An image and its shapes, each mostly inside and mostly visible.
 
-
-def _draw_image(rng: np.random.Generator, empty: bool) -> tuple[np.ndarray, list[_Shape]]:
-    """An image and its shapes, each mostly inside and mostly visible."""
+    A shape has its "category", its "bbox" [x, y, width, height], its "area" in pixels, and the
+    number of these that are "visible" beneath the later ones.
+    """
     height, width = _IMAGE_SIZES[rng.integers(len(_IMAGE_SIZES))]
     image = _texture(rng, height, width)
     top = np.full((height, width), -1)  # index of the topmost shape at each pixel
-    shapes: list[_Shape] = []
+    shapes: list[dict] = []
     for _ in range(0 if empty else rng.integers(1, 7)):
         category = int(rng.integers(len(CLASSES)))
         size = math.exp(rng.uniform(math.log(16), math.log(100)))
         mask = _mask(rng, category, size, rng.uniform((0, 0), (width, height)), (height, width))
         area = int(mask.sum())
-        visible = [s.visible - int((top[mask] == i).sum()) for i, s in enumerate(shapes)]
-        hides_another = any(v < 0.6 * s.area for v, s in zip(visible, shapes, strict=True))
-        if area < 0.6 * _whole_area(category, size) or hides_another:
+        visible = [s["visible"] - int((top[mask] == i).sum()) for i, s in enumerate(shapes)]
+        hides_another = any(v < 0.6 * s["area"] for v, s in zip(visible, shapes, strict=True))
+        corners = _CORNERS[category]
+        whole_area = corners / 8 * size * size * math.sin(2 * math.pi / corners)
+        if area < 0.6 * whole_area or hides_another:
             continue
         for shape, pixels in zip(shapes, visible, strict=True):
-            shape.visible = pixels
+            shape["visible"] = pixels
         top[mask] = len(shapes)
         image[mask] = _color(rng, category)
         ys, xs = mask.nonzero()
         box = [float(v) for v in (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1)]
-        shapes.append(_Shape(category, box, area, area))
+        shapes.append({"category": category, "bbox": box, "area": area, "visible": area})
     image = image + rng.normal(0, 6, image.shape)
     return image.clip(0, 255).astype(np.uint8), shapes
 
@@ -102,12 +98,6 @@ def _mask(rng, category: int, size: float, center, shape: tuple[int, int]) -> np
     mask = np.zeros(shape, np.uint8)
     cv2.fillPoly(mask, [np.round(points).astype(np.int32)], 1)
     return mask.astype(bool)
-
-
-def _whole_area(category: int, size: float) -> float:
-    """Area in pixels of the whole shape, a regular polygon inscribed in a circle."""
-    corners = _CORNERS[category]
-    return corners / 8 * size * size * math.sin(2 * math.pi / corners)
 
 
 def _color(rng: np.random.Generator, category: int) -> np.ndarray:

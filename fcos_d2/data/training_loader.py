@@ -15,18 +15,16 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
-from detectron2.utils.file_io import PathManager
 from torch.utils.data import DataLoader, Dataset
 
-from ..checkpoint import read_checkpoint
-from .check import summary
-from .classes import classes_of
-from .workers import ignore_stop_signals
+from .loading import load_training_sets
+from .raw_data import garbage_collection_paused
+from .workers import SteadyLoader
 
 _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 _MAX_SKIPPED_IN_A_ROW = 20
@@ -37,6 +35,7 @@ _SKIPPED = "skipped_images"
 class TrainingLoader:
     """An endless iterable of this process's share of each batch, as lists of mapped records."""
 
+    @garbage_collection_paused()
     def __init__(self, cfg: CfgNode, mapper: Callable[[dict], dict]):
         """
         Args:
@@ -44,35 +43,14 @@ class TrainingLoader:
             mapper: from a record to what the model takes.
 
         Raises:
-            ValueError: for a batch that the processes cannot share equally, for an unknown value
-                of DATALOADER.SAMPLER_TRAIN, ON_BAD_IMAGE or RANDOM_SUBSET_RATIO, for data sets that
-                are not lists of records, and for files of proposals that could run code.
+            ValueError: for a batch that the processes cannot share equally, for a wrong value in
+                DATALOADER, and for what :func:`load_training_sets` refuses.
         """
+        _check(cfg)
         self.cfg = cfg
         self.seed, self.first_batch = max(cfg.SEED, 0), 0
-        proposal_files = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
-        check_proposal_files(proposal_files)
-        records = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=(
-                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-            ),
-            proposal_files=proposal_files,
-        )
-        if not isinstance(records, list):
-            raise ValueError(
-                f"{cfg.DATASETS.TRAIN} is registered as a {type(records).__name__}, not as a list "
-                "of records. Override Trainer.build_train_loader, for example with Detectron2's "
-                "build_detection_train_loader; such a run does not resume exactly"
-            )
+        records = load_training_sets(cfg)
         self.sampler = cfg.DATALOADER.SAMPLER_TRAIN
-        if self.sampler not in _SAMPLERS:
-            raise ValueError(
-                f"DATALOADER.SAMPLER_TRAIN must be one of {list(_SAMPLERS)}, got {self.sampler!r}. "
-                "For another one override Trainer.build_train_loader; such a run does not resume "
-                "exactly"
-            )
         if self.sampler == "RandomSubsetTrainingSampler":
             ratio, number = cfg.DATALOADER.RANDOM_SUBSET_RATIO, len(records)
             if not 1 <= ratio * number <= number:
@@ -80,28 +58,15 @@ class TrainingLoader:
                     f"DATALOADER.RANDOM_SUBSET_RATIO must leave at least one of the {number} "
                     f"images, and be at most 1, got {ratio}"
                 )
-        on_bad_image = cfg.DATALOADER.ON_BAD_IMAGE
-        if on_bad_image not in ("raise", "skip"):
-            raise ValueError(
-                f"DATALOADER.ON_BAD_IMAGE must be one of ['raise', 'skip'], got {on_bad_image!r}"
-            )
-        batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-        if batch < 1 or batch % world:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH, {batch} images over all processes, must be a multiple of "
-                f"the {world} processes"
-            )
-        if comm.is_main_process():
-            names = cfg.DATASETS.TRAIN
-            checked = summary(", ".join(names), records, classes_of(names[0]) or ())
-            logging.getLogger(__name__).info(checked)
         grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
         self.wide = [grouped and r.get("width", 0) > r.get("height", 0) for r in records]
-        self.dataset = _SeededImages(DatasetFromList(records), mapper, on_bad_image == "skip")
+        self.dataset = _SeededImages(
+            DatasetFromList(records), mapper, cfg.DATALOADER.ON_BAD_IMAGE == "skip"
+        )
         self.num_skipped = 0
 
     def start(self, seed: int, first_batch: int) -> None:
-        """Set where the next iteration begins: after ``first_batch`` batches, which load no images.
+        """Begin the next iteration after ``first_batch`` batches, whose images are not loaded.
 
         ``seed`` must be the same in all processes.
         """
@@ -141,8 +106,7 @@ class TrainingLoader:
         """The records in an endless order, over all processes: shuffled epochs in turn.
 
         DATALOADER.SAMPLER_TRAIN decides what an epoch is. With the same seed this is the order of
-        Detectron2's sampler of that name, which gives the share of one process alone; but batches
-        are formed before they are shared out.
+        Detectron2's sampler of that name before it is shared out among the processes.
         """
         generator = torch.Generator().manual_seed(self.seed)
         records = torch.arange(len(self.dataset))
@@ -186,14 +150,24 @@ class TrainingLoader:
             get_event_storage().put_scalar("skipped_images", self.num_skipped)
 
 
-def check_proposal_files(files: Sequence[str] | None) -> None:
-    """Read files of precomputed proposals as plain data, before Detectron2 unpickles them.
-
-    Raises:
-        ValueError: for a file that holds more than plain data, which could run code.
-    """
-    for file in files or ():
-        read_checkpoint(PathManager.get_local_path(file))
+def _check(cfg: CfgNode) -> None:
+    """Raise a ValueError for what is wrong whatever the data sets are."""
+    sampler, on_bad_image = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.ON_BAD_IMAGE
+    if sampler not in _SAMPLERS:
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN must be one of {list(_SAMPLERS)}, got {sampler!r}. For "
+            "another one override Trainer.build_train_loader; such a run does not resume exactly"
+        )
+    if on_bad_image not in ("raise", "skip"):
+        raise ValueError(
+            f"DATALOADER.ON_BAD_IMAGE must be one of ['raise', 'skip'], got {on_bad_image!r}"
+        )
+    batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if batch < 1 or batch % world:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH, {batch} images over all processes, must be a multiple of "
+            f"the {world} processes"
+        )
 
 
 class _SeededImages(Dataset):

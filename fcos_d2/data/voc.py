@@ -16,17 +16,15 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str]) -> RawDat
     """A split in VOC layout.
 
     Unlike Detectron2's loader it reads a split of one image, names with spaces, images in other
-    formats than JPEG, and files without ``<size>``, for which it reads the image's header.
+    formats than JPEG, and files without ``<size>``, for which it reads the header of the image.
 
     Args:
         root: the folder with ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
-        split: a file of ``ImageSets/Main`` without ".txt"; each line names an image.
+        split: a file of ``ImageSets/Main`` without ".txt"; each line names an image. If there is
+            none, this is an OSError.
         classes: all names of objects, in the order of the class numbers.
-
-    Raises:
-        OSError: for a missing list of the split.
     """
-    labels: dict[tuple[str, str], str] = {}  # by image and object: with the corners as in the file
+    labels: dict[tuple[str, str], str] = {}  # by image and object, with the corners of the file
     data = RawData(
         name,
         os.path.join(root, "JPEGImages"),
@@ -35,8 +33,8 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str]) -> RawDat
     )
     data.categories = [{"id": i + 1, "name": str(c)} for i, c in enumerate(classes)]
     image_files = _find_image_files(data.image_root)
-    for image in dict.fromkeys(split_names(root, split)):
-        xml_file = annotation_file(root, image)
+    for image in dict.fromkeys(_names(root, split)):
+        xml_file = _annotation_file(root, image)
         file_name = image_files.get(image, f"{image}.jpg")
         with data.refusing(file=xml_file, image=image):
             tree = _parse_xml(xml_file)
@@ -55,9 +53,8 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str]) -> RawDat
 
 def check_readable_by_pascal_voc_evaluator(root: str, records: Sequence[dict]) -> None:
     """Raise a ValueError for a file that Detectron2's evaluator cannot read."""
-    for record in records:
-        name = record["image_id"]
-        file = annotation_file(root, name)
+    for name in (record["image_id"] for record in records):
+        file = _annotation_file(root, name)
         if len(name.split()) > 1:
             raise ValueError(
                 f"{file}: the PASCAL VOC evaluator cannot read names with spaces. Rename the "
@@ -74,23 +71,21 @@ def check_readable_by_pascal_voc_evaluator(root: str, records: Sequence[dict]) -
 
 
 def names_of_objects(root: str, split: str) -> list[str]:
-    """The names of the objects in a split, sorted; without the files that cannot be read."""
+    """The names of the objects in a split, sorted. Files that cannot be read are left out."""
     names = set()
-    for image in split_names(root, split):
+    for image in _names(root, split):
         with suppress(OSError, ValueError):
-            objects = _parse_xml(annotation_file(root, image)).findall("object")
+            objects = _parse_xml(_annotation_file(root, image)).findall("object")
             names |= {element.findtext("name") or "" for element in objects}
     return sorted(names)
 
 
-def split_names(root: str, split: str) -> list[str]:
-    """The names of the images of a split."""
+def _names(root: str, split: str) -> list[str]:
     with open(os.path.join(root, "ImageSets", "Main", f"{split}.txt"), encoding="utf-8") as file:
         return [line.strip() for line in file if line.strip()]
 
 
-def annotation_file(root: str, name: str) -> str:
-    """The file with the annotations of an image."""
+def _annotation_file(root: str, name: str) -> str:
     return os.path.join(root, "Annotations", f"{name}.xml")
 
 
@@ -136,20 +131,18 @@ def _category(where: str, element: ET.Element, classes: Sequence[str]) -> int:
 def _corners(where: str, element: ET.Element) -> list[float]:
     """xmin, ymin, xmax, ymax as in the file."""
     corners = [element.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
-    try:
+    with suppress(TypeError, ValueError):  # TypeError: no such element
         numbers = [float(x) for x in corners]
-    except (TypeError, ValueError):  # TypeError: no such element
-        numbers = [math.nan]
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError(
-            f"{where} has no <bndbox> with four numbers: xmin, ymin, xmax, ymax are {corners}"
-        )
-    return numbers
+        if all(map(math.isfinite, numbers)):
+            return numbers
+    raise ValueError(
+        f"{where} has no <bndbox> with four numbers: xmin, ymin, xmax, ymax are {corners}"
+    )
 
 
 def _coco_box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
-    """[x, y, width, height] of a box, whose corners are pixel numbers from 1.
+    """[x, y, width, height] of a box whose corners are the numbers of pixels, from 1.
 
-    Both pixels belong to the box, but where they are the same it has no area.
+    Both pixels belong to the box, but if they are the same it has no area.
     """
     return [x0 - 1, y0 - 1, x1 - x0 + (x1 > x0), y1 - y0 + (y1 > y0)]

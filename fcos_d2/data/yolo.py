@@ -9,29 +9,24 @@ from .raw_data import RawData
 
 
 def read_yolo(name: str, data_yaml: str, split: str) -> RawData:
-    """A split in YOLO layout.
+    """A split in YOLO layout. For errors see :func:`read_data_yaml` and :func:`image_files`.
 
-    Polygons become boxes with a segmentation. An image without a label file has no boxes. Of images
-    only headers are read.
+    Polygons become boxes with a segmentation. An image without a label file has no boxes. Only the
+    headers of images are read.
 
     Args:
         data_yaml: a data.yaml, or the folder that it is in.
         split: a key of data.yaml, such as "train" or "val".
-
-    Raises:
-        OSError: for a missing data.yaml, or a missing folder or list of images.
-        ValueError: for what is wrong in data.yaml, and for a split without images.
     """
-    described = read_data_yaml(data_yaml)
+    described, label_files = read_data_yaml(data_yaml), []
     data = RawData(name, described.folders[-1], source=f"{described.file}, split {split}")
     data.categories = [{"id": i + 1, "name": c} for i, c in enumerate(described.classes)]
-    label_files = []
     found, missing = image_files(described, split)
     for text in missing:
         data.refuse(FileNotFoundError(text), "no image", file=described.file)
     for image_file in found:
         image = os.path.relpath(image_file, data.image_root)
-        # Joined to a folder that is a link, ".." would lead to another place.
+        # ".." behind a folder that is a link leads to another place.
         file_name = os.path.abspath(image_file) if image.startswith("..") else image
         with data.refusing("unreadable image", file=image_file, image=image):
             data.add_image(image, file_name, image_size(image_file))
@@ -61,8 +56,8 @@ def _parse_line(where: str, line: str, classes: Sequence[str], height: int, widt
     """The annotation of a line: "class x y width height" or "class x0 y0 x1 y1 x2 y2 ...".
 
     Returns:
-        "category_id", "bbox" and for a polygon "segmentation", as in COCO, in pixels of the image
-        of ``height`` and ``width``. The box may have no area.
+        "category_id", "bbox" and for a polygon "segmentation", as in COCO, in pixels. The box may
+        have no area.
     """
     try:
         number, *values = map(float, line.split())

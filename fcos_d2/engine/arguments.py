@@ -87,7 +87,8 @@ def setup(args) -> CfgNode:
         )
     data = getattr(args, "data", None)
     eval_only, given = getattr(args, "eval_only", False), args.opts[::2]
-    notes = [use_data(cfg, data, given)] if data else []
+    said, read = use_data(cfg, data, given) if data else ("", {})
+    notes = [said]
     if not eval_only:
         own = get_cfg()
         own.merge_from_file(args.config_file, allow_unsafe=allow_unsafe)
@@ -101,7 +102,8 @@ def setup(args) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fcos_d2")
     for note in filter(None, notes):
         logging.getLogger(__name__).info(note)
-    register_custom_datasets(cfg)
+    # An evaluation never loads the training set, and would keep it in memory.
+    register_custom_datasets(cfg, {} if eval_only else read)
     return cfg
 
 

@@ -27,8 +27,9 @@ from ..data import (
     class_names,
     with_class_names,
 )
-from ..data.training_loader import check_proposal_files, seed_all
-from ..data.workers import ignore_stop_signals
+from ..data.loading import check_proposal_files
+from ..data.training_loader import seed_all
+from ..data.workers import SteadyLoader
 from ..modeling.backbone import check_random_start
 from .averaging import AverageWeights, build_average, split_checkpoint
 from .evaluators import build_evaluator, deciding_metric, evaluate_with_augmentation

@@ -13,7 +13,7 @@ from test_yolo import write_yolo
 
 from fcos_d2.config import get_cfg
 from fcos_d2.data import check
-from fcos_d2.data.coco import cleaned, read_coco, training_file
+from fcos_d2.data.coco import can_be_evaluated, cleaned, read_coco
 from fcos_d2.data.custom import read_entry
 from fcos_d2.data.findings import count
 from fcos_d2.data.layouts import recognise
@@ -113,18 +113,65 @@ def test_faults_of_annotations(tmp_path):
     assert count(findings)["error"] == 7 + 4 + 5  # of boxes, other annotations, others
 
 
+def slow_fault(box, size):
+    """The definition, box by box."""
+    (x, y, width, height), (right, bottom) = box, size
+    if not all(map(math.isfinite, box)):
+        return "NaN or infinity in the box"
+    if width < 0 or height < 0:
+        return "a negative width or height"
+    if width == 0 or height == 0:
+        return "a box without area"
+    if x >= right or y >= bottom or x + width <= 0 or y + height <= 0:
+        return "box outside of the image"
+    if width > right + 1 or height > bottom + 1:
+        return "box larger than the image"
+    beyond = max(-x, -y, x + width - right, y + height - bottom)
+    return "box beyond the edge" if beyond > 1 else None
+
+
+def test_faults_of_many_boxes_are_those_found_one_by_one():
+    rng = np.random.default_rng(0)
+    data = RawData("random", "")
+    data.categories = [{"id": i, "name": str(i)} for i in (1, 2)]
+    sizes = {i: rng.integers(20, 60, 2).tolist() for i in range(9)}
+    for i, (width, height) in sizes.items():
+        data.add_image(i, f"{i}.png", (height, width))
+    expected, twice, first = [], [], {}
+    for index in range(2000):
+        image, category = int(rng.integers(10)), int(rng.integers(1, 3))  # image 9 is not listed
+        box = (rng.integers(-8, 70, 4) / rng.choice([1, 4])).tolist()
+        if rng.random() < 0.1:
+            box[rng.integers(4)] = rng.choice([math.nan, math.inf, -math.inf, 0.0, 1e308]).item()
+        if index and rng.random() < 0.1:
+            other = data.annotations[rng.integers(index)]
+            image, box = other["image_id"], other["bbox"]
+        data.add({"image_id": image, "category_id": category, "bbox": box}, "file", index)
+        fault = slow_fault(box, sizes[image]) if image in sizes else "annotation without image"
+        expected += [(fault, index)] if fault else []
+        if fault in (None, "box beyond the edge"):
+            other = first.setdefault((image, *box), (index, category))
+            of_two = ", of two classes" * (other[1] != category)
+            twice += [(f"box twice{of_two}", index)] if other[0] != index else []
+    assert len({kind for kind, _ in expected}) == 7 and len(twice) > 5
+    assert sorted((f.kind, f.index) for f in data.faulty_boxes()) == sorted(expected)
+    findings = check.check_annotations(data, nearly_twice=False)
+    found = [(f.kind, f.index) for f in findings if f.index is not None]
+    assert sorted(found) == sorted(expected + twice)
+
+
 def test_cleaned(tmp_path):
     file = broken_coco(tmp_path)
     data = read_coco("pets", str(file), str(tmp_path))
     clean = tmp_path / "clean.json"
     clean.write_text(json.dumps(cleaned(data, found_in(data))))
     # The loader need not repair it.
-    assert training_file(read_coco("pets", str(clean), str(tmp_path))) == str(clean)
+    again = read_coco("pets", str(clean), str(tmp_path))
+    assert can_be_evaluated(again, again.dropped())
     content = json.loads(clean.read_text())
     boxes = {tuple(a["bbox"]) for a in content["annotations"] if a["image_id"] == 1}
     # Clipped is 9, from 35 to 40.
     assert boxes == {(2, 2, 10, 10), (2, 2, 10, 10.2), (30.5, 20, 10, 10.5), (35, 20, 5, 5)}
-    again = read_coco("pets", str(clean), str(tmp_path))
     assert count(found_in(again))["error"] == 0
 
 

@@ -1,5 +1,6 @@
 """COCO files as people make them: each fault is repaired with a warning, or named."""
 
+import gc
 import json
 import math
 from pathlib import Path
@@ -7,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json as load_with_detectron2
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
+from pycocotools import mask
 
 from fcos_d2.config import get_cfg
-from fcos_d2.data import load_coco_json, register_custom_datasets
-from fcos_d2.data.coco import read_coco, training_file
+from fcos_d2.data import coco, load_coco_json, register_custom_datasets
+from fcos_d2.data.coco import can_be_evaluated, read_coco, write_repaired
 
 
 def make_data(*boxes, **annotation_keys):
@@ -33,10 +36,13 @@ def file(tmp_path):
 
 
 def read(file, data):
-    """What training takes of a file, and whether it is a copy."""
+    """What the evaluation takes of a file, and whether it is a copy."""
     file.write_text(json.dumps(data))
-    taken = Path(training_file(read_coco("a", str(file), "")))
-    return json.loads(taken.read_text()), taken != file
+    found = read_coco("a", str(file), "")
+    findings = found.dropped()
+    if can_be_evaluated(found, findings):
+        return data, False
+    return json.loads(Path(write_repaired(found, findings)).read_text()), True
 
 
 def test_a_good_file_is_left_as_it_is(file, caplog):
@@ -145,30 +151,136 @@ def test_a_file_that_is_cut_short(file):
             function(file)
 
 
-def test_repaired_file_is_loaded_and_evaluated(file, tmp_path):
+@pytest.fixture
+def register(tmp_path):
+    """Writes a file, and registers it as "repaired"."""
+    names = []
+
+    def _register(file, data):
+        file.write_text(json.dumps(data))
+        cfg = get_cfg()
+        entry = {"FORMAT": "coco", "JSON": str(file), "IMAGES": str(tmp_path)}
+        cfg.DATASETS.CUSTOM.repaired = type(cfg)(entry)
+        register_custom_datasets(cfg)
+        names.append("repaired")
+
+    yield _register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def all_kinds_of_annotations():
+    """Unsorted, with gaps in the ids, and with keys that nothing reads."""
+    code = mask.encode(np.asfortranarray(np.eye(60, 80, dtype=np.uint8)))
+    polygon = [1, 1, 9, 1, 9, 9]
+    segmentations = [
+        [polygon, [1.5, 2, 3, 4.25, 5, 6, 7, 8]],
+        [polygon, [1, 2, 3, 4], [*polygon, 5]],  # the second and third are no polygons
+        [[1, 2, 3, 4]],
+        [],
+        None,
+        {"counts": [100, 50, 60 * 80 - 150], "size": [60, 80]},
+        {"counts": code["counts"].decode(), "size": [60, 80]},
+    ]
+    images = [
+        {"id": i, "file_name": f"{i}.jpg", "height": 60, "width": 80, "license": 3}
+        for i in (30, 4, 17, 5)
+    ]
+    annotations = [
+        {"id": 100 - i, "image_id": (4, 30, 17)[i % 3], "category_id": (90, 3)[i % 2], "area": 7.0,
+         "bbox": [i, 2.5, 10, 11] if i % 4 else [i, 2, 10, 11], "iscrowd": i % 5 // 4, "note": "x"}
+        for i in range(20)
+    ]  # fmt: skip
+    for i, annotation in enumerate(annotations):
+        if i % 8:
+            annotation["segmentation"] = segmentations[i % 8 - 1]
+        if i % 6 < 2:
+            annotation["keypoints"] = [[], [3, 4, 2, 0, 0, 0]][i % 6]
+    categories = [{"id": 90, "name": "z"}, {"id": 3, "name": "a"}, {"id": 7, "name": "m"}]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def as_floats(record):
+    """What scaling needs; in Detectron2's records whole numbers stay whole."""
+    for annotation in record["annotations"]:
+        annotation["bbox"] = [float(x) for x in annotation["bbox"]]
+        if isinstance(annotation.get("segmentation"), list):
+            polygons = annotation["segmentation"]
+            annotation["segmentation"] = [np.array(p, dtype=np.float64) for p in polygons]
+    return record
+
+
+@pytest.mark.parametrize("missing", [(), ("area", "id")])
+def test_records_are_those_of_detectron2(file, tmp_path, register, missing, caplog):
+    data = all_kinds_of_annotations()
+    (tmp_path / "whole.json").write_text(json.dumps(data))
+    for annotation in data["annotations"]:
+        for key in missing:
+            del annotation[key]
+    register(file, data)
+    records = DatasetCatalog.get("repaired")
+    assert "left out 3 annotation(s) without a polygon of three corners" in caplog.text
+    whole = str(tmp_path / "whole.json")
+    expected = load_with_detectron2(whole, str(tmp_path), "coco_of_detectron2")
+    assert [r["image_id"] for r in records] == [4, 5, 17, 30]
+    np.testing.assert_equal(records, [as_floats(record) for record in expected])
+    boxes = [a for record in records for a in record["annotations"]]
+    assert all(type(x) is float for a in boxes for x in a["bbox"])
+    found, theirs = MetadataCatalog.get("repaired"), MetadataCatalog.get("coco_of_detectron2")
+    assert found.thing_classes == theirs.thing_classes == ["a", "m", "z"]
+    assert found.thing_dataset_id_to_contiguous_id == theirs.thing_dataset_id_to_contiguous_id
+    MetadataCatalog.remove("coco_of_detectron2")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("segmentation", [1, 2, 3, 4, 5, 6]),
+        ("segmentation", [["a"] * 6]),
+        ("segmentation", {"counts": [-1], "size": [60, 80]}),
+        ("segmentation", {"size": [60, 80]}),
+        ("keypoints", ["a", 1, 2]),
+        ("ignore", 1),
+    ],
+)
+def test_what_only_loading_finds_is_named(file, register, key, value):
+    register(file, make_data((1, 2, 3, 4), **{key: value}))
+    with pytest.raises(
+        ValueError, match=r"a\.json: (image 1 has a segm|annotation 1 has 'ignore')"
+    ):
+        DatasetCatalog.get("repaired")
+
+
+@pytest.mark.parametrize("content", ["{}", None])
+def test_garbage_collection_goes_on_afterwards(file, monkeypatch, content):
+    file.write_text(content or json.dumps(make_data()))
+    states, load = [], json.load
+    monkeypatch.setattr(coco.json, "load", lambda f: states.append(gc.isenabled()) or load(f))
+    if content:
+        with pytest.raises(ValueError, match="has no list 'images'"):
+            read_coco("a", str(file), "")
+    else:
+        read_coco("a", str(file), "")
+    assert states == [False] and gc.isenabled()
+
+
+def test_repaired_file_is_loaded_and_evaluated(file, tmp_path, register):
     """As a whole: without area, iscrowd and id the evaluation itself would raise a KeyError."""
     data = make_data((10, 10, 30, 40), (5, 5, 0, 0))
     for annotation in data["annotations"]:
         del annotation["area"], annotation["iscrowd"], annotation["id"]
-    file.write_text(json.dumps(data))
+    register(file, data)
     before = file.read_text()
-    cfg = get_cfg()
-    entry = {"FORMAT": "coco", "JSON": str(file), "IMAGES": str(tmp_path)}
-    cfg.DATASETS.CUSTOM.repaired = type(cfg)(entry)
-    register_custom_datasets(cfg)
-    try:
-        (record,) = DatasetCatalog.get("repaired")
-        assert [a["bbox"] for a in record["annotations"]] == [[10, 10, 30, 40]]
-        evaluator = COCOEvaluator("repaired", output_dir=str(tmp_path / "out"))
-        evaluator.reset()
-        detections = Instances((60, 80))
-        detections.pred_boxes = Boxes(np.array([[10.0, 10, 40, 50]]))
-        detections.scores = detections.pred_boxes.tensor.new_tensor([0.9])
-        detections.pred_classes = detections.scores.long()
-        evaluator.process([record], [{"instances": detections}])
-        assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
-        assert DatasetCatalog.get("repaired") == [record]  # a second time too
-    finally:
-        DatasetCatalog.remove("repaired")
-        MetadataCatalog.remove("repaired")
+    (record,) = DatasetCatalog.get("repaired")
+    assert [a["bbox"] for a in record["annotations"]] == [[10, 10, 30, 40]]
+    evaluator = COCOEvaluator("repaired", output_dir=str(tmp_path / "out"))
+    evaluator.reset()
+    detections = Instances((60, 80))
+    detections.pred_boxes = Boxes(np.array([[10.0, 10, 40, 50]]))
+    detections.scores = detections.pred_boxes.tensor.new_tensor([0.9])
+    detections.pred_classes = detections.scores.long()
+    evaluator.process([record], [{"instances": detections}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+    assert DatasetCatalog.get("repaired") == [record]  # a second time too
     assert file.read_text() == before

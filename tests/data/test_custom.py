@@ -264,7 +264,7 @@ def test_test_sets_are_looked_at_before_the_training(register, datasets_folder):
 
     check("pets")
     check()
-    with pytest.raises(ValueError, match="there is no data set 'pest'"):
+    with pytest.raises(ValueError, match="No data set 'pest' is registered"):
         check("pets", "pest")
     with pytest.raises(FileNotFoundError, match=r"missing\.json"):
         check("other")

@@ -1,16 +1,23 @@
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler
 from detectron2.utils.events import EventStorage
 from helpers import tiny_cfg
 
-from fcos_d2.data import DatasetMapper, TrainingLoader, register_custom_datasets, training_loader
+from fcos_d2.data import (
+    DatasetMapper,
+    TrainingLoader,
+    loading,
+    register_custom_datasets,
+    training_loader,
+)
 
 NUM_IMAGES = 600
 
@@ -190,7 +197,9 @@ def with_bad_images(cfg, shapes_folder, tmp_path):
     cfg.DATASETS.CUSTOM.bad = type(cfg)(entry, new_allowed=True)
     register_custom_datasets(cfg)
     cfg.DATASETS.TRAIN = ("bad",)
-    return cfg
+    yield cfg
+    DatasetCatalog.remove("bad")
+    MetadataCatalog.remove("bad")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -226,3 +235,46 @@ def test_nothing_but_bad_images_is_an_error(with_bad_images, tmp_path):
     cfg.DATALOADER.ON_BAD_IMAGE = "ignore"
     with pytest.raises(ValueError, match=r"ON_BAD_IMAGE must be one of \['raise', 'skip'\]"):
         TrainingLoader(cfg, dict)
+
+
+def remove_images(folder, number):
+    for i in range(1, number + 1):
+        (folder / "images" / f"{i:04d}.png").unlink()
+
+
+def test_images_that_are_not_there_are_an_error_at_the_start(
+    with_bad_images, tmp_path, monkeypatch
+):
+    remove_images(tmp_path, 4)
+    message = (
+        rf"4 of 12 images of 'bad' are not there: {tmp_path}/images/0001\.png, .*/0002\.png, "
+        r".*/0003\.png, \.\.\.\. Put them there, .* or set DATALOADER\.ON_BAD_IMAGE skip"
+    )
+    with pytest.raises(ValueError, match=message):
+        TrainingLoader(with_bad_images, dict)
+    # Only the main process looks.
+    other = SimpleNamespace(is_main_process=lambda: False)
+    monkeypatch.setattr(loading, "comm", other)
+    TrainingLoader(with_bad_images, dict)
+
+
+def test_images_that_are_not_there_are_one_warning_where_they_are_skipped(
+    with_bad_images, tmp_path, caplog
+):
+    remove_images(tmp_path, 2)
+    with_bad_images.DATALOADER.ON_BAD_IMAGE = "skip"
+    TrainingLoader(with_bad_images, dict)
+    (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert warning.startswith("2 of 12 images of 'bad' are not there: ")
+
+
+def test_a_set_to_train_on_needs_no_file_for_the_evaluation(with_bad_images, tmp_path):
+    """A copy of COCO's training annotations is half a gigabyte, in each process."""
+    data = json.loads((tmp_path / "bad.json").read_text())
+    del data["annotations"][0]["area"]
+    (tmp_path / "bad.json").write_text(json.dumps(data))
+    TrainingLoader(with_bad_images, dict)
+    assert MetadataCatalog.get("bad").get("json_file") is None
+    DatasetCatalog.get("bad")  # as a test loader does it
+    repaired = json.loads(Path(MetadataCatalog.get("bad").json_file).read_text())
+    assert "area" in repaired["annotations"][0]

@@ -19,8 +19,8 @@ from fcos_d2.model_zoo import get_config_file
 def load():
     """Registers the data sets of a config, and returns the names of the images in both."""
 
-    def _load(cfg):
-        custom.register_custom_datasets(cfg)
+    def _load(cfg, read=None):
+        custom.register_custom_datasets(cfg, read)
         check_test_sets(cfg)
         check_same_classes(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
         check_num_classes(cfg, "data_train")
@@ -36,7 +36,7 @@ def load():
 
 def test_yolo(load, tmp_path):
     cfg = tiny_cfg()
-    said = use_data(cfg, write_yolo(tmp_path))
+    said, _ = use_data(cfg, write_yolo(tmp_path))
     assert "YOLO layout, with train, val, and 2 classes: cat, dog. Trained on train, tes" in said
     assert cfg.MODEL.FCOS.NUM_CLASSES == 2
     assert cfg.DATASETS.TRAIN == ("data_train",)
@@ -65,7 +65,7 @@ def test_splits_of_voc(tmp_path, splits, taken):
     (lists / "train.txt").unlink()
     for split in splits:
         (lists / f"{split}.txt").write_text("a\n")
-    assert taken in use_data(tiny_cfg(), str(tmp_path))
+    assert taken in use_data(tiny_cfg(), str(tmp_path))[0]
 
 
 def test_the_option_of_train_net(load, tmp_path):
@@ -86,7 +86,7 @@ def test_nothing_to_train_on(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["coco", "voc", "yolo"])
-def test_a_tenth_is_held_out(load, tmp_path, name):
+def test_a_tenth_is_held_out(load, tmp_path, monkeypatch, name):
     names = [f"{i}.png" for i in range(60)]
     if name == "coco":
         images = [{"id": i, "file_name": n, "height": 30, "width": 40} for i, n in enumerate(names)]
@@ -111,7 +111,15 @@ def test_a_tenth_is_held_out(load, tmp_path, name):
             write_pixels(tmp_path / "all" / n)
             (tmp_path / "all" / f"{n[:-4]}.txt").write_text("0 0.5 0.5 1 1")
     cfg = tiny_cfg()
-    assert "tested on a tenth of it" in use_data(cfg, str(tmp_path))
+    parsed, parse = [], json.load
+    monkeypatch.setattr(json, "load", lambda file: parsed.append(file.name) or parse(file))
+    said, read = use_data(cfg, str(tmp_path))
+    assert "tested on a tenth of it" in said
+    custom.register_custom_datasets(cfg, read)
+    check_test_sets(cfg)
+    DatasetCatalog.get("data_train")
+    assert parsed == [str(tmp_path / "labels.json")] * (name == "coco")
+    assert not read  # it would keep the memory
     train, test = load(cfg)
     assert train | test == set(names) and not train & test
     assert 2 <= len(test) <= 12

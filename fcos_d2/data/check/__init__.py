@@ -1,8 +1,4 @@
-"""What is wrong with a data set, said before training: see tools/check_dataset.py.
-
-``check_annotations`` and ``check_sets`` need no pixels, ``check_images`` and ``check_same_images``
-do.
-"""
+"""What is wrong with a data set, said before training: see tools/check_dataset.py."""
 
 from .annotations import check_annotations, check_sets, summary, to_records
 from .images import check_images, check_same_images

@@ -1,17 +1,15 @@
 """Checks that need no pixels."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ..classes import how_they_differ
 from ..findings import Finding, unsound
-from ..raw_data import RawData, box_text
+from ..raw_data import UNLEARNABLE, RawData
 from .registered import read_records
 
-# Pixels by which a box may reach beyond the image: corners are rounded in many ways.
-_TOLERANCE = 1.0
 # IoU of two boxes of one class that may be one object.
 _SAME = 0.8
 
@@ -20,49 +18,24 @@ def check_annotations(data: RawData, nearly_twice: bool = True) -> list[Finding]
     """What is wrong with the boxes and classes that were read.
 
     Args:
-        nearly_twice: also compare each box with all others of its image, which takes most of the
-            time.
+        nearly_twice: also compare each box with all others of its image, which takes long.
     """
-    images = {image["id"]: image for image in data.images}
-    names = {category["id"]: category["name"] for category in data.categories}
-    findings = data.unlearnable()
-    bad = unsound(findings)
-    first: dict[tuple, int] = {}
-    sound = defaultdict(list)  # by image, without those that are there twice
-    for i, annotation in enumerate(data.annotations):
-        if i in bad:
-            continue
-        bbox, image = annotation["bbox"], images[annotation["image_id"]]
-        fault = _fault_of_place(bbox, image)
-        if fault:
-            findings.append(data.finding(fault, i, box_text(bbox, image)))
-        if fault and fault != "box beyond the edge":
-            continue
-        is_crowd = annotation.get("iscrowd", 0)
-        if is_crowd:
-            findings.append(data.finding("crowd", i, "left out of training"))
-        box = (annotation["image_id"], *(round(x, 2) for x in bbox))
-        other = first.setdefault(box, i)
-        if other != i:
-            kind, text = "box twice", f"the same box as {data.places[other][1]}"
-            of_class = data.annotations[other]["category_id"]
-            if of_class != annotation["category_id"]:
-                kind, text = f"{kind}, of two classes", f"{text}, which is a {names[of_class]}"
-            findings.append(data.finding(kind, i, text))
-        elif not is_crowd:
-            sound[annotation["image_id"]].append(i)
-    for indices in sound.values() if nearly_twice else ():
-        findings += _nearly_twice(data, indices)
+    findings = data.faulty_boxes()
+    misplaced = {f.index for f in findings if f.kind != "box beyond the edge"}
+    crowds = {i for i, a in enumerate(data.annotations) if a.get("iscrowd", 0)} - misplaced
+    findings += [data.finding("crowd", i, "left out of training") for i in crowds]
+    twice = list(_twice(data, [i for i in range(len(data.annotations)) if i not in misplaced]))
+    findings = sorted([*findings, *twice], key=lambda f: (f.kind not in UNLEARNABLE, f.index))
+    if nearly_twice:
+        for indices in data.indices({*misplaced, *crowds, *(f.index for f in twice)}):
+            findings += _nearly_twice(data, indices)
     return [*findings, *_about_images_and_classes(data)]
 
 
 def summary(name: str, records: Sequence[dict], classes: Sequence[str]) -> str:
     """What is wrong with records in Detectron2's format, in one line, without slow checks.
 
-    Records without the size of their image are left out.
-
-    Args:
-        classes: their names; without them each number is a class.
+    Records without the size of their image are left out. Without ``classes`` each number is one.
     """
     records = [r for r in records if "height" in r and "width" in r]
     if not classes:
@@ -92,23 +65,31 @@ def check_sets(sets: Sequence[RawData]) -> list[Finding]:
 
 def to_records(data: RawData, findings: Sequence[Finding]) -> tuple[list[dict], list[list[int]]]:
     """The sound annotations as records in Detectron2's format, and their indices in ``data``."""
-    crowds = {i for i, a in enumerate(data.annotations) if a.get("iscrowd", 0)}
-    return data.records(unsound(findings) | crowds)
+    left_out = unsound(findings) | {i for i, a in enumerate(data.annotations) if a.get("iscrowd")}
+    return data.records(left_out), data.indices(left_out)
 
 
-def _fault_of_place(bbox: Sequence[float], image: dict) -> str:
-    x, y, width, height = bbox
-    if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
-        return "box outside of the image"
-    if width > image["width"] + _TOLERANCE or height > image["height"] + _TOLERANCE:
-        return "box larger than the image"
-    right, bottom = x + width - image["width"], y + height - image["height"]
-    return "box beyond the edge" if max(-x, -y, right, bottom) > _TOLERANCE else ""
+def _twice(data: RawData, indices: list[int]) -> Iterator[Finding]:
+    """Boxes that are the same in one image, up to 0.01 pixels."""
+    names = {category["id"]: category["name"] for category in data.categories}
+    numbers = {image["id"]: i for i, image in enumerate(data.images)}
+    chosen = [data.annotations[i] for i in indices]
+    rows = np.array([(numbers[a["image_id"]], *a["bbox"]) for a in chosen], np.float64)
+    _, first, which = np.unique(
+        rows.reshape(-1, 5).round(2), axis=0, return_index=True, return_inverse=True
+    )
+    first = first[which.reshape(-1)]
+    for n in np.flatnonzero(first != np.arange(len(first))).tolist():
+        kind, text = "box twice", f"the same box as {data.places[indices[first[n]]][1]}"
+        of_class = chosen[first[n]]["category_id"]
+        if of_class != chosen[n]["category_id"]:
+            kind, text = f"{kind}, of two classes", f"{text}, which is a {names[of_class]}"
+        yield data.finding(kind, indices[n], text)
 
 
 def _nearly_twice(data: RawData, indices: Sequence[int]) -> Iterator[Finding]:
     """Boxes of one class in an image that are almost the same: perhaps labelled by two people."""
-    boxes = np.array([data.annotations[i]["bbox"] for i in indices], np.float64)
+    boxes = np.array([data.annotations[i]["bbox"] for i in indices], np.float64).reshape(-1, 4)
     classes = np.array([str(data.annotations[i]["category_id"]) for i in indices])
     low, size = boxes[:, :2], boxes[:, 2:]
     area = size.prod(axis=1)

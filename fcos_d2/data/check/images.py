@@ -32,11 +32,7 @@ def check_images(data: RawData, progress: bool = False) -> tuple[list[Finding], 
 
 
 def check_same_images(hashes: Mapping[str, Mapping[str, bytes]]) -> list[Finding]:
-    """Images with the same pixels, within a data set or in two of them.
-
-    Args:
-        hashes: by the name of the data set, those of :func:`check_images`.
-    """
+    """Images with the same pixels, by the hashes of :func:`check_images` of each data set."""
     findings = []
     first: dict[bytes, tuple[str, str]] = {}
     for name, of_files in hashes.items():

@@ -17,8 +17,7 @@ from ..voc import read_voc
 def read_registered(cfg: CfgNode, name: str) -> RawData:
     """A data set of DATASETS.CUSTOM, or one that is registered with Detectron2.
 
-    Raises:
-        OSError, ValueError: for an unknown name, and what cannot be read at all.
+    An unknown name, and what cannot be read at all, is an OSError or a ValueError.
     """
     if name in cfg.DATASETS.CUSTOM:
         return read_entry(name, cfg.DATASETS.CUSTOM[name])
@@ -36,27 +35,32 @@ def read_records(name: str, records: Sequence[dict], classes: Sequence[str]) -> 
     """Records in Detectron2's format, of a data set that is registered in Python."""
     data = RawData(name, "", source=name)
     data.categories = [{"id": i + 1, "name": str(c)} for i, c in enumerate(classes)]
+    known = range(len(classes))
     for i, record in enumerate(records):
         file = record["file_name"]
         with data.refusing("unreadable image", file=file, image=i):
-            known = "height" in record and "width" in record
-            size = (record["height"], record["width"]) if known else image_size(file)
+            has_size = "height" in record and "width" in record
+            size = (record["height"], record["width"]) if has_size else image_size(file)
             data.add_image(i, file, size)
             for j, annotation in enumerate(record.get("annotations", ())):
                 place = f"annotation {j}"
                 try:
-                    box = _coco_annotation(annotation, len(classes))
+                    box = _coco_annotation(annotation, known)
                     data.add({"image_id": i} | box, file, place)
                 except ValueError as error:
                     data.refuse(error, file=file, image=i, annotation=place)
     return data
 
 
-def _coco_annotation(annotation: dict, num_classes: int) -> dict:
-    bbox, mode = [float(x) for x in annotation["bbox"]], annotation["bbox_mode"]
-    if mode != BoxMode.XYWH_ABS:
-        bbox = list(BoxMode.convert(bbox, mode, BoxMode.XYWH_ABS))
-    category = annotation["category_id"]
-    if category not in range(num_classes):
+def _coco_annotation(annotation: dict, known: range) -> dict:
+    bbox, category = annotation.get("bbox"), annotation["category_id"]
+    try:
+        x, y, width, height = map(float, bbox)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"has a bbox that is not four numbers: {bbox}") from error
+    if annotation["bbox_mode"] == BoxMode.XYXY_ABS:
+        width, height = width - x, height - y
+    if category not in known:
         raise UnknownCategory(f"has the class {category}, which is not listed")
-    return {"category_id": category + 1, "bbox": bbox, "iscrowd": annotation.get("iscrowd", 0)}
+    box = {"category_id": category + 1, "bbox": [x, y, width, height]}
+    return box | {"iscrowd": annotation.get("iscrowd", 0)}
