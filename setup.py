@@ -48,6 +48,10 @@ setup(
         "timm": ["timm"],  # backbones: MODEL.BACKBONE.NAME "build_fcos_timm_fpn_backbone"
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "psutil", "timm", *ONNX],
     },
+    # Another package of the registry has a command "fcos", too.
+    entry_points={
+        "console_scripts": ["fcos = fcos_d2.cli:main", "fcos-d2 = fcos_d2.cli:main"],
+    },
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",

@@ -1,9 +1,24 @@
 """What the commands that take a config have in common."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from .model_zoo import get_config_file
+
+debug = False  # whether errors show their traceback; `fcos --debug` sets it
+
+
+def find_config(name: str) -> str:
+    """The path of a config file: ``name``, or the config of that name in the model zoo."""
+    if os.path.isfile(name):
+        return name
+    try:
+        return get_config_file(name)
+    except FileNotFoundError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def config_parser(
@@ -13,7 +28,13 @@ def config_parser(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options
     )
-    parser.add_argument("--config-file", required=config_required, metavar="FILE")
+    parser.add_argument(
+        "--config-file",
+        required=config_required,
+        type=find_config,
+        metavar="FILE",
+        help="a file, or the name of a config in fcos_d2.model_zoo",
+    )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the config")
     return parser
 
@@ -24,4 +45,6 @@ def exit_on_error(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, *others) as error:
+        if debug:
+            raise
         sys.exit(f"error: {error}")

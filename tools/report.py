@@ -1,47 +1,9 @@
 #!/usr/bin/env python
-"""A page on a run: how good it is, where it fails, and which score threshold to take.
+"""``fcos report``; see fcos_d2/commands/report.py."""
 
-    python tools/report.py --config-file output/config.yaml
-    python tools/report.py --config-file output/config.yaml --compare other_run third_run
-    python tools/report.py --config-file output/config.yaml --eval-only \\
-        MODEL.WEIGHTS output/model_best.pth
+import sys
 
-It is made of the detections that the last evaluation left in OUTPUT_DIR; with --eval-only the
-weights are evaluated first. The page is OUTPUT_DIR/report/index.html.
-"""
-
-from detectron2.utils.logger import setup_logger
-
-from fcos_d2 import load_cfg
-from fcos_d2.command_line import config_parser, exit_on_error
-from fcos_d2.data import check_test_sets
-from fcos_d2.engine import coco_evaluator, evaluate
-from fcos_d2.report import write_report
-
-
-def main() -> None:
-    parser = config_parser(__doc__)
-    parser.add_argument(
-        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST first"
-    )
-    parser.add_argument(
-        "--compare", nargs="+", default=[], metavar="RUN", help="folders of other runs"
-    )
-    parser.add_argument("--output", metavar="DIR", help="in place of OUTPUT_DIR/report")
-    args = parser.parse_intermixed_args()
-    with exit_on_error():
-        cfg = load_cfg(args.config_file, args.opts)
-        if not len(cfg.DATASETS.TEST):
-            raise ValueError("The config names no data set to report on: add DATASETS.TEST")
-        if args.eval_only:
-            setup_logger(name="fcos_d2")
-            setup_logger()
-            check_test_sets(cfg)
-            # Those of PASCAL VOC keep no detections.
-            evaluate(cfg, evaluators=[coco_evaluator(cfg, name) for name in cfg.DATASETS.TEST])
-        for page in write_report(cfg, args.output, args.compare):
-            print(f"wrote {page}")
-
+from fcos_d2.commands.report import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

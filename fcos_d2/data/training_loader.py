@@ -20,7 +20,7 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .loading import load_training_sets
 from .raw_data import garbage_collection_paused
@@ -73,12 +73,11 @@ class TrainingLoader:
         self.seed, self.first_batch = seed, first_batch
 
     def __iter__(self) -> Iterator[list[dict]]:
-        loader = DataLoader(
+        loader = SteadyLoader(
             self.dataset,
             batch_sampler=self._share_of_batches(),
             num_workers=self.cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=ignore_stop_signals(),
             # Without its own the loader draws from the generator that the model draws from.
             generator=torch.Generator(),
         )

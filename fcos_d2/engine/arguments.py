@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import check_local
 from ..config import get_cfg, load_cfg
 from ..data import register_custom_datasets
 from ..data.layouts import use_data
+from ..model_zoo import get_config_file
 from .evaluators import AUGMENTED
 from .resuming import refuse_earlier_run
 from .schedule import (
@@ -75,9 +77,12 @@ def setup(args) -> CfgNode:
     Raises:
         ValueError: without a config file, for test-time augmentation of a model that has none, for
             SOLVER.STEPS beyond the end, and for a new run in the folder of an earlier one.
+        FileNotFoundError: for a config that is neither a file nor a name of the model zoo.
     """
     if not args.config_file:
         raise ValueError("Name a config: --config-file configs/COCO-Detection/...yaml")
+    if not PathManager.isfile(args.config_file):
+        args.config_file = get_config_file(args.config_file)
     allow_unsafe = getattr(args, "allow_unsafe_config", False)
     cfg = load_cfg(args.config_file, args.opts, allow_unsafe)
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE not in AUGMENTED:

@@ -4,12 +4,15 @@ What is derived is said with what it was derived from. Keys that the command lin
 are.
 """
 
+import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from operator import attrgetter
 
 from detectron2.config import CfgNode
 from tabulate import tabulate
+
+from ..data import TrainingLoader
 
 # A value of SOLVER.EPOCHS: as many as suit the number of images, from _EPOCHS up. A short training
 # takes at least _LEAST_ITERATIONS, a long one at most the config's own MAX_ITER.
@@ -33,6 +36,25 @@ def follow_batch(cfg: CfgNode, own_solver: CfgNode, given: Collection[str]) -> s
     cfg.SOLVER.BASE_LR = own_solver.BASE_LR * batch / own
     rates = f"{own_solver.BASE_LR:g} -> {cfg.SOLVER.BASE_LR:g}"
     return f"SOLVER.IMS_PER_BATCH {own} -> {batch} scales SOLVER.BASE_LR {rates}"
+
+
+def with_schedule(cfg: CfgNode, data_loader: Iterable, given: Collection[str]) -> CfgNode:
+    """The config with the schedule that SOLVER.EPOCHS asks for; a table in the log says it.
+
+    Raises:
+        ValueError: without a TrainingLoader, and see :func:`follow_epochs` and :func:`check_steps`.
+    """
+    if cfg.SOLVER.EPOCHS == 0:
+        return cfg
+    if not isinstance(data_loader, TrainingLoader):
+        raise ValueError("SOLVER.EPOCHS needs a TrainingLoader: set SOLVER.MAX_ITER instead")
+    cfg = cfg.clone()
+    cfg.defrost()
+    rows = follow_epochs(cfg, data_loader.images_per_epoch, given)
+    check_steps(cfg.SOLVER)
+    cfg.freeze()
+    logging.getLogger(__name__).info(f"The schedule follows the data:\n{table(rows)}")
+    return cfg
 
 
 def follow_epochs(cfg: CfgNode, images: float, given: Collection[str]) -> list[Row]:

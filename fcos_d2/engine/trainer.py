@@ -3,7 +3,7 @@
 import logging
 import os
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from contextlib import nullcontext
 from functools import partial
 
@@ -44,7 +44,7 @@ from .hooks import (
 from .optimizer import build_optimizer
 from .processes import distribute
 from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from, settings_kept
-from .schedule import check_steps, follow_epochs, table
+from .schedule import with_schedule
 from .step_trainer import StepTrainer, amp_dtype, check_accumulation
 from .stopping import StopOnSignal, Stopped, stop_signals
 
@@ -77,7 +77,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        cfg = self._with_schedule(cfg, data_loader, given)
+        cfg = with_schedule(cfg, data_loader, given)
         model = distribute(model, cfg.MODEL.DEVICE)
         dtype = amp_dtype(cfg) if cfg.SOLVER.AMP.ENABLED else None
         accumulate = cfg.SOLVER.ACCUMULATE
@@ -97,21 +97,6 @@ class Trainer(DefaultTrainer):
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._writers: list[events.EventWriter] = []  # PeriodicWriter has it, train() fills it
         self.register_hooks(self.build_hooks())
-
-    def _with_schedule(
-        self, cfg: CfgNode, data_loader: Iterable, given: Collection[str]
-    ) -> CfgNode:
-        if cfg.SOLVER.EPOCHS == 0:
-            return cfg
-        if not isinstance(data_loader, TrainingLoader):
-            raise ValueError("SOLVER.EPOCHS needs a TrainingLoader: set SOLVER.MAX_ITER instead")
-        cfg = cfg.clone()
-        cfg.defrost()
-        rows = follow_epochs(cfg, data_loader.images_per_epoch, given)
-        check_steps(cfg.SOLVER)
-        cfg.freeze()
-        logging.getLogger(__name__).info(f"The schedule follows the data:\n{table(rows)}")
-        return cfg
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint of OUTPUT_DIR if asked to and there is one, else MODEL.WEIGHTS.
@@ -279,8 +264,7 @@ class Trainer(DefaultTrainer):
         mapper = DatasetMapper(cfg, is_train=False)
         if cfg.MODEL.LOAD_PROPOSALS:
             check_proposal_files(cfg.DATASETS.PROPOSAL_FILES_TEST)
-        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        loader.worker_init_fn = ignore_stop_signals()
+        loader = SteadyLoader.of(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
         check_num_classes(cfg, dataset_name)
         return loader
 

@@ -8,6 +8,7 @@ kept. docs/export.md says how to run it.
 """
 
 import argparse
+from collections.abc import Sequence
 from contextlib import suppress
 
 from detectron2.config import CfgNode
@@ -22,7 +23,7 @@ from ..modeling import FCOS
 from .onnx import LIMIT, ExportError, check_model, to_onnx
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = config_parser(__doc__, prog="python -m fcos_d2.export")
     parser.add_argument("--output", required=True, metavar="FILE", help="such as model.onnx")
     parser.add_argument(
@@ -40,7 +41,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="of ONNX (default: 18; with deformable convolutions 19)",
     )
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(argv)
 
 
 def load_model(cfg: CfgNode) -> tuple[FCOS, list[str] | None]:
@@ -78,8 +79,8 @@ def _names_of_data(cfg: CfgNode) -> list[str] | None:
     return class_names(cfg)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     # Detectron2 refuses weights that do not exist by AssertionError.
     with exit_on_error(AssertionError, ExportError, ImportError):
         cfg = load_cfg(args.config_file, args.opts)

@@ -35,7 +35,9 @@ def check_dataset(shapes_folder, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["check_dataset.py", *map(str, args)])
         with pytest.raises(SystemExit) as end:
             runpy.run_path("tools/check_dataset.py", run_name="__main__")
-        return Result(end.value.code, *capsys.readouterr())
+        code, (stdout, stderr) = end.value.code, capsys.readouterr()
+        # Python itself prints a text, and ends with 1.
+        return Result(1, stdout, code) if isinstance(code, str) else Result(code, stdout, stderr)
 
     return run
 

@@ -1,6 +1,5 @@
-"""Reading files of other implementations, and tools/convert_checkpoint.py up to an evaluation."""
+"""Reading files of other implementations, and `fcos convert` up to an evaluation."""
 
-import importlib.util
 import io
 import os
 import pickle
@@ -18,20 +17,11 @@ from helpers import Payload, make_input, tiny_cfg
 
 import fcos_d2
 from fcos_d2.checkpoint import read_checkpoint
+from fcos_d2.commands import convert
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quick_schedules" / "fcos_R_18_FPN_shapes.yaml")
 SMALL = ["MODEL.FCOS.NUM_CLS_CONVS", "1", "MODEL.FCOS.NUM_BOX_CONVS", "1"]
-
-
-@pytest.fixture
-def tool():
-    spec = importlib.util.spec_from_file_location(
-        "convert_checkpoint", ROOT / "tools" / "convert_checkpoint.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -115,10 +105,10 @@ def test_a_list_is_no_checkpoint(tmp_path):
         read_checkpoint(str(tmp_path / "model.pth"))
 
 
-def test_converted_file_loads_without_running_code(tool, adelaidet_file, tmp_path, capsys):
+def test_converted_file_loads_without_running_code(adelaidet_file, tmp_path, capsys):
     src, model = adelaidet_file
     dst = tmp_path / "new" / "fcos.pth"
-    tool.main([str(src), str(dst), "--source", "adelaidet", "--config-file", CONFIG, *SMALL])
+    convert.main([str(src), str(dst), "--source", "adelaidet", "--config-file", CONFIG, *SMALL])
     printed = capsys.readouterr().out
     assert "MODEL.PIXEL_MEAN: [128.0, 128.0, 128.0]" in printed
     assert sorted(p.name for p in dst.parent.iterdir()) == ["fcos.pth", "fcos.yaml"]
@@ -173,11 +163,11 @@ def test_from_the_command_line_to_the_evaluation(adelaidet_file, shapes_folder, 
     assert "copypaste: AP" in output and "not found in the checkpoint" not in output
 
 
-def test_a_failed_write_leaves_the_old_files(tool, adelaidet_file, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_files(adelaidet_file, tmp_path, monkeypatch):
     src, _ = adelaidet_file
     dst = tmp_path / "fcos.pth"
     args = [str(src), str(dst), "--source", "adelaidet", "--config-file", CONFIG, *SMALL]
-    tool.main(args)
+    convert.main(args)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def write_half(data, file):
@@ -186,24 +176,26 @@ def test_a_failed_write_leaves_the_old_files(tool, adelaidet_file, tmp_path, mon
 
     monkeypatch.setattr(torch, "save", write_half)
     with pytest.raises(OSError, match="No space left"):
-        tool.main(args)
+        convert.main(args)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("dst", ["fcos.pkl", "fcos.yaml", "FCOS_published.pth"])
-def test_unusable_destinations_are_refused(tool, adelaidet_file, tmp_path, dst):
+def test_unusable_destinations_are_refused(adelaidet_file, tmp_path, dst):
     src, _ = adelaidet_file
     before = src.read_bytes()
     with pytest.raises(SystemExit, match=r"must be a \.pth file other than SRC"):
-        tool.main([str(src), str(tmp_path / dst), "--source", "adelaidet", "--config-file", CONFIG])
+        convert.main(
+            [str(src), str(tmp_path / dst), "--source", "adelaidet", "--config-file", CONFIG]
+        )
     assert src.read_bytes() == before and list(tmp_path.iterdir()) == [src]
 
 
-def test_the_config_file_is_not_written_over(tool, adelaidet_file, tmp_path):
+def test_the_config_file_is_not_written_over(adelaidet_file, tmp_path):
     config_file = tmp_path / "fcos.yaml"
     config_file.write_text(f"_BASE_: {CONFIG}\n")
     arguments = [str(adelaidet_file[0]), str(tmp_path / "fcos.pth"), "--source", "adelaidet"]
     with pytest.raises(SystemExit, match=r"would be written over --config-file .*fcos\.yaml"):
-        tool.main([*arguments, "--config-file", str(config_file), *SMALL])
+        convert.main([*arguments, "--config-file", str(config_file), *SMALL])
     assert config_file.read_text() == f"_BASE_: {CONFIG}\n"
     assert not (tmp_path / "fcos.pth").exists()
