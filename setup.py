@@ -46,6 +46,8 @@ setup(
     extras_require={
         "onnx": ONNX,
         "timm": ["timm"],  # backbones: MODEL.BACKBONE.NAME "build_fcos_timm_fpn_backbone"
+        "wandb": ["wandb"],  # SOLVER.LOGGERS
+        "mlflow": ["mlflow"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "psutil", "timm", *ONNX],
     },
     # Another package of the registry has a command "fcos", too.

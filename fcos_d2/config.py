@@ -48,11 +48,23 @@ def add_fcos_config(cfg: CN) -> None:
     # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD follow, for the images that are really trained on. 0
     # takes these keys as they are; -1 as many epochs as suit the data, as --data does.
     new.SOLVER.EPOCHS = 0
+    # Services that get the metrics, the config, the report and the best checkpoint, too, to compare
+    # runs: "wandb" (Weights & Biases) and "mlflow". Each is an extra of the installation.
+    new.SOLVER.LOGGERS = ()
     new.DATALOADER = CN()
     # What training does with an image or annotations that it cannot use: "raise" an error with the
     # file's name, or "skip" it: take another image, with a warning and a count. Evaluation always
     # raises: without an image its AP would be that of another data set.
     new.DATALOADER.ON_BAD_IMAGE = "raise"
+    new.TEST = CN()
+    # End the training after so many evaluations in a row without a new best of the metric that
+    # decides which checkpoint is model_best.pth. Each takes TEST.EVAL_PERIOD iterations. A small
+    # data set is soon learnt by heart, and the schedules of COCO are long. 0: train to the end.
+    new.TEST.PATIENCE = 0
+    # Compute the losses on the images of DATASETS.TEST, too, at each evaluation: "test/total_loss"
+    # and the like. One that rises while that of the training falls says that the detector learns
+    # its images by heart. Not by default: it is another pass over these images.
+    new.TEST.LOSS = False
     new.DATASETS = CN()
     # Data sets of your own, registered under their key before training or evaluation, e.g.
     #   DATASETS:

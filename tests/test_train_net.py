@@ -128,6 +128,25 @@ def test_processes_that_others_start_are_one_run(train_net, tmp_path, how):
     assert len(list((tmp_path / "output").glob("events.out.tfevents*"))) == 1
 
 
+@several_processes
+def test_two_processes_end_early_after_the_same_step(train_net, tmp_path):
+    folder = tmp_path / "output"
+    early = ["SOLVER.MAX_ITER", 100, "TEST.EVAL_PERIOD", 1, "TEST.PATIENCE", 2, "TEST.LOSS", True]
+    early += ["MODEL.FCOS.SCORE_THRESH_TEST", 0.99]  # which nothing reaches: AP is NaN
+    output = finish(train_net("--num-gpus", "2", "--dist-url", "auto", opts=early))
+    assert output.count("The training ends early, after iteration 1: bbox/AP had no new best") == 1
+    assert torch.load(folder / "model_final.pth")["iteration"] == 1
+    assert "Starting training from iteration 2" in finish(train_net("--resume", opts=early))
+    assert torch.load(folder / "model_final.pth")["iteration"] == 1
+    rows = map(json.loads, (folder / "metrics.json").read_text().splitlines())
+    (last,) = [row for row in rows if row["iteration"] == 1]
+
+    # The losses are those of one process, on the same images.
+    opts = ["MODEL.WEIGHTS", folder / "model_final.pth", "TEST.LOSS", True]
+    output = finish(train_net("--eval-only", opts=opts))
+    assert f"total_loss {last['test/total_loss']:.4g}\n" in output
+
+
 def test_killed_run_resumes_and_its_weights_predict(train_net, tmp_path):
     folder = tmp_path / "output"
     process = train_net(opts=["SOLVER.MAX_ITER", 10000, "SOLVER.CHECKPOINT_PERIOD", 2])

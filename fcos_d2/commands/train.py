@@ -20,6 +20,7 @@ from ..engine import (
     evaluate,
     launch,
     leave_group,
+    log_results,
     setup,
 )
 from ..report import report_after_training
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> dict | None:
     results, is_main = trainer.train(), comm.is_main_process()
     leave_group()  # the others end now: what is left is the report, which one process makes
     if is_main:
-        report_after_training(cfg)
+        log_results(cfg, report_after_training(cfg))
     return results
 
 

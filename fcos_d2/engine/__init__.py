@@ -2,6 +2,7 @@ from .arguments import argument_parser, setup
 from .eval_only import evaluate
 from .evaluators import coco_evaluator
 from .hooks import BestCheckpointer
+from .loggers import log_results
 from .processes import distribute, launch, leave_group
 from .resuming import delete_earlier_run
 from .stopping import Stopped
@@ -18,5 +19,6 @@ __all__ = [
     "evaluate",
     "launch",
     "leave_group",
+    "log_results",
     "setup",
 ]

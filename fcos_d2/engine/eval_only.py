@@ -8,6 +8,7 @@ from detectron2.evaluation import DatasetEvaluator
 
 from ..checkpoint import AtomicCheckpointer
 from ..data import check_names_of_detector
+from .held_out_losses import with_losses
 from .trainer import Trainer
 
 
@@ -16,7 +17,7 @@ def evaluate(
 ) -> dict:
     """Evaluate ``cfg.MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of OUTPUT_DIR.
 
-    With ``TEST.AUG.ENABLED`` also with test-time augmentation.
+    With ``TEST.AUG.ENABLED`` also with test-time augmentation, and with ``TEST.LOSS`` the losses.
 
     Args:
         evaluators: one for each test set, in place of those of ``Trainer.build_evaluator``.
@@ -42,6 +43,8 @@ def evaluate(
         DatasetCatalog.get(name)  # some data sets only know their classes once loaded
         check_names_of_detector(checkpointer.class_names, name)
     results = Trainer.test(cfg, model, evaluators)
+    if cfg.TEST.LOSS:
+        results = with_losses(results, cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))
     return results

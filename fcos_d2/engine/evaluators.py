@@ -39,6 +39,11 @@ def build_evaluator(
             "'pascal_voc' are supported. Set it in the data set's metadata, or override "
             "Trainer.build_evaluator"
         )
+    return stoppable(evaluator)
+
+
+def stoppable(evaluator: DatasetEvaluator) -> DatasetEvaluator:
+    """During a training of several processes, one that stops in all of them after a signal."""
     has_others = stop_signals.is_recording and comm.get_world_size() > 1
     return StoppableEvaluator(evaluator) if has_others else evaluator
 
@@ -75,6 +80,12 @@ def deciding_metric(cfg: CfgNode) -> str:
     prefix = f"{cfg.DATASETS.TEST[0]}/" if len(cfg.DATASETS.TEST) > 1 else ""
     proposals_alone = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     return prefix + ("box_proposals/AR@1000" if proposals_alone else "bbox/AP")
+
+
+def augmented_name(metric: str) -> str:
+    """The name of a result of :func:`evaluate_with_augmentation`, such as "bbox_TTA/AP"."""
+    first, _, rest = metric.partition("/")
+    return f"{first}_TTA/{rest}"
 
 
 def evaluate_with_augmentation(

@@ -18,7 +18,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ..checkpoint import AtomicCheckpointer, read_checkpoint
-from .resuming import metrics_rows
+from .resuming import evaluated
 
 _WAIT_LOGGED_AFTER = 60.0  # seconds
 _EPOCH_LOGGED_EVERY = 20  # iterations, where epochs are shorter
@@ -38,17 +38,24 @@ class EvalHook(hooks.EvalHook):
     def before_train(self) -> None:
         done, end = self.trainer.start_iter, self.trainer.max_iter
         is_due = self._eval_period > 0 and done % self._eval_period == 0 and 0 < done < end
-        # The main process decides for all.
-        if is_due and not comm.all_gather(self._was_evaluated(done - 1))[0]:
+        if is_due and not self._was_evaluated(done - 1):
             results = flatten_results_dict(self._evaluate())
             self.trainer.storage.put_scalars(**results, smoothing_hint=False, cur_iter=done - 1)
             comm.synchronize()
 
+    def after_train(self) -> None:
+        # What ends a run early is an evaluation after its last step. That with test-time
+        # augmentation, which has no period, follows, unless this is a resumed run that has it.
+        is_done = self.trainer.ended_early and (
+            self._eval_period > 0 or self._was_evaluated(self.trainer.max_iter - 1)
+        )
+        if not is_done:
+            super().after_train()
+
     def _was_evaluated(self, iteration: int) -> bool:
-        # Detectron2 logs the evaluation at the end of a run, here a shorter one, one too high.
-        numbers = (iteration, iteration + 1)
-        rows = metrics_rows(os.path.join(self.trainer.cfg.OUTPUT_DIR, "metrics.json"))
-        return any(row["iteration"] in numbers and self._metric in row for row in rows)
+        file = os.path.join(self.trainer.cfg.OUTPUT_DIR, "metrics.json")
+        # The main process decides for all.
+        return comm.all_gather(evaluated(file, iteration, self._metric))[0] is not None
 
 
 class BestCheckpointer(HookBase):
@@ -93,7 +100,7 @@ class BestCheckpointer(HookBase):
             self._check()
 
     def after_train(self) -> None:
-        if self.trainer.iter + 1 >= self.trainer.max_iter:
+        if self.trainer.iter + 1 >= self.trainer.max_iter and not self.trainer.ended_early:
             self._check()
 
     def _check(self) -> None:

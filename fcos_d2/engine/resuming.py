@@ -28,6 +28,7 @@ _WITHOUT_INFLUENCE = (
     "DATASETS.PROPOSAL_FILES_TEST",
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST",
     "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.LOGGERS",
     "INPUT.MIN_SIZE_TEST",
     "INPUT.MAX_SIZE_TEST",
     "TEST",
@@ -60,14 +61,16 @@ def refuse_earlier_run(folder: str, overwrite: bool, weights: str) -> None:
 
 
 def delete_earlier_run(folder: str) -> None:
-    """Delete the checkpoints of an earlier run. Call it when the new run is ready to start."""
+    """Delete the checkpoints of an earlier run, and what it is at SOLVER.LOGGERS.
+
+    Call it when the new run is ready to start."""
     if comm.is_main_process():
         for file in _files_of_run(AtomicCheckpointer(torch.nn.Identity(), folder)):
             Path(file).unlink(missing_ok=True)
 
 
 def _files_of_run(checkpointer: AtomicCheckpointer) -> list[str]:
-    others = ("last_checkpoint", "model_best.pth")
+    others = ("last_checkpoint", "model_best.pth", "wandb_run.json", "mlflow_run.json")
     files = [os.path.join(checkpointer.save_dir, name) for name in others]
     return files + checkpointer.checkpoints_of_run()
 
@@ -187,6 +190,14 @@ def metrics_rows(file: str) -> list[dict]:
             with suppress(ValueError):
                 rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and "iteration" in row]
+
+
+def evaluated(file: str, iteration: int, metric: str) -> float | None:
+    """What ``metrics.json`` says of the evaluation after an iteration; None if it says nothing."""
+    # Detectron2 logs the evaluation at the end of a run, here a shorter one, one too high.
+    numbers = (iteration, iteration + 1)
+    rows = (row for row in metrics_rows(file) if row["iteration"] in numbers and metric in row)
+    return next((row[metric] for row in rows), None)
 
 
 def drop_metrics_from(file: str, iteration: int, end: int) -> None:

@@ -2,9 +2,10 @@
 
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm, events
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
@@ -32,7 +34,14 @@ from ..data.training_loader import seed_all
 from ..data.workers import SteadyLoader
 from ..modeling.backbone import check_random_start
 from .averaging import AverageWeights, build_average, split_checkpoint
-from .evaluators import build_evaluator, deciding_metric, evaluate_with_augmentation
+from .early_stopping import EarlyStopping, EndedEarly, check_patience
+from .evaluators import (
+    augmented_name,
+    build_evaluator,
+    deciding_metric,
+    evaluate_with_augmentation,
+)
+from .held_out_losses import with_losses
 from .hooks import (
     AverageBatchNormStatistics,
     BestCheckpointer,
@@ -41,6 +50,7 @@ from .hooks import (
     GatherMetrics,
     WaitingLog,
 )
+from .loggers import build_loggers, check_loggers
 from .optimizer import build_optimizer
 from .processes import distribute
 from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from, settings_kept
@@ -68,16 +78,21 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        if comm.is_main_process():
+            check_loggers(cfg)
         check_test_sets(cfg)
         for name in cfg.DATASETS.TEST if comm.is_main_process() else ():
             try:  # warn now: at the end of training Detectron2 only logs that there is none
                 self.build_evaluator(cfg, name)
             except NotImplementedError as error:
+                if cfg.TEST.PATIENCE:
+                    raise
                 logging.getLogger(__name__).warning(f"There will be no evaluation. {error}")
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         cfg = with_schedule(cfg, data_loader, given)
+        check_patience(cfg)
         model = distribute(model, cfg.MODEL.DEVICE)
         dtype = amp_dtype(cfg) if cfg.SOLVER.AMP.ENABLED else None
         accumulate = cfg.SOLVER.ACCUMULATE
@@ -92,6 +107,7 @@ class Trainer(DefaultTrainer):
             self.checkpointer.weights = self.average.checkpoint
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
+        self.ended_early = False  # by TEST.PATIENCE; then max_iter is where
         self.cfg = cfg
         # The order of the images, their augmentation and the model's random numbers depend on it.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -160,10 +176,13 @@ class Trainer(DefaultTrainer):
         self.last_step = self.start_iter - 1
         with stop_signals.recorded():
             try:
-                super().train()
-                return getattr(self, "_last_eval_results", None)
+                with suppress(EndedEarly):
+                    TrainerBase.train(self, self.start_iter, self.max_iter)
+                results = getattr(self, "_last_eval_results", None)
+                if results is not None and comm.is_main_process():
+                    verify_results(self.cfg, results)
+                return results
             except Stopped:
-                self._save_where_stopped()
                 last = self.last_step
                 logger.info(f"Stopped by a signal after iteration {last}. --resume goes on")
                 comm.synchronize()  # a process that ends may take the others with it
@@ -172,6 +191,12 @@ class Trainer(DefaultTrainer):
                 # Ends the workers now. The garbage collector would wait for them one by one.
                 loader = self.data_loader
                 self._trainer.reset_data_loader(lambda: loader)
+
+    def after_train(self) -> None:
+        # Before the writers are closed: one of a service may wait for it.
+        if isinstance(sys.exc_info()[1], Stopped):
+            self._save_where_stopped()
+        super().after_train()
 
     def gather_metrics(self) -> None:
         """Write the metrics of the steps since the last call; see :class:`StepTrainer`."""
@@ -210,7 +235,14 @@ class Trainer(DefaultTrainer):
             is_main and has_test_sets and BestCheckpointer(period, self.checkpointer, metric),
             # With test-time augmentation at the end only: period 0.
             cfg.TEST.AUG.ENABLED
-            and hooks.EvalHook(0, partial(self.test_with_TTA, cfg, self.evaluated_model)),
+            and EvalHook(
+                0,
+                partial(self.test_with_TTA, cfg, self.evaluated_model),
+                augmented_name(metric),
+            ),
+            period > 0
+            and has_test_sets
+            and EarlyStopping(period, cfg.TEST.PATIENCE, self.checkpointer, metric),
             hooks.PeriodicWriter(self._writers, period=20),
             StopOnSignal(),
         ]
@@ -232,8 +264,11 @@ class Trainer(DefaultTrainer):
         return self.model if self.average is None else self.average.module
 
     def _evaluate(self) -> dict:
-        self._last_eval_results = self.test(self.cfg, self.evaluated_model)
-        return self._last_eval_results
+        results = self.test(self.cfg, self.evaluated_model)
+        if self.cfg.TEST.LOSS:
+            results = with_losses(results, self.cfg, self.evaluated_model)
+        self._last_eval_results = results
+        return results
 
     def build_writers(self) -> list[events.EventWriter]:
         """Where the metrics go. Called by :meth:`train`, which knows where the run starts."""
@@ -243,6 +278,7 @@ class Trainer(DefaultTrainer):
             events.JSONWriter(os.path.join(folder, "metrics.json")),
             # Hides what an earlier process wrote after its last checkpoint.
             events.TensorboardXWriter(folder, purge_step=self.start_iter),
+            *build_loggers(self.cfg, resume=self.start_iter > 0),
         ]
 
     @classmethod

@@ -23,6 +23,8 @@ from .head import QUALITIES, HeadOutputs
 from .points import centerness
 from .validation import check_between, check_choice, values_of_keys
 
+# Ends the name of what a loss of some images is divided by, once those of all are added up.
+DIVISOR = "/divisor"
 _EMA_MOMENTUM = 0.9
 _LARGE = 1e6  # no useful weight or exponent of a loss is larger
 _LOG_PERIOD = 20  # iterations; logging waits for the GPU
@@ -115,6 +117,8 @@ class FCOSLoss(nn.Module):
             ``loss_fcos_cls``, ``loss_fcos_loc`` and, with a quality branch, ``loss_fcos_ctr`` or
             ``loss_fcos_iou``: float32 scalars, finite and connected to the maps even without
             positives. The mean of their gradients over all processes is that of the whole batch.
+            In evaluation mode the losses are sums over the images, with their divisors beside them:
+            nothing is shared with other processes, and the moving average stays.
         """
         cls_loss = sparse_sigmoid_focal_loss(
             outputs.class_logits, targets, self.focal_loss_alpha, self.focal_loss_gamma
@@ -136,6 +140,10 @@ class FCOSLoss(nn.Module):
             name = "loss_fcos_ctr" if self.quality == "centerness" else "loss_fcos_iou"
             losses[name] = self.quality_loss_weight * quality_loss / num_positives
             self._log_above_floor(name, quality_loss, quality, num_positives)
+        if not self.training:
+            positives, weight = weights.new_full((), len(targets)), weights.sum()
+            divisors = {name: weight if name == "loss_fcos_loc" else positives for name in losses}
+            losses |= {name + DIVISOR: divisor for name, divisor in divisors.items()}
         return losses
 
     def _quality(self, predicted: Tensor, targets: Targets) -> Tensor | None:
@@ -161,6 +169,8 @@ class FCOSLoss(nn.Module):
         return self._normalizers(len(ltrb), weights, parts)
 
     def _normalizers(self, num_positives: int, weights: Tensor, parts: int) -> Normalizers:
+        if not self.training:
+            return Normalizers(weights.new_ones(()), weights.new_ones(()))
         sums = torch.stack([weights.new_full((), num_positives), weights.sum()])
         world_size = comm.get_world_size()
         if world_size > 1:

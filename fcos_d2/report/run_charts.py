@@ -17,10 +17,10 @@ _MOST_NUMBERS = 15  # classes of a matrix with a number in each cell
 
 
 def training_figure(runs: Mapping[str, Sequence[dict]]) -> Figure | None:
-    """Loss, rate and AP over the iterations; None if none of them was written.
+    """Losses, rate and AP over the iterations; None if none of them was written.
 
     Args:
-        runs: by name, the rows of metrics.json, with "AP" where there is one.
+        runs: by name, the rows of metrics.json, with "AP" and "test_loss" where there are some.
     """
     every = [row for rows in runs.values() for row in rows]
     panels = {"total_loss": "loss", "lr": "learning rate", "AP": "AP"}
@@ -35,6 +35,9 @@ def training_figure(runs: Mapping[str, Sequence[dict]]) -> Figure | None:
             # A single AP would be no line.
             style = {"color": f"C{i}", "marker": "o" if key == "AP" else None}
             _plot(axes, rows, key, name if len(runs) > 1 else key, **style)
+            if key == "total_loss":
+                label = f"{name}, test images" if len(runs) > 1 else "test images"
+                _plot(axes, rows, "test_loss", label, color=f"C{i}", marker="o", linestyle="--")
         if len(runs) == 1 and key == "total_loss":
             names = sorted({k for row in every for k in row if k.startswith("loss")})
             for i, name in enumerate(names, 1):

@@ -26,7 +26,7 @@ class Run:
     name: str
     written: datetime  # the time of its detections
     evaluation: BoxEvaluation
-    metrics: list[dict]  # the rows of its metrics.json, with the data set's AP as "AP"
+    metrics: list[dict]  # of metrics.json, with the data set's as "AP" and "test_loss"
 
 
 def read_runs(folders: Sequence[str | os.PathLike], dataset: str, truth: COCO) -> list[Run]:
@@ -50,9 +50,10 @@ def _read_run(folder: Path, name: str, dataset: str, truth: COCO) -> Run:
         raise ValueError(f"{file} has no detections on {dataset!r}: {error}") from error
     rows = metrics_rows(str(folder / "metrics.json"))
     for row in rows:
-        ap = row.get(f"{dataset}/bbox/AP", row.get("bbox/AP"))
-        if ap is not None:
-            row["AP"] = ap
+        for name, metric in (("AP", "bbox/AP"), ("test_loss", "test/total_loss")):
+            value = row.get(f"{dataset}/{metric}", row.get(metric))
+            if value is not None:
+                row[name] = value
     return Run(name, datetime.fromtimestamp(file.stat().st_mtime), evaluation, rows)
 
 

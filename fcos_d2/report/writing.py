@@ -34,16 +34,17 @@ _AP = {
 }
 
 
-def report_after_training(cfg: CfgNode) -> None:
-    """Write ``OUTPUT_DIR/report``, in one process; errors become warnings."""
-    logger = logging.getLogger(__name__)
+def report_after_training(cfg: CfgNode) -> list[Path]:
+    """Write ``OUTPUT_DIR/report``, in one process; errors become warnings. Returns the pages."""
+    logger, pages = logging.getLogger(__name__), []
     for name in cfg.DATASETS.TEST:
         try:
-            page = _write_one(cfg, name, Path(cfg.OUTPUT_DIR, "report"))
-            logger.info(f"The report: {page}")
+            pages.append(_write_one(cfg, name, Path(cfg.OUTPUT_DIR, "report")))
+            logger.info(f"The report: {pages[-1]}")
         except Exception as error:  # The training is done, and its checkpoints are written.
             expected = isinstance(error, ValueError | OSError)
             logger.warning(f"There is no report on {name!r}. {error}", exc_info=not expected)
+    return pages
 
 
 def write_report(

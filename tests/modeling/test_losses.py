@@ -256,3 +256,20 @@ def test_errors_name_key_and_choices():
 def test_values_are_checked(key, value):
     with pytest.raises(ValueError, match=f"MODEL.FCOS.{key.upper()} must be a number from"):
         FCOSLoss(**{key: value})
+
+
+def test_in_evaluation_mode_nothing_is_shared_or_moved(monkeypatch):
+    """The sums of two parts, over the sums of their divisors, are the losses of the whole."""
+    outputs, targets = make_case(images=1)
+    twice = HeadOutputs(*([torch.cat([x, x]) for x in maps] for maps in outputs))
+    _, targets_twice = make_case(images=2)
+    whole = FCOSLoss()(twice, targets_twice)
+    loss = FCOSLoss(loss_normalizer="ema_fg").eval()
+    loss.ema_num_positives.fill_(7)
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    part = loss(outputs, targets)  # an all-reduce would fail: there is no group of processes
+    for name, value in whole.items():
+        assert (2 * part[name] / (2 * part[f"{name}/divisor"])).item() == pytest.approx(
+            value.item(), rel=1e-5
+        )
+    assert loss.ema_num_positives.item() == 7

@@ -28,3 +28,19 @@ def test_names_with_an_underscore_are_in_the_legend():
 def test_a_training_of_one_iteration():
     figure = training_figure({"run": [{"iteration": 0, "total_loss": 1.0}]})
     assert figure.axes[0].get_xlim()[1] > 0
+
+
+def test_losses_on_test_images_are_beside_those_of_the_training():
+    rows = [
+        {"iteration": 0, "total_loss": 3.0, "test_loss": 4.0},
+        {"iteration": 9, "total_loss": 1.0, "test_loss": 5.0, "test/loss_fcos_cls": 2.0},
+    ]
+    for runs, labels in (
+        ({"run": rows}, ["total_loss", "test images"]),
+        ({"a": rows, "b": rows[:1]}, ["a", "a, test images", "b", "b, test images"]),
+    ):
+        axes = training_figure(runs).axes[0]
+        lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+        assert list(lines) == labels
+        assert lines[labels[1]] == [4.0, 5.0]
+        assert axes.get_ylim()[1] > 5
