@@ -133,6 +133,8 @@ def _fit_schedule(cfg: CfgNode, own: CfgNode, args, given: Sequence[str]) -> lis
         # The number is that of this run: Detectron2 does not adapt it to the number of processes.
         cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = batch, 0
     if epochs is not None:
+        if epochs < 1:
+            raise ValueError(f"--epochs must be at least 1, got {epochs}")
         check_epochs(epochs, given)
         cfg.SOLVER.EPOCHS = epochs
     elif options["data"] and cfg.SOLVER.EPOCHS == 0 and "SOLVER.MAX_ITER" not in given:

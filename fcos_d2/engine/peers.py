@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 _LEAVES = -1  # a message; any other one is the rank of a process that has failed
 # Launchers report the process that ends first: the others wait, so that it is the one that failed.
-_GRACE = 5.0  # seconds
+_GRACE = 10.0  # seconds
 _FOREVER = timedelta(days=3650)
 
 _host_group: dist.ProcessGroup | None = None
@@ -99,7 +99,7 @@ class PeerWatch:
             self._thread.join()  # it ends the process
         self._is_failing = True
         self._send(self._rank)
-        self._thread.join(_GRACE)
+        self._thread.join(2.0)  # until all have heard of it
 
     def _send(self, message: int) -> None:
         with suppress(RuntimeError):  # the other one has gone

@@ -106,8 +106,8 @@ def check_epochs(epochs: int, given: Collection[str]) -> None:
     """Raise a ValueError for a value of SOLVER.EPOCHS that cannot be."""
     if epochs < 1 and epochs != AUTOMATIC:
         raise ValueError(
-            f"SOLVER.EPOCHS (--epochs) must be at least 1, got {epochs}; 0 in a config takes "
-            "SOLVER.MAX_ITER, and -1 as many as suit the data"
+            f"SOLVER.EPOCHS must be at least 1, 0 for SOLVER.MAX_ITER, or -1 for as many as suit "
+            f"the data, got {epochs}"
         )
     if "SOLVER.MAX_ITER" in given:
         raise ValueError(

@@ -101,8 +101,8 @@ def test_the_rate_follows_the_batch(solver, caplog):
 @pytest.mark.parametrize(
     ("options", "opts", "message"),
     [
-        ({"epochs": 0}, (), r"EPOCHS .* must be at least 1, got 0"),
-        ({"epochs": -2}, (), "got -2"),
+        ({"epochs": 0}, (), "--epochs must be at least 1, got 0"),
+        ({"epochs": -1}, (), "got -1"),
         ({"epochs": 5}, ("SOLVER.MAX_ITER", 300), "give one of them"),
         ({"batch": 0}, (), "--batch must be at least 1"),
         ({"batch": 4}, ("SOLVER.IMS_PER_BATCH", 8), "not be given beside"),
@@ -153,7 +153,9 @@ def test_the_number_of_epochs_follows_the_data(images, iterations):
     assert f"{iterations * 16 / images:.3g} epochs of {images} images" in found[-1]
 
 
-def test_too_many_epochs():
+def test_numbers_of_epochs_that_cannot_be():
+    with pytest.raises(ValueError, match=r"EPOCHS must be .* got -2"):
+        epochs(-2, 160)
     with pytest.raises(ValueError, match=r"EPOCHS 1000000000 makes .* choose a smaller"):
         epochs(10**9, 160)
 
