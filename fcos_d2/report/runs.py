@@ -50,10 +50,10 @@ def _read_run(folder: Path, name: str, dataset: str, truth: COCO) -> Run:
         raise ValueError(f"{file} has no detections on {dataset!r}: {error}") from error
     rows = metrics_rows(str(folder / "metrics.json"))
     for row in rows:
-        for name, metric in (("AP", "bbox/AP"), ("test_loss", "test/total_loss")):
+        for key, metric in (("AP", "bbox/AP"), ("test_loss", "test/total_loss")):
             value = row.get(f"{dataset}/{metric}", row.get(metric))
             if value is not None:
-                row[name] = value
+                row[key] = value
     return Run(name, datetime.fromtimestamp(file.stat().st_mtime), evaluation, rows)
 
 

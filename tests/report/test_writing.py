@@ -17,7 +17,9 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from helpers import LIGHT, tiny_cfg
 
+from fcos_d2.data import register_custom_datasets
 from fcos_d2.report import report_after_training, write_report
+from fcos_d2.report.runs import ground_truth, read_runs
 
 ROOT = Path(__file__).parents[2]
 KINDS = ["twice", "wrong class", "poor box", "background", "missed"]
@@ -177,6 +179,15 @@ def test_several_data_sets_have_a_report_each(cfg, shapes_folder, tmp_path):
     assert first["ap"]["run"]["AP75"] < second["ap"]["run"]["AP75"]
 
 
+@pytest.mark.parametrize("prefix", ["", "shapes_val/"])
+def test_metrics_of_a_run_are_those_of_the_data_set(cfg, tmp_path, prefix):
+    register_custom_datasets(cfg)
+    row = {f"{prefix}bbox/AP": 5.0, f"{prefix}test/total_loss": 2.0, "other/test/total_loss": 3.0}
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"iteration": 1, **row}))
+    (run,) = read_runs([tmp_path / "run"], "shapes_val", ground_truth("shapes_val"))
+    assert (run.name, run.metrics[0]["AP"], run.metrics[0]["test_loss"]) == ("run", 5.0, 2.0)
+
+
 def test_a_data_set_without_detections_does_not_prevent_the_others(
     cfg, shapes_folder, tmp_path, caplog
 ):
@@ -188,8 +199,8 @@ def test_a_data_set_without_detections_does_not_prevent_the_others(
     inference.mkdir()
     (tmp_path / "run" / "shapes_val").rename(inference / "shapes_val")
     caplog.set_level(logging.INFO)
-    report_after_training(cfg)
     page = tmp_path / "run" / "report" / "shapes_val" / "index.html"
+    assert report_after_training(cfg) == [page]
     assert page.exists() and f"The report: {page}" in caplog.text
     assert "There is no report on 'second'. The run" in caplog.text
 
