@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from .model_zoo import get_config_file
 
@@ -13,12 +13,10 @@ debug = False  # whether errors show their traceback; `fcos --debug` sets it
 
 def find_config(name: str) -> str:
     """The path of a config file: ``name``, or the config of that name in the model zoo."""
-    if os.path.isfile(name):
-        return name
-    try:
-        return get_config_file(name)
-    except FileNotFoundError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    if not os.path.isfile(name):
+        with suppress(FileNotFoundError):  # who reads it says that it is not there
+            return get_config_file(name)
+    return name
 
 
 def config_parser(
