@@ -6,7 +6,8 @@
 Makes annotation files as large as COCO's, with polygons and crowds, and images for them, which are
 links to a few small files. Each measurement is made in fresh processes, in turns. Ours includes all
 checks and the loading of a test set of a twentieth; Detectron2 loads the training set alone. Time
-and memory are those beyond the imports; the memory is the most that one process holds.
+and memory are those beyond the imports; the memory is the most that one process holds. On a machine
+that does other work, too, compare the times of the processor.
 """
 
 import argparse
@@ -130,18 +131,19 @@ def _paths(folder: Path, split: str) -> tuple[str, str]:
 
 
 def measure(folder: Path, way: str, out: str) -> None:
-    """Write the seconds and the peak memory in MB of this process."""
+    """Write the seconds, those of the processor, and the peak memory in MB of this process."""
     torch.set_num_threads(1)
-    before = _megabytes("VmRSS")
+    memory = _megabytes("VmRSS")
     comm.synchronize()
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     if way == "detectron2":
         build_detectrons(folder)
     else:
         build_ours(folder, way)
+    cpu = time.process_time() - begin_cpu
     comm.synchronize()  # a training begins when the last process is ready
-    seconds = time.perf_counter() - begin
-    Path(f"{out}_{comm.get_rank()}").write_text(json.dumps([seconds, _megabytes("VmHWM") - before]))
+    numbers = time.perf_counter() - begin, cpu, _megabytes("VmHWM") - memory
+    Path(f"{out}_{comm.get_rank()}").write_text(json.dumps(numbers))
 
 
 def _megabytes(key: str) -> float:
@@ -150,8 +152,8 @@ def _megabytes(key: str) -> float:
     return next(int(x.split()[1]) for x in lines if x.startswith(key)) / 1024
 
 
-def measure_in_fresh_processes(folder: Path, way: str, processes: int) -> tuple[float, float]:
-    """Seconds and MB, each of the process that needs the most."""
+def measure_in_fresh_processes(folder: Path, way: str, processes: int) -> list[float]:
+    """What :func:`measure` writes, each number of the process that needs the most."""
     with tempfile.TemporaryDirectory() as results:
         command = [sys.executable, __file__, "--folder", str(folder), "--measure", way]
         command += ["--out", f"{results}/numbers", "--processes", str(processes)]
@@ -160,8 +162,7 @@ def measure_in_fresh_processes(folder: Path, way: str, processes: int) -> tuple[
             raise SystemExit(done.stdout + done.stderr)
         numbers = [json.loads(file.read_text()) for file in Path(results).iterdir()]
     assert len(numbers) == processes
-    seconds, megabytes = map(max, zip(*numbers, strict=True))
-    return seconds, megabytes
+    return [max(x) for x in zip(*numbers, strict=True)]
 
 
 def parse_args() -> argparse.Namespace:
@@ -181,8 +182,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.measure:
-        measured = (args.folder, args.measure, args.out)
-        launch(measure, args.processes[0], dist_url="auto", args=measured)
+        of_process = (args.folder, args.measure, args.out)
+        launch(measure, args.processes[0], dist_url="auto", args=of_process)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
@@ -193,20 +194,20 @@ def main() -> None:
         print(f"{machine('cpu')}; the annotation file has {size / 2**20:.0f} MB")
         ways, order = list(dict.fromkeys([*args.ways, "detectron2"])), random.Random(0)
         for processes in args.processes:
-            numbers = {way: [] for way in ways}
+            measured = {way: [] for way in ways}
             for way in (w for _ in range(args.repeats) for w in order.sample(ways, len(ways))):
-                numbers[way].append(measure_in_fresh_processes(folder, way, processes))
+                measured[way].append(measure_in_fresh_processes(folder, way, processes))
             medians = {
                 way: [statistics.median(x) for x in zip(*of_way, strict=True)]
-                for way, of_way in numbers.items()
+                for way, of_way in measured.items()
             }
             theirs = medians["detectron2"]
-            rows = [
-                (WAYS[way], f"{seconds:.1f}", f"{seconds / theirs[0]:.2f}",
-                 f"{memory:,.0f}", f"{memory / theirs[1]:.2f}")
-                for way, (seconds, memory) in medians.items()
-            ]  # fmt: skip
-            header = (f"{processes} process(es)", "s", "ratio", "MB in each", "ratio")
+            rows = []
+            for way, ours in medians.items():
+                pairs = zip(ours, theirs, strict=True)
+                numbers = [x for a, b in pairs for x in (f"{a:,.1f}", f"{a / b:.2f}")]
+                rows.append((WAYS[way], *numbers))
+            header = (f"{processes} process(es)", "s", "ratio", "CPU s", "ratio", "MB", "ratio")
             print(f"\n{tabulate(rows, header, disable_numparse=True)}", flush=True)
 
 

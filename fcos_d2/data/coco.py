@@ -139,7 +139,10 @@ def cleaned(data: RawData, findings: Sequence[Finding]) -> dict:
             continue
         annotation = {"iscrowd": 0} | annotation
         if i in clip:
-            annotation["bbox"] = _clipped(annotation["bbox"], images[annotation["image_id"]])
+            (x, y, width, height), image = annotation["bbox"], images[annotation["image_id"]]
+            right, bottom = min(x + width, image["width"]), min(y + height, image["height"])
+            x, y = max(x, 0), max(y, 0)
+            annotation["bbox"] = [x, y, right - x, bottom - y]
             annotation.pop("area", None)
         _, _, width, height = annotation["bbox"]
         annotations.append({"area": width * height} | annotation)
@@ -224,7 +227,7 @@ def _id_of(entry: object, key: str) -> int | str | None:
 
 
 def _is_box(bbox: object) -> bool:
-    """Four numbers; those of JSON have no limit."""
+    """Whether it is a list of four numbers. JSON sets whole ones no limit, a float does."""
     return (isinstance(bbox, list) and len(bbox) == 4) and all(
         type(x) is float or (type(x) is int and abs(x) < 2**53) for x in bbox
     )
@@ -236,12 +239,6 @@ def _label(finding: Finding) -> str:
 
 
 def _has_good_ids(annotations: Sequence[dict]) -> bool:
-    """Whether they are numbers, unique, and not 0: pycocotools takes it for no match."""
+    """Whether they are numbers, unique, and not 0, which pycocotools takes for no match."""
     ids = [annotation.get("id") for annotation in annotations]
     return all(type(i) is int and i != 0 for i in ids) and len(set(ids)) == len(ids)
-
-
-def _clipped(bbox: Sequence[float], image: dict) -> list[float]:
-    x, y, width, height = bbox
-    x0, y0 = max(x, 0), max(y, 0)
-    return [x0, y0, min(x + width, image["width"]) - x0, min(y + height, image["height"]) - y0]

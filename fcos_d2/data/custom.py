@@ -47,7 +47,7 @@ def register_custom_datasets(cfg: CfgNode, read: dict[str, RawData] | None = Non
     Calling it again with the same entries changes nothing; a changed entry replaces the old one.
 
     Args:
-        read: by name, data sets that have been read. The first loading takes them out.
+        read: data sets that have been read, by name. The first loading of each takes it out.
 
     Raises:
         ValueError: for an entry with an unknown format, with missing or unknown keys, or with the
@@ -77,7 +77,7 @@ def read_entry(name: str, entry: dict) -> RawData:
 
 
 def load_dataset(cfg: CfgNode, name: str) -> list[dict]:
-    """The records of a data set, registered or in DATASETS.CUSTOM; else a ValueError lists them."""
+    """The records of a registered data set or of one in DATASETS.CUSTOM, else a ValueError."""
     register_custom_datasets(cfg)
     if name not in DatasetCatalog:
         names = sorted(DatasetCatalog)
@@ -86,7 +86,7 @@ def load_dataset(cfg: CfgNode, name: str) -> list[dict]:
 
 
 def find_record(records: list[dict], image_id: str) -> dict:
-    """The record with an ``image_id``, a number or text; or a ValueError with the first ones."""
+    """The record with an ``image_id``, a number or text. If there is none, a ValueError."""
     for record in records:
         if str(record.get("image_id")) == image_id:
             return record
@@ -197,7 +197,8 @@ def _load_coco(read: dict[str, RawData], name: str, entry: dict) -> list[dict]:
         metadata.set(json_file=data.source)
     elif file is None and name not in loaded_to_train:
         metadata.set(json_file=write_repaired(data, findings))
-    metadata.set(thing_dataset_id_to_contiguous_id=data.class_numbers, thing_classes=data.classes)
+    numbers = {category["id"]: i for i, category in enumerate(data.categories)}
+    metadata.set(thing_dataset_id_to_contiguous_id=numbers, thing_classes=data.classes)
     return training_records(data, findings)
 
 

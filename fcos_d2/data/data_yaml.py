@@ -27,7 +27,7 @@ def read_data_yaml(data: str) -> YoloData:
         OSError: for a missing file.
         ValueError: for a file that is not YAML, or has no valid classes and splits.
     """
-    file = _find_data_yaml(data)
+    file = _find_data_yaml(data) if os.path.isdir(data) else data
     content = _parse(file)
     if "kpt_shape" in content:
         raise ValueError(f"{file} has kpt_shape: its labels have keypoints, which are not read")
@@ -102,14 +102,12 @@ def label_lines(file: str) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{file} is not a text file: {error}") from error
 
 
-def _find_data_yaml(data: str) -> str:
-    if not os.path.isdir(data):
-        return data
-    files = sorted(f for f in os.listdir(data) if f.lower().endswith((".yaml", ".yml")))
+def _find_data_yaml(folder: str) -> str:
+    files = sorted(f for f in os.listdir(folder) if f.lower().endswith((".yaml", ".yml")))
     files = ["data.yaml"] if "data.yaml" in files else files
     if len(files) != 1:
-        raise ValueError(f"{data} has {files or 'no YAML file'}: name the file of the data set")
-    return os.path.join(data, files[0])
+        raise ValueError(f"{folder} has {files or 'no YAML file'}: name the file of the data set")
+    return os.path.join(folder, files[0])
 
 
 def _parse(file: str) -> dict:

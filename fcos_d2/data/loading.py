@@ -73,7 +73,7 @@ def check_test_sets(cfg: CfgNode) -> None:
 
 
 def check_proposal_files(files: Sequence[str] | None) -> None:
-    """Raise a ValueError for proposals that are no plain data: Detectron2 would run their code."""
+    """Raise a ValueError for proposals that are not plain data: Detectron2 would run their code."""
     for file in files or ():
         read_checkpoint(PathManager.get_local_path(file))
 

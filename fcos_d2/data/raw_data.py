@@ -55,17 +55,16 @@ class RawData:
     """A data set as it is on disk, with its faults.
 
     A reader notes what it cannot read, and goes on: the checks report that, training raises the
-    first error. Categories, images and annotations are as in COCO, with these keys at least.
+    first error. Categories, images and annotations are as in COCO; the keys named here are there.
     """
 
     name: str  # of the data set or the split
     image_root: str  # the folder that the "file_name" of the images is relative to
-    # "id" and "name", in the order of the class numbers; "id", "file_name", "height" and "width";
-    # "image_id", "category_id" and "bbox" of four numbers, [x, y, width, height] in pixels.
-    categories: list[dict] = field(default_factory=list)
-    images: list[dict] = field(default_factory=list)
+    categories: list[dict] = field(default_factory=list)  # "id" and "name", by class number
+    images: list[dict] = field(default_factory=list)  # "id", "file_name", "height" and "width"
+    # "image_id", "category_id" and "bbox", four numbers: [x, y, width, height] in pixels.
     annotations: list[dict] = field(default_factory=list)
-    # Of each annotation, the file and what findings call the annotation.
+    # The file of each annotation, and what findings call the annotation.
     places: list[tuple[str, int | str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)  # about what cannot be read
     source: str = ""  # the file or split that it was read from
@@ -78,11 +77,6 @@ class RawData:
         """The names of the categories."""
         return [category["name"] for category in self.categories]
 
-    @property
-    def class_numbers(self) -> dict[int | str, int]:
-        """The number of the class of each category id."""
-        return {category["id"]: i for i, category in enumerate(self.categories)}
-
     def add_image(self, number: int | str, file_name: str, size: tuple[int, int]) -> None:
         """Add an image by its id, its file and its (height, width)."""
         height, width = size
@@ -94,7 +88,7 @@ class RawData:
         self.places.append((file, place))
 
     def refuse(self, error: Exception, kind: str = "broken entry", **where) -> None:
-        """Note an error, and a finding with its text; ``where`` are its attributes, as "file"."""
+        """Note an error, and a finding with its text. ``where`` are attributes of the finding."""
         self.error = self.error or error
         kind = "unknown category" if isinstance(error, UnknownCategory) else kind
         text = str(error).removeprefix(where["file"]).lstrip(":, ")
@@ -141,7 +135,7 @@ class RawData:
         return findings
 
     def dropped(self) -> list[Finding]:
-        """What training drops, after a warning that names it; or the first error of the reader."""
+        """What training drops, after a warning about it. Raises the first error of the reader."""
         if self.error is not None:
             raise self.error
         findings = [f for f in self.faulty_boxes() if f.kind in UNLEARNABLE]
@@ -170,7 +164,7 @@ class RawData:
 
         Boxes are [x, y, width, height]. Categories that are not listed keep their ids.
         """
-        classes = self.class_numbers
+        classes = {category["id"]: i for i, category in enumerate(self.categories)}
 
         def box(annotation: dict) -> dict:
             category = annotation["category_id"]

@@ -65,7 +65,7 @@ def _draw_image(rng: np.random.Generator, empty: bool) -> tuple[np.ndarray, list
         area = int(mask.sum())
         visible = [s["visible"] - int((top[mask] == i).sum()) for i, s in enumerate(shapes)]
         hides_another = any(v < 0.6 * s["area"] for v, s in zip(visible, shapes, strict=True))
-        corners = _CORNERS[category]
+        corners = _CORNERS[category]  # of a regular polygon in a circle of this diameter
         whole_area = corners / 8 * size * size * math.sin(2 * math.pi / corners)
         if area < 0.6 * whole_area or hides_another:
             continue

@@ -138,19 +138,17 @@ class TrainingLoader:
 
     def _count_skipped(self, batch: list[dict]) -> None:
         # In the process that trains: what workers log reaches no file.
-        for element in batch:
-            for reason in element.pop(_SKIPPED, ()):
-                self.num_skipped += 1
-                logging.getLogger(__name__).warning(
-                    f"Skipped image {self.num_skipped} of this process, and took another one: "
-                    f"{reason}"
-                )
+        for reason in (r for element in batch for r in element.pop(_SKIPPED, ())):
+            self.num_skipped += 1
+            logging.getLogger(__name__).warning(
+                f"Skipped image {self.num_skipped} of this process, and took another one: {reason}"
+            )
         if self.num_skipped and has_event_storage():
             get_event_storage().put_scalar("skipped_images", self.num_skipped)
 
 
 def _check(cfg: CfgNode) -> None:
-    """Raise a ValueError for what is wrong whatever the data sets are."""
+    """Raise a ValueError for settings that are wrong without regard to the data sets."""
     sampler, on_bad_image = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.ON_BAD_IMAGE
     if sampler not in _SAMPLERS:
         raise ValueError(
@@ -164,8 +162,8 @@ def _check(cfg: CfgNode) -> None:
     batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch < 1 or batch % world:
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH, {batch} images over all processes, must be a multiple of "
-            f"the {world} processes"
+            f"SOLVER.IMS_PER_BATCH, {batch} images over all processes, must be a multiple of the "
+            f"{world} processes"
         )
 
 

@@ -45,7 +45,11 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str]) -> RawDat
                 with data.refusing(file=xml_file, image=image, annotation=place):
                     corners = _corners(where, element)
                     labels[image, place] = f"{image} ({', '.join(f'{x:g}' for x in corners)})"
-                    category, bbox = _category(where, element, classes), _coco_box(*corners)
+                    x0, y0, x1, y1 = corners
+                    # The corners are numbers of pixels, from 1, and both belong to the box. But if
+                    # they are the same, it has no area.
+                    bbox = [x0 - 1, y0 - 1, x1 - x0 + (x1 > x0), y1 - y0 + (y1 > y0)]
+                    category = _category(where, element, classes)
                     annotation = {"image_id": image, "category_id": category, "bbox": bbox}
                     data.add(annotation, xml_file, place)
     return data
@@ -138,11 +142,3 @@ def _corners(where: str, element: ET.Element) -> list[float]:
     raise ValueError(
         f"{where} has no <bndbox> with four numbers: xmin, ymin, xmax, ymax are {corners}"
     )
-
-
-def _coco_box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
-    """[x, y, width, height] of a box whose corners are the numbers of pixels, from 1.
-
-    Both pixels belong to the box, but if they are the same it has no area.
-    """
-    return [x0 - 1, y0 - 1, x1 - x0 + (x1 > x0), y1 - y0 + (y1 > y0)]
