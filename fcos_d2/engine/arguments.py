@@ -133,12 +133,14 @@ def _fit_schedule(cfg: CfgNode, own: CfgNode, args, given: Sequence[str]) -> lis
         # The number is that of this run: Detectron2 does not adapt it to the number of processes.
         cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = batch, 0
     if epochs is not None:
-        if epochs < 1:
-            raise ValueError(f"--epochs must be at least 1, got {epochs}")
+        if epochs < 1 or "SOLVER.EPOCHS" in given:
+            raise ValueError(
+                f"--epochs must be at least 1, and not be given beside SOLVER.EPOCHS; got {epochs}"
+            )
         check_epochs(epochs, given)
         cfg.SOLVER.EPOCHS = epochs
-    elif options["data"] and cfg.SOLVER.EPOCHS == 0 and "SOLVER.MAX_ITER" not in given:
-        cfg.SOLVER.EPOCHS = AUTOMATIC
+    elif options["data"] and not {"SOLVER.MAX_ITER", "SOLVER.EPOCHS"} & set(given):
+        cfg.SOLVER.EPOCHS = cfg.SOLVER.EPOCHS or AUTOMATIC
     notes = []
     if any(value is not None for value in options.values()):
         notes.append(follow_batch(cfg, own, given))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase, hooks
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
@@ -22,6 +23,11 @@ from .resuming import evaluated
 
 _WAIT_LOGGED_AFTER = 60.0  # seconds
 _EPOCH_LOGGED_EVERY = 20  # iterations, where epochs are shorter
+
+
+def is_finished(trainer: TrainerBase) -> bool:
+    """Whether a training has come to its end. Detectron2's hooks take an error there for one."""
+    return trainer.iter >= trainer.max_iter or trainer.ended_early
 
 
 class EvalHook(hooks.EvalHook):
@@ -44,12 +50,12 @@ class EvalHook(hooks.EvalHook):
             comm.synchronize()
 
     def after_train(self) -> None:
-        # What ends a run early is an evaluation after its last step. That with test-time
+        # A run that ends early was evaluated after its last step. The evaluation with test-time
         # augmentation, which has no period, follows, unless this is a resumed run that has it.
         is_done = self.trainer.ended_early and (
             self._eval_period > 0 or self._was_evaluated(self.trainer.max_iter - 1)
         )
-        if not is_done:
+        if is_finished(self.trainer) and not is_done:
             super().after_train()
 
     def _was_evaluated(self, iteration: int) -> bool:
@@ -100,7 +106,7 @@ class BestCheckpointer(HookBase):
             self._check()
 
     def after_train(self) -> None:
-        if self.trainer.iter + 1 >= self.trainer.max_iter and not self.trainer.ended_early:
+        if is_finished(self.trainer) and not self.trainer.ended_early:
             self._check()
 
     def _check(self) -> None:
@@ -149,8 +155,8 @@ class EpochLog(HookBase):
         self.trainer.storage.put_scalar("epoch", epochs, smoothing_hint=False)
         ends = int(epochs) > int((done - 1) / self._iterations)
         if ends and done - self._said >= _EPOCH_LOGGED_EVERY:
-            self._said, last = done, self.trainer.max_iter / self._iterations
-            logging.getLogger(__name__).info(f"Epoch {int(epochs)} of {last:.3g} is done")
+            self._said, last = done, round(self.trainer.max_iter / self._iterations, 2)
+            logging.getLogger(__name__).info(f"Epoch {int(epochs)} of {last:g} is done")
 
 
 class AverageBatchNormStatistics(HookBase):

@@ -52,7 +52,8 @@ class Agreement:
         """Send this process's values.
 
         Returns:
-            the largest values of the call before, None in the first call; alone, of this call.
+            the largest values of the call before, None in the first call. With one process: the
+            values.
         """
         if comm.get_world_size() == 1:
             return list(values)
@@ -84,17 +85,20 @@ class PeerWatch:
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
 
-    def leave(self) -> None:
-        """Wait until the next process leaves, too."""
+    def leave(self, within: float | None = None) -> None:
+        """Wait until the next process leaves, too, at most so many seconds."""
         self._send(_LEAVES)
-        self._thread.join()
+        self._thread.join(within)
 
     def fail(self) -> None:
-        """Tell the others that this process fails.
+        """Tell the others that this process fails; a second call does nothing.
 
         If another one failed before, that is the reason, and this process ends without a word.
         """
-        self._thread.join(0.5)  # both threads notice a killed process at the same time
+        if self._is_failing:
+            return
+        # The main thread and the listening one notice a killed process at the same time.
+        self._thread.join(0.5)
         if self._failed is not None:
             self._thread.join()  # it ends the process
         self._is_failing = True

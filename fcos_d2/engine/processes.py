@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +19,8 @@ from torch.multiprocessing import ProcessExitedException
 
 from .peers import PeerWatch, forget_host_group, host_group
 from .stopping import Stopped, StopSignals, exit_code
+
+_STOPPED_WITHIN = 60.0  # seconds, in which all processes of a run that stops are there
 
 _watch: PeerWatch | None = None
 
@@ -47,8 +50,12 @@ def launch(main: Callable, args: argparse.Namespace) -> object:
 
     def pass_on(number: int, frame: object) -> None:
         received.append(number)
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, number)
+        processes = multiprocessing.active_children()
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+        if not processes:  # none has started yet
+            sys.exit(exit_code(number))
 
     before = {number: signal.signal(number, pass_on) for number in StopSignals.numbers}
     try:
@@ -82,25 +89,33 @@ def _run(main: Callable, args: argparse.Namespace) -> object:
     _watch = PeerWatch()
     try:
         result = main(args)
-    except Stopped:  # all have stopped
-        leave_group()
+    except Stopped:  # after the same step as the others
+        leave_group(within=_STOPPED_WITHIN)
         raise
     except BaseException:
-        if _watch is not None:
-            _watch.fail()
+        tell_failure()
         raise
     leave_group()
     return result
 
 
-def leave_group() -> None:
+def tell_failure() -> None:
+    """Let the other processes of the group end, because this one fails."""
+    if _watch is not None:
+        _watch.fail()
+
+
+def leave_group(within: float | None = None) -> None:
     """Leave the group of processes, when there is nothing left to do together.
 
     All processes must call it. Each is alone afterwards, and its ``comm.get_rank()`` is 0.
+
+    Args:
+        within: seconds to wait for the others; as long as it takes if not given.
     """
     global _watch
     if _watch is not None:
-        _watch.leave()
+        _watch.leave(within)
         _watch = None
         forget_host_group()
         dist.destroy_process_group()

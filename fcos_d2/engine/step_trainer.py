@@ -125,9 +125,11 @@ class StepTrainer(SimpleTrainer):
             with self.model.no_sync() if waits else nullcontext():
                 with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
                     losses = self.model(part, **shared)
+                if isinstance(losses, torch.Tensor):
+                    losses = {"total_loss": losses}
                 self.grad_scaler.scale(sum(losses.values()) / number).backward()
             for name, loss in losses.items():
-                means[name] = means.get(name, 0) + loss.detach() / number
+                means[name] = means.get(name, 0) + loss.detach().reshape(()) / number
         return means
 
     def gather_metrics(self) -> None:

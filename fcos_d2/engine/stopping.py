@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from detectron2.engine import HookBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
@@ -21,7 +21,7 @@ from .peers import Agreement
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Within it, signals are one: the terminal, the parent process and a cluster may all send it.
-_ONE_SIGNAL = 1.0  # seconds
+_SAME_SIGNAL_WITHIN = 1.0  # seconds
 _ASKED_EVERY = 2.0  # seconds of an evaluation
 
 
@@ -107,7 +107,7 @@ class StopSignals:
                     first, self.requested = time.monotonic(), self.requested or number
                     if comm.is_main_process():
                         os.write(2, b"Stopping after this step. Ctrl-C once more ends it at once\n")
-                elif time.monotonic() - first > _ONE_SIGNAL:
+                elif time.monotonic() - first > _SAME_SIGNAL_WITHIN:
                     os._exit(exit_code(number))
 
 
@@ -132,6 +132,19 @@ class StopOnSignal(HookBase):
             raise Stopped(answer[0])
 
 
+class StoppableCOCOEvaluator(COCOEvaluator):
+    """Detectron2's, whose first process stops at once while it evaluates what all have found."""
+
+    in_stoppable = False  # whether a StoppableEvaluator tells the other processes
+
+    # Private, but Detectron2's own RotatedCOCOEvaluator overrides it, too. There is no other place
+    # that one process reaches alone.
+    def _eval_predictions(self, predictions, img_ids=None) -> None:
+        may_stop = self.in_stoppable or comm.get_world_size() == 1
+        with stop_signals.raising() if may_stop else nullcontext():
+            super()._eval_predictions(predictions, img_ids)
+
+
 class StoppableEvaluator(DatasetEvaluator):
     """An evaluator during a training of several processes, which all stop at the same point of it.
 
@@ -142,6 +155,8 @@ class StoppableEvaluator(DatasetEvaluator):
     def __init__(self, evaluator: DatasetEvaluator | Sequence[DatasetEvaluator]):
         is_one = isinstance(evaluator, DatasetEvaluator)
         self._evaluator = evaluator if is_one else DatasetEvaluators(evaluator)
+        if isinstance(evaluator, StoppableCOCOEvaluator):
+            evaluator.in_stoppable = True
 
     def reset(self) -> None:
         self._evaluator.reset()
@@ -173,13 +188,3 @@ class StoppableEvaluator(DatasetEvaluator):
         if number:
             raise Stopped(number)
         return not some_work
-
-
-class StoppableCOCOEvaluator(COCOEvaluator):
-    """Detectron2's, whose first process stops at once while it evaluates what all have found."""
-
-    # Private, but Detectron2's own RotatedCOCOEvaluator overrides it, too. There is no other place
-    # that one process reaches alone.
-    def _eval_predictions(self, predictions, img_ids=None) -> None:
-        with stop_signals.raising():
-            super()._eval_predictions(predictions, img_ids)

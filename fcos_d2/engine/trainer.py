@@ -52,7 +52,7 @@ from .hooks import (
 )
 from .loggers import build_loggers, check_loggers
 from .optimizer import build_optimizer
-from .processes import distribute
+from .processes import distribute, tell_failure
 from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from, settings_kept
 from .schedule import with_schedule
 from .step_trainer import StepTrainer, amp_dtype, check_accumulation
@@ -193,10 +193,19 @@ class Trainer(DefaultTrainer):
                 self._trainer.reset_data_loader(lambda: loader)
 
     def after_train(self) -> None:
+        error = sys.exc_info()[1]
         # Before the writers are closed: one of a service may wait for it.
-        if isinstance(sys.exc_info()[1], Stopped):
+        if isinstance(error, Stopped):
             self._save_where_stopped()
-        super().after_train()
+        elif error is not None and not isinstance(error, EndedEarly):
+            tell_failure()
+        try:
+            super().after_train()
+        except BaseException:  # the last evaluation comes before the hook that closes the writers
+            for writer in self._writers:
+                with suppress(Exception):
+                    writer.close()
+            raise
 
     def gather_metrics(self) -> None:
         """Write the metrics of the steps since the last call; see :class:`StepTrainer`."""

@@ -7,10 +7,13 @@ import time
 from pathlib import Path
 
 import torch
+from detectron2.engine import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from helpers import LIGHT, tiny_cfg
 
-from fcos_d2.engine import launch, leave_group
+from fcos_d2.data import register_custom_datasets
+from fcos_d2.engine import Trainer, launch, leave_group
 from fcos_d2.engine.peers import Agreement
 from fcos_d2.engine.stopping import StoppableEvaluator, stop_signals
 
@@ -47,6 +50,25 @@ def leave(args):
     if rank == 0:
         time.sleep(4)
     (args.folder / f"left_{rank}").write_text(str(time.time()))
+
+
+def fail_in_the_last_step(args):
+    """Detectron2's hooks take an error in the last step for the end, and would evaluate."""
+    cfg = tiny_cfg()
+    cfg.merge_from_list(LIGHT)
+    cfg.OUTPUT_DIR, cfg.SOLVER.IMS_PER_BATCH = str(args.folder), 3
+    cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS = (), 2, 0
+    register_custom_datasets(cfg)
+    trainer = Trainer(cfg)
+    if comm.get_rank() == 1:
+        trainer.register_hooks([Fail()])
+    trainer.train()
+
+
+class Fail(HookBase):
+    def before_step(self):
+        if self.trainer.iter == 1:
+            raise ValueError("of process 1")
 
 
 class Slow(DatasetEvaluator):

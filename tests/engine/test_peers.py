@@ -26,7 +26,9 @@ class Processes:
 
     def __init__(self, case, folder, launcher="srun", **env):
         command = [sys.executable, str(WORKER), case, str(folder)]
-        env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | env
+        path = os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
+        outer = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+        env = outer | {"PYTHONPATH": path} | env
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = str(s.getsockname()[1])
@@ -82,6 +84,15 @@ def test_a_process_that_fails_ends_the_others_with_its_error_last(tmp_path, laun
         assert re.search(r"Root Cause.*rank +: 1 ", screen, re.DOTALL)
     else:
         assert screen.rstrip().endswith("ValueError: of process 1")
+
+
+def test_a_process_that_fails_in_its_last_step(tmp_path, shapes_folder):
+    datasets = {"DETECTRON2_DATASETS": str(shapes_folder)}
+    processes = Processes("fail_in_the_last_step", tmp_path, **datasets)
+    processes.running[1].wait(100)
+    assert processes.finish(timeout=SOON) == [1, 1, 1]
+    assert "ValueError: of process 1" in processes.screen.read_text()
+    assert "Start inference" not in processes.screen.read_text()
 
 
 def test_an_error_of_all_is_said(tmp_path):

@@ -82,6 +82,7 @@ def test_data_of_your_own_with_a_coco_config(solver, shapes_folder):
     assert schedule(found) == ((200, 266), 300, 3)
     assert found.EPOCHS == 0
     assert solver(data=data).EPOCHS == AUTOMATIC
+    assert schedule(solver("SOLVER.EPOCHS", 0, data=data)) == ((60_000, 80_000), 90_000, 1000)
     assert solver(data=data, epochs=3).EPOCHS == 3
 
 
@@ -101,9 +102,10 @@ def test_the_rate_follows_the_batch(solver, caplog):
 @pytest.mark.parametrize(
     ("options", "opts", "message"),
     [
-        ({"epochs": 0}, (), "--epochs must be at least 1, got 0"),
+        ({"epochs": 0}, (), r"--epochs must be at least 1, .* got 0"),
         ({"epochs": -1}, (), "got -1"),
         ({"epochs": 5}, ("SOLVER.MAX_ITER", 300), "give one of them"),
+        ({"epochs": 5}, ("SOLVER.EPOCHS", 6), r"not be given beside SOLVER\.EPOCHS"),
         ({"batch": 0}, (), "--batch must be at least 1"),
         ({"batch": 4}, ("SOLVER.IMS_PER_BATCH", 8), "not be given beside"),
     ],

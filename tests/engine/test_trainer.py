@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import JSONWriter
 
 from fcos_d2 import model_zoo
 from fcos_d2.data import register_custom_datasets
@@ -230,6 +231,38 @@ def test_a_diverged_training_saves_nothing_and_says_where(cfg, tmp_path, stopped
     with pytest.raises(FloatingPointError, match="Loss became infinite or NaN at iteration=3"):
         trainer.train()
     assert not list(tmp_path.glob("*.pth"))
+
+
+def test_an_error_in_the_last_step_is_no_end(cfg, tmp_path, monkeypatch):
+    """Detectron2 evaluates then; other processes would wait for this one in their last step."""
+
+    class Fail(HookBase):
+        def before_step(self):
+            if self.trainer.iter == 5:
+                raise OSError("in the last step")
+
+    cfg.TEST.EVAL_PERIOD = 0
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda *args: evaluations.append(args)))
+    evaluations, closed = [], []
+    trainer = Trainer(cfg)
+    trainer.register_hooks([Fail()])
+    monkeypatch.setattr(JSONWriter, "close", lambda self: closed.append(self))
+    with pytest.raises(OSError, match="in the last step"):
+        trainer.train()
+    assert not evaluations and len(closed) == 1
+    assert not (tmp_path / "model_best.pth").exists()
+
+
+def test_an_error_in_the_last_evaluation_closes_the_writers(cfg, monkeypatch):
+    def fail(*args):
+        raise OSError("in the evaluation")
+
+    closed = []
+    monkeypatch.setattr(Trainer, "test", classmethod(fail))
+    monkeypatch.setattr(JSONWriter, "close", lambda self: closed.append(self))
+    with pytest.raises(OSError, match="in the evaluation"):
+        Trainer(cfg).train()
+    assert len(closed) == 1
 
 
 def test_augmentation_is_evaluated_at_the_end_of_training(cfg, monkeypatch):
