@@ -19,6 +19,7 @@ SIZES = [(96, 144), (144, 96), (64, 97), (96, 144), (150, 150), (96, 144), (64, 
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
+    torch.manual_seed(0)  # the fixture of all tests comes later
     cfg = tiny_cfg()
     model = DefaultPredictor(cfg).model
     torch.nn.init.normal_(model.head.cls_logits.weight, std=0.3)
