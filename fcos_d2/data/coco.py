@@ -63,20 +63,20 @@ def training_records(data: RawData, findings: Sequence[Finding]) -> list[dict]:
     As there, an annotation is left out if its polygons all have fewer than three corners. The
     ``findings`` are those of :meth:`RawData.dropped`.
     """
-    records, number = data.records(unsound(findings)), 0
+    records, left_out = data.records(unsound(findings)), 0
     for record in records:
-        number += len(record["annotations"])
+        annotations = record["annotations"]
         try:
-            record["annotations"] = [a for a in record["annotations"] if _convert(a)]
+            record["annotations"] = [a for a in annotations if _convert(a)]
         except Exception as error:  # of many kinds, of NumPy and of pycocotools
             raise ValueError(
                 f"{data.source}: image {record['image_id']!r} has a segmentation that is neither a "
-                f"list of polygons nor a run-length code, or other keypoints than numbers: {error}"
+                f"list of polygons nor a run-length code, or keypoints that are no numbers: {error}"
             ) from error
-        number -= len(record["annotations"])
-    if number:
+        left_out += len(annotations) - len(record["annotations"])
+    if left_out:
         logging.getLogger(__name__).warning(
-            f"{data.source}: left out {number} annotation(s) without a polygon of three corners"
+            f"{data.source}: left out {left_out} annotation(s) without a polygon of three corners"
         )
     return records
 

@@ -164,9 +164,6 @@ def _images_below(folder: str) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
-        found += [
-            os.path.join(parent, f)
-            for f in files
-            if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")
-        ]
+        images = (f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and f[0] != ".")
+        found += [os.path.join(parent, image) for image in images]
     return sorted(found)

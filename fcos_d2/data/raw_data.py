@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 from detectron2.structures import BoxMode
@@ -107,11 +108,16 @@ class RawData:
         file, place = self.places[index]
         return Finding(kind, file, text, self.annotations[index]["image_id"], place, index)
 
+    def box_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) the number of the image of each annotation, -1 for none, and (N, 4) its bbox."""
+        numbers = {image["id"]: i for i, image in enumerate(self.images)}
+        images = (numbers.get(a["image_id"], -1) for a in self.annotations)
+        boxes = chain.from_iterable(a["bbox"] for a in self.annotations)
+        return np.fromiter(images, np.int64), np.fromiter(boxes, np.float64).reshape(-1, 4)
+
     def faulty_boxes(self) -> list[Finding]:
         """About boxes that cannot be learnt, or are not where their image is."""
-        numbers = {image["id"]: i for i, image in enumerate(self.images)}
-        images = np.array([numbers.get(a["image_id"], -1) for a in self.annotations], np.int64)
-        boxes = np.array([a["bbox"] for a in self.annotations], np.float64).reshape(-1, 4)
+        images, boxes = self.box_arrays()
         sizes = [*((image["width"], image["height"]) for image in self.images), (np.nan, np.nan)]
         (x, y, width, height), (right, bottom) = boxes.T, np.array(sizes, np.float64)[images].T
         with np.errstate(invalid="ignore", over="ignore"):

@@ -1,7 +1,7 @@
 """Checks that need no pixels."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def check_annotations(data: RawData, nearly_twice: bool = True) -> list[Finding]
     misplaced = {f.index for f in findings if f.kind != "box beyond the edge"}
     crowds = {i for i, a in enumerate(data.annotations) if a.get("iscrowd", 0)} - misplaced
     findings += [data.finding("crowd", i, "left out of training") for i in crowds]
-    twice = list(_twice(data, [i for i in range(len(data.annotations)) if i not in misplaced]))
+    twice = list(_twice(data, misplaced))
     findings = sorted([*findings, *twice], key=lambda f: (f.kind not in UNLEARNABLE, f.index))
     if nearly_twice:
         for indices in data.indices({*misplaced, *crowds, *(f.index for f in twice)}):
@@ -69,22 +69,21 @@ def to_records(data: RawData, findings: Sequence[Finding]) -> tuple[list[dict], 
     return data.records(left_out), data.indices(left_out)
 
 
-def _twice(data: RawData, indices: list[int]) -> Iterator[Finding]:
+def _twice(data: RawData, misplaced: Collection[int]) -> Iterator[Finding]:
     """Boxes that are the same in one image, up to 0.01 pixels."""
     names = {category["id"]: category["name"] for category in data.categories}
-    numbers = {image["id"]: i for i, image in enumerate(data.images)}
-    chosen = [data.annotations[i] for i in indices]
-    rows = np.array([(numbers[a["image_id"]], *a["bbox"]) for a in chosen], np.float64)
-    _, first, which = np.unique(
-        rows.reshape(-1, 5).round(2), axis=0, return_index=True, return_inverse=True
-    )
-    first = first[which.reshape(-1)]
-    for n in np.flatnonzero(first != np.arange(len(first))).tolist():
-        kind, text = "box twice", f"the same box as {data.places[indices[first[n]]][1]}"
-        of_class = chosen[first[n]]["category_id"]
-        if of_class != chosen[n]["category_id"]:
+    images, boxes = data.box_arrays()
+    indices = np.delete(np.arange(len(boxes)), list(misplaced))
+    rows = np.column_stack([images[indices], boxes[indices].round(2)])
+    _, first, which = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    first = indices[first[which.reshape(-1)]]
+    is_repeated = first != indices
+    for i, other in zip(indices[is_repeated].tolist(), first[is_repeated].tolist(), strict=True):
+        kind, text = "box twice", f"the same box as {data.places[other][1]}"
+        of_class = data.annotations[other]["category_id"]
+        if of_class != data.annotations[i]["category_id"]:
             kind, text = f"{kind}, of two classes", f"{text}, which is a {names[of_class]}"
-        yield data.finding(kind, indices[n], text)
+        yield data.finding(kind, i, text)
 
 
 def _nearly_twice(data: RawData, indices: Sequence[int]) -> Iterator[Finding]:

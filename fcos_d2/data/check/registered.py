@@ -45,14 +45,13 @@ def read_records(name: str, records: Sequence[dict], classes: Sequence[str]) -> 
             for j, annotation in enumerate(record.get("annotations", ())):
                 place = f"annotation {j}"
                 try:
-                    box = _coco_annotation(annotation, known)
-                    data.add({"image_id": i} | box, file, place)
+                    data.add(_coco_annotation(i, annotation, known), file, place)
                 except ValueError as error:
                     data.refuse(error, file=file, image=i, annotation=place)
     return data
 
 
-def _coco_annotation(annotation: dict, known: range) -> dict:
+def _coco_annotation(image: int, annotation: dict, known: range) -> dict:
     bbox, category = annotation.get("bbox"), annotation["category_id"]
     try:
         x, y, width, height = map(float, bbox)
@@ -62,5 +61,9 @@ def _coco_annotation(annotation: dict, known: range) -> dict:
         width, height = width - x, height - y
     if category not in known:
         raise UnknownCategory(f"has the class {category}, which is not listed")
-    box = {"category_id": category + 1, "bbox": [x, y, width, height]}
-    return box | {"iscrowd": annotation.get("iscrowd", 0)}
+    return {
+        "image_id": image,
+        "category_id": category + 1,
+        "bbox": [x, y, width, height],
+        "iscrowd": annotation.get("iscrowd", 0),
+    }
