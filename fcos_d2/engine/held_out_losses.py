@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data import DatasetMapper
 from ..data.workers import SteadyLoader
 from ..modeling.losses import DIVISOR, FCOSLoss
+from .amp import amp_dtype
 from .evaluators import stoppable
-from .step_trainer import amp_dtype
 from .stopping import stop_signals
 
 _FIXED = (Backbone, FCOSLoss, *BN_MODULE_TYPES, nn.Dropout, nn.Dropout1d, nn.Dropout2d)

@@ -33,6 +33,7 @@ from ..data.loading import check_proposal_files
 from ..data.training_loader import seed_all
 from ..data.workers import SteadyLoader
 from ..modeling.backbone import check_random_start
+from .amp import amp_dtype
 from .averaging import AverageWeights, build_average, split_checkpoint
 from .early_stopping import EarlyStopping, EndedEarly, check_patience
 from .evaluators import (
@@ -55,7 +56,7 @@ from .optimizer import build_optimizer
 from .processes import distribute, tell_failure
 from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from, settings_kept
 from .schedule import with_schedule
-from .step_trainer import StepTrainer, amp_dtype, check_accumulation
+from .step_trainer import StepTrainer, check_accumulation
 from .stopping import StopOnSignal, Stopped, stop_signals
 
 

@@ -9,7 +9,8 @@ from helpers import make_input, tiny_cfg
 
 from fcos_d2.data import register_custom_datasets
 from fcos_d2.engine import Trainer
-from fcos_d2.engine.step_trainer import StepTrainer, amp_dtype
+from fcos_d2.engine.amp import amp_dtype
+from fcos_d2.engine.step_trainer import StepTrainer
 
 
 @pytest.mark.parametrize(
