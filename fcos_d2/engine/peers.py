@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 _LEAVES = -1  # a message; any other one is the rank of a process that has failed
 # Launchers report the process that ends first: the others wait, so that it is the one that failed.
-_GRACE = 10.0  # seconds
+_GRACE = 7.0  # seconds
 _FOREVER = timedelta(days=3650)
 
 _host_group: dist.ProcessGroup | None = None
