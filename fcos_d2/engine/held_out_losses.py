@@ -4,7 +4,6 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from detectron2.config import CfgNode
@@ -53,10 +52,9 @@ def with_losses(results: dict, cfg: CfgNode, model: nn.Module) -> dict:
         if "instances" not in loader.dataset[0]:
             logger.warning(f"There is no TEST.LOSS on {name!r}, which has no annotations")
             continue
-        alone = comm.get_world_size() == 1
         # Models log what they see in a training; here nobody reads it. An iteration of 1 is one in
         # which FCOS logs less than in the first.
-        with EventStorage(1), stop_signals.raising() if alone else nullcontext():
+        with EventStorage(1), stop_signals.raising(is_alone=comm.get_world_size() == 1):
             losses = inference_on_dataset(compute, loader, stoppable(_AveragedLosses()))
         for of_set in losses.values():  # in the main process
             listed = ", ".join(f"{key} {value:.4g}" for key, value in of_set.items())

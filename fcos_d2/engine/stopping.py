@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 
 from detectron2.engine import HookBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
@@ -77,13 +77,17 @@ class StopSignals:
             self.requested, self.is_recording = 0, False
 
     @contextmanager
-    def raising(self) -> Iterator[None]:
+    def raising(self, is_alone: bool = True) -> Iterator[None]:
         """What this process does alone, while no other one waits for it in between.
+
+        Args:
+            is_alone: whether that is so; else the block changes nothing.
 
         Raises:
             Stopped: as soon as a signal comes.
         """
-        before, self._raises = self._raises, self.is_recording
+        before = self._raises
+        self._raises = before or (is_alone and self.is_recording)
         try:
             if self._raises and self.requested:
                 raise Stopped(self.requested)
@@ -140,8 +144,7 @@ class StoppableCOCOEvaluator(COCOEvaluator):
     # Private, but Detectron2's own RotatedCOCOEvaluator overrides it, too. There is no other place
     # that one process reaches alone.
     def _eval_predictions(self, predictions, img_ids=None) -> None:
-        may_stop = self.in_stoppable or comm.get_world_size() == 1
-        with stop_signals.raising() if may_stop else nullcontext():
+        with stop_signals.raising(self.in_stoppable or comm.get_world_size() == 1):
             super()._eval_predictions(predictions, img_ids)
 
 

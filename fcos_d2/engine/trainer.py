@@ -5,7 +5,7 @@ import os
 import sys
 import weakref
 from collections.abc import Collection
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -294,7 +294,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict:
         """Like DefaultTrainer's; during a training a stop signal ends it."""
-        with stop_signals.raising() if comm.get_world_size() == 1 else nullcontext():
+        with stop_signals.raising(is_alone=comm.get_world_size() == 1):
             return super().test(cfg, model, evaluators)
 
     @classmethod
