@@ -2,6 +2,7 @@ import pytest
 from helpers import LIGHT, tiny_cfg
 
 from fcos_d2.data import register_custom_datasets
+from fcos_d2.engine import Trainer
 
 
 @pytest.fixture
@@ -18,3 +19,17 @@ def cfg(shapes_folder, tmp_path, monkeypatch):
     cfg.SOLVER.WARMUP_ITERS = 0
     register_custom_datasets(cfg)
     return cfg
+
+
+@pytest.fixture
+def evaluated_models(cfg, monkeypatch):
+    """The kinds of the models that a run with test-time augmentation evaluates, as it goes on."""
+    models = []
+
+    def record(cls, cfg, model, evaluators=None):
+        models.append(type(model).__name__)
+        return {"bbox": {"AP": 1.0}}
+
+    monkeypatch.setattr(Trainer, "test", classmethod(record))
+    cfg.TEST.AUG.ENABLED = True
+    return models

@@ -201,24 +201,16 @@ def test_without_patience_evaluations_are_counted_for_a_resumed_run(cfg, aps):
 
 
 @pytest.mark.usefixtures("no_steps")
-def test_augmentation_is_evaluated_once_at_the_early_end(cfg, aps, tmp_path, monkeypatch):
-    models = []
-
-    def record(cls, cfg, model, evaluators=None):
-        models.append(type(model).__name__)
-        return {"bbox": {"AP": 1.0}}
-
-    monkeypatch.setattr(Trainer, "test", classmethod(record))
-    cfg.TEST.AUG.ENABLED = True
+def test_augmentation_is_evaluated_once_at_the_early_end(cfg, aps, tmp_path, evaluated_models):
     run(cfg, patience=1)
-    assert models == ["FCOS", "FCOS", "FCOSWithTTA"]
+    assert evaluated_models == ["FCOS", "FCOS", "FCOSWithTTA"]
     assert '"bbox_TTA/AP": 1.0' in (tmp_path / "metrics.json").read_text()
     run(cfg, patience=1, resume=True)
-    assert len(models) == 3
+    assert len(evaluated_models) == 3
     rows = (tmp_path / "metrics.json").read_text().splitlines()
     (tmp_path / "metrics.json").write_text("\n".join(r for r in rows if "TTA" not in r) + "\n")
     run(cfg, patience=1, resume=True)
-    assert models[3:] == ["FCOS", "FCOSWithTTA"]  # the row had both
+    assert evaluated_models[3:] == ["FCOS", "FCOSWithTTA"]  # the row had both
 
 
 @pytest.mark.usefixtures("no_steps")

@@ -265,19 +265,11 @@ def test_an_error_in_the_last_evaluation_closes_the_writers(cfg, monkeypatch):
     assert len(closed) == 1
 
 
-def test_augmentation_is_evaluated_at_the_end_of_training(cfg, monkeypatch):
-    models = []
-
-    def record(cls, cfg, model, evaluators=None):
-        models.append(type(model).__name__)
-        return {"bbox": {"AP": 1.0}}
-
-    monkeypatch.setattr(Trainer, "test", classmethod(record))
-    cfg.TEST.AUG.ENABLED = True
+def test_augmentation_is_evaluated_at_the_end_of_training(cfg, evaluated_models):
     cfg.TEST.EVAL_PERIOD = 2
     cfg.SOLVER.MAX_ITER = 4
     Trainer(cfg).train()
-    assert models == ["FCOS", "FCOS", "FCOSWithTTA"]
+    assert evaluated_models == ["FCOS", "FCOS", "FCOSWithTTA"]
     metrics = Path(cfg.OUTPUT_DIR, "metrics.json").read_text()
     assert '"bbox_TTA/AP": 1.0' in metrics
 
