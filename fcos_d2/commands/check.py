@@ -73,7 +73,7 @@ def read_sets(args: argparse.Namespace, cfg) -> list[RawData]:
     unknown = [s for s in splits if s not in layout.entries]
     if unknown:
         raise ValueError(f"{args.data} has no split {unknown[0]!r}; it has {list(layout.entries)}")
-    print(f"{args.data} has the {layout.format.upper()} layout, with {', '.join(layout.entries)}")
+    print(f"{args.data} has {layout}")
     return [read_entry(split, layout.entries[split]) for split in splits]
 
 

@@ -1,10 +1,12 @@
 """Data sets of your own, declared in a config under ``DATASETS.CUSTOM``.
 
-Each entry is registered with Detectron2 under its key. There are three formats::
+Each entry is registered with Detectron2 under its key. There are four formats; "xml" is VOC's
+files in folders of any name::
 
     cells_train: {FORMAT: "coco", JSON: "cells/train.json", IMAGES: "cells/images"}
     cells_test: {FORMAT: "voc", ROOT: "cells", SPLIT: "test", CLASSES: ["RBC", "WBC"]}
     cars_train: {FORMAT: "yolo", DATA: "cars/data.yaml", SPLIT: "train"}
+    dogs_train: {FORMAT: "xml", XML: "dogs/xml", IMAGES: "dogs/images", CLASSES: ["dog"]}
 
 With the optional ``CLASSES`` of a COCO or YOLO entry the classes are known before the file is read.
 A run writes them into its config. ``EVALUATOR`` of a VOC entry is ``"coco"`` (the default, which
@@ -24,7 +26,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .coco import can_be_evaluated, read_coco, training_records, write_repaired
 from .raw_data import RawData
-from .voc import check_readable_by_pascal_voc_evaluator, read_voc
+from .voc import check_readable_by_pascal_voc_evaluator, read_voc, read_xml
 from .yolo import read_yolo
 
 # The required and the optional keys of each format.
@@ -32,8 +34,9 @@ _KEYS = {
     "coco": ({"FORMAT", "JSON", "IMAGES"}, {"CLASSES", "PART"}),
     "voc": ({"FORMAT", "ROOT", "SPLIT", "CLASSES"}, {"EVALUATOR", "PART"}),
     "yolo": ({"FORMAT", "DATA", "SPLIT"}, {"CLASSES", "PART"}),
+    "xml": ({"FORMAT", "XML", "IMAGES", "CLASSES"}, {"PART"}),
 }
-_PATHS = ("JSON", "IMAGES", "ROOT", "DATA")
+_PATHS = ("JSON", "IMAGES", "ROOT", "DATA", "XML")
 _PARTS = ("train", "test")
 # The entry of each registered data set, with full paths.
 _registered: dict[str, dict] = {}
@@ -138,6 +141,8 @@ def _read(name: str, entry: dict) -> RawData:
         return read_coco(name, entry["JSON"], entry["IMAGES"])
     if entry["FORMAT"] == "voc":
         return read_voc(name, entry["ROOT"], str(entry["SPLIT"]), entry["CLASSES"])
+    if entry["FORMAT"] == "xml":
+        return read_xml(name, entry["XML"], entry["IMAGES"], entry["CLASSES"])
     return read_yolo(name, entry["DATA"], str(entry["SPLIT"]))
 
 
@@ -157,21 +162,20 @@ def _part_of(data: RawData, entry: dict) -> RawData:
 
 def _register(name: str, entry: dict, read: dict[str, RawData]) -> None:
     metadata = MetadataCatalog.get(name).set(evaluator_type=entry.get("EVALUATOR", "coco"))
-    load = _load
     if entry.get("CLASSES") is not None:
         metadata.set(thing_classes=list(entry["CLASSES"]))
     if entry["FORMAT"] == "coco":
         metadata.set(image_root=entry["IMAGES"])
-        load = partial(_load_coco, read)
     if entry["FORMAT"] == "voc":
         # Average precision as in VOC 2010 and later: the area under the curve.
         metadata.set(dirname=entry["ROOT"], split=str(entry["SPLIT"]), year=2012)
-    DatasetCatalog.register(name, partial(load, name, entry))
+    load = _load_coco if entry["FORMAT"] == "coco" else _load
+    DatasetCatalog.register(name, partial(load, read, name, entry))
 
 
-def _load(name: str, entry: dict) -> list[dict]:
-    """The records of a data set in VOC or YOLO layout."""
-    data = _part_of(_read(name, entry), entry)
+def _load(read: dict[str, RawData], name: str, entry: dict) -> list[dict]:
+    """The records of a data set that is no COCO file."""
+    data = _part_of(read.pop(name, None) or _read(name, entry), entry)
     records = data.training_records()
     _check_classes(name, entry, data)
     MetadataCatalog.get(name).set(thing_classes=data.classes)

@@ -3,6 +3,7 @@
 import os
 import reprlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import yaml
@@ -17,7 +18,9 @@ class YoloData:
     file: str
     folders: tuple[str, ...]  # where relative paths start, in turn; the last is that of the file
     classes: list[str]  # in the order of the class numbers
-    splits: dict[str, list[str]]  # paths of folders, of lists of images, or of images
+    # Paths of folders, of lists of images, or of images. Where a file names none, the images in a
+    # folder "images" are the split "all".
+    splits: dict[str, list[str]]
 
 
 def read_data_yaml(data: str) -> YoloData:
@@ -44,6 +47,8 @@ def read_data_yaml(data: str) -> YoloData:
         if not isinstance(paths, list) or not all(isinstance(x, str) for x in paths):
             raise ValueError(f"{file}: {key} must be a path or a list of paths")
         splits[key] = [_slashes(x) for x in paths]
+    if not splits and _find(folders, "images"):
+        splits = {"all": ["images"]}
     return YoloData(file, folders, _classes(file, content), splits)
 
 
@@ -102,12 +107,25 @@ def label_lines(file: str) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{file} is not a text file: {error}") from error
 
 
-def _find_data_yaml(folder: str) -> str:
+def data_yamls(folder: str) -> list[str]:
+    """The data.yaml of a folder; without one, all YAML files in it that have classes."""
     files = sorted(f for f in os.listdir(folder) if f.lower().endswith((".yaml", ".yml")))
-    files = ["data.yaml"] if "data.yaml" in files else files
+    if "data.yaml" in files:
+        return [os.path.join(folder, "data.yaml")]
+    found = []
+    for file in files:
+        with suppress(OSError, ValueError):
+            _parse(os.path.join(folder, file))
+            found.append(os.path.join(folder, file))
+    return found
+
+
+def _find_data_yaml(folder: str) -> str:
+    files = data_yamls(folder)
     if len(files) != 1:
-        raise ValueError(f"{folder} has {files or 'no YAML file'}: name the file of the data set")
-    return os.path.join(folder, files[0])
+        several = f"several: {files}" if files else "none"
+        raise ValueError(f"{folder} must have one YAML file with 'names', but has {several}")
+    return files[0]
 
 
 def _parse(file: str) -> dict:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from glob import escape, glob
@@ -10,11 +11,15 @@ from detectron2.config import CfgNode
 
 from .classes import num_classes_key
 from .coco import read_coco
-from .data_yaml import read_data_yaml
+from .custom import is_in_part, read_entry
+from .data_yaml import data_yamls, read_data_yaml
+from .image_files import IMAGE_SUFFIXES
 from .raw_data import RawData
-from .voc import names_of_objects
+from .voc import files_of_split, find_image_files, names_of_objects, xml_files
 
 SPLITS = ("train", "trainval", "val", "test")
+# Fewer images are not held out: their AP would be chance, and the training would lack them.
+_LEAST_HELD_OUT = 3
 # Files that COCO's own data set has beside those of boxes.
 _NO_BOXES = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
 
@@ -23,13 +28,18 @@ _NO_BOXES = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuf
 class Layout:
     """A data set that was recognised."""
 
-    format: str  # "coco", "voc" or "yolo"
-    entries: dict[str, dict]  # of DATASETS.CUSTOM, by split; a COCO file that names none is "all"
+    format: str  # "coco", "voc", "yolo" or "xml"
+    entries: dict[str, dict]  # of DATASETS.CUSTOM, by split; where none is named, "all"
     read: dict[str, RawData] = field(default_factory=dict)  # the content of COCO files, by split
+    left_out: str = ""  # what is not taken, as a sentence
+
+    def __str__(self) -> str:
+        text = f"the {self.format.upper()} layout, with {', '.join(self.entries)}"
+        return f"{text} ({self.left_out})" if self.left_out else text
 
 
 def recognise(path: str) -> Layout:
-    """The layout of a folder, of a COCO annotation file, or of a data.yaml.
+    """The layout of a folder, of a COCO annotation file, or of a data.yaml of any name.
 
     It is an OSError if the path is not there, a ValueError for no known layout or for several.
     """
@@ -42,16 +52,18 @@ def recognise(path: str) -> Layout:
         if path.lower().endswith(".json"):
             return _coco({_split_of(path) or "all": path})
         raise ValueError(f"{path} is neither a folder, nor a .json file, nor a .yaml file")
-    layouts = _yolo(os.path.join(path, "data.yaml")), _voc(path), _coco(_coco_files(path))
+    layouts = [*map(_yolo, data_yamls(path)), _voc(path), _coco(_coco_files(path))]
     found = [layout for layout in layouts if layout.entries]
-    if len(found) != 1:
+    if not found:
+        found = [layout for layout in [_xml(path)] if layout.entries]
+    if len(found) > 1:
         several = ", ".join(layout.format for layout in found)
         raise ValueError(
-            f"{path} has {f'several layouts: {several}' if found else 'no known layout'}. Known "
-            "are: YOLO, a folder with a data.yaml; VOC, one with Annotations, ImageSets/Main and "
-            "JPEGImages; COCO, one with a .json file for each split, itself or in a folder "
-            "'annotations'. Name the file, or declare the sets in DATASETS.CUSTOM"
+            f"{path} has several layouts: {several}. Name the file, or declare the sets in "
+            "DATASETS.CUSTOM"
         )
+    if not found:
+        raise ValueError(_unknown_layout(path))
     return found[0]
 
 
@@ -76,28 +88,41 @@ def use_data(
         raise ValueError(f"{path} has nothing to train on, but {list(layout.entries)}")
     held_out = {"train": ("val", "test"), "trainval": ("test",), "all": ()}[train]
     test = next((s for s in held_out if s in layout.entries), None)
-    read = {}
-    for part, split in (("train", train), ("test", test or train)):
-        entry = layout.entries[split] | ({"PART": part} if test is None else {})
+    sets, read = {"train": layout.entries[train]}, {"train": layout.read.get(train)}
+    if test is not None:
+        sets["test"], read["test"], tested = layout.entries[test], layout.read.get(test), test
+    else:
+        whole = read["train"] or read_entry("data_train", sets["train"])
+        read = dict.fromkeys(("train", "test"), whole)
+        sets, tested = _hold_out(sets["train"], whole)
+    for part, entry in sets.items():
         cfg.DATASETS.CUSTOM[f"data_{part}"] = CfgNode(entry, new_allowed=True)
-        if split in layout.read:
-            read[f"data_{part}"] = layout.read[split]
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("data_train",), ("data_test",)
+    cfg.DATASETS.TRAIN = ("data_train",)
+    cfg.DATASETS.TEST = ("data_test",) if "test" in sets else ()
     classes, key = layout.entries[train]["CLASSES"], num_classes_key(cfg)
     if key not in (None, *changed):
         cfg.merge_from_list([key, len(classes)])
     said = (
-        f"{path} has the {layout.format.upper()} layout, with {', '.join(layout.entries)}, and "
-        f"{len(classes)} classes: {', '.join(classes[:20])}{', ...' * (len(classes) > 20)}. "
-        f"Trained on {train}, tested on "
-        + (test or "a tenth of it, which is held out, chosen by the names of the images")
+        f"{path} has {layout}, and {len(classes)} classes: {', '.join(classes[:20])}"
+        f"{', ...' * (len(classes) > 20)}. Trained on {train}, tested on {tested}"
     )
-    return said, read
+    return said, {f"data_{part}": read[part] for part in sets if read[part] is not None}
+
+
+def _hold_out(entry: dict, whole: RawData) -> tuple[dict[str, dict], str]:
+    """The entries of a data set that has nothing to test on, and what it is tested on, as text."""
+    number = sum(is_in_part(image["file_name"], "test") for image in whole.images)
+    of_all = f"{number} of {len(whole.images)} images"
+    if number < _LEAST_HELD_OUT:
+        return {"train": entry}, (
+            f"nothing: held out would be {of_all}, too few. There is no evaluation. Make a split "
+            "val, or add images"
+        )
+    sets = {part: entry | {"PART": part} for part in ("train", "test")}
+    return sets, f"a tenth of it, {of_all}, which is held out, chosen by the names of the images"
 
 
 def _yolo(file: str) -> Layout:
-    if not os.path.isfile(file):
-        return Layout("yolo", {})
     described = read_data_yaml(file)
     common = {"FORMAT": "yolo", "DATA": file, "CLASSES": described.classes}
     return Layout("yolo", {split: common | {"SPLIT": split} for split in described.splits})
@@ -108,10 +133,56 @@ def _voc(folder: str) -> Layout:
         lists = os.path.join(root, "ImageSets", "Main")
         if os.path.isdir(os.path.join(root, "Annotations")) and os.path.isdir(lists):
             splits = [s for s in SPLITS if os.path.isfile(os.path.join(lists, f"{s}.txt"))]
-            classes = sorted({name for split in splits for name in names_of_objects(root, split)})
+            classes = names_of_objects(f for split in splits for f in files_of_split(root, split))
             common = {"FORMAT": "voc", "ROOT": root, "CLASSES": classes}
             return Layout("voc", {split: common | {"SPLIT": split} for split in splits})
     return Layout("voc", {})
+
+
+def _xml(path: str) -> Layout:
+    """VOC's files without VOC's folders: beside their images, or in a folder of their own."""
+    images, annotated = {}, {}
+    for folder, _, names in sorted(os.walk(path)):
+        if any(name.lower().endswith(".xml") for name in names):
+            annotated[folder] = xml_files(folder)
+        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
+            images[folder] = set(find_image_files(folder))
+    entries, left_out = {}, 0
+    for folder, files in annotated.items():
+        stems = {os.path.splitext(os.path.basename(file))[0] for file in files}
+        # Those beside them, or those that have most of their names.
+        of_images = max(images, key=lambda f: (len(images[f] & stems), f == folder), default=None)
+        if of_images is None or not images[of_images] & stems:
+            continue
+        left_out += len(images[of_images] - stems)
+        split = _split_of(os.path.relpath(folder, path).replace(os.sep, "-")) or "all"
+        if split in entries:
+            raise ValueError(
+                f"{path} has several folders of .xml files for the split {split!r}: "
+                f"{entries[split]['XML']} and {folder}. Name one of the folders"
+            )
+        entries[split] = {"FORMAT": "xml", "XML": folder, "IMAGES": of_images}
+    classes = names_of_objects(f for entry in entries.values() for f in annotated[entry["XML"]])
+    entries = {split: entry | {"CLASSES": classes} for split, entry in entries.items()}
+    text = f"{left_out} images without an .xml file are left out" if left_out else ""
+    return Layout("xml", entries, left_out=text)
+
+
+def _unknown_layout(path: str) -> str:
+    """What a folder has, and how it can get a layout."""
+    names = (name for _, _, names in os.walk(path) for name in names)
+    kinds = Counter(os.path.splitext(name)[1].lower() or "other" for name in names)
+    seen = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
+    return f"""{path} has no known layout. Its files: {seen or "none"}. Known are
+    COCO: a .json file for each split, in the folder or in its folder 'annotations'
+    YOLO: a .yaml file with the names of the classes, and folders images and labels
+    VOC: folders Annotations, ImageSets/Main and JPEGImages
+    XML: files in VOC's format beside the images, or in a folder of their own
+One of these makes it known:
+    mv BOXES.json {path}/train.json
+    echo 'names: [FIRST_CLASS, SECOND_CLASS]' > {path}/data.yaml
+    mv BOXES/*.xml {path}/IMAGES
+Or declare the data sets in DATASETS.CUSTOM"""
 
 
 def _coco(files: dict[str, str]) -> Layout:

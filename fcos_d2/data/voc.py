@@ -3,7 +3,7 @@
 import math
 import os
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
@@ -24,17 +24,34 @@ def read_voc(name: str, root: str, split: str, classes: Sequence[str]) -> RawDat
             none, this is an OSError.
         classes: all names of objects, in the order of the class numbers.
     """
+    data = RawData(name, os.path.join(root, "JPEGImages"), source=f"{root}, split {split}")
+    return _read(data, files_of_split(root, split), classes)
+
+
+def read_xml(name: str, folder: str, images: str, classes: Sequence[str]) -> RawData:
+    """All files of VOC's format in a folder, with the images of the same names in another one.
+
+    Like :func:`read_voc` in all else; without a file, it is a ValueError.
+    """
+    files = xml_files(folder)
+    if not files:
+        raise ValueError(f"{folder} has no .xml files")
+    return _read(RawData(name, images, source=folder), files, classes)
+
+
+def xml_files(folder: str) -> list[str]:
+    """The paths of the .xml files in a folder, by name."""
+    names = sorted(n for n in os.listdir(folder) if n.lower().endswith(".xml") and n[0] != ".")
+    return [os.path.join(folder, name) for name in names]
+
+
+def _read(data: RawData, files: Sequence[str], classes: Sequence[str]) -> RawData:
     labels: dict[tuple[str, str], str] = {}  # by image and object, with the corners of the file
-    data = RawData(
-        name,
-        os.path.join(root, "JPEGImages"),
-        source=f"{root}, split {split}",
-        label=lambda finding: labels[finding.image, finding.annotation],
-    )
+    data.label = lambda finding: labels[finding.image, finding.annotation]
     data.categories = [{"id": i + 1, "name": str(c)} for i, c in enumerate(classes)]
-    image_files = _find_image_files(data.image_root)
-    for image in dict.fromkeys(_names(root, split)):
-        xml_file = _annotation_file(root, image)
+    image_files = find_image_files(data.image_root)
+    for xml_file in files:
+        image = os.path.splitext(os.path.basename(xml_file))[0]
         file_name = image_files.get(image, f"{image}.jpg")
         with data.refusing(file=xml_file, image=image):
             tree = _parse_xml(xml_file)
@@ -74,12 +91,17 @@ def check_readable_by_pascal_voc_evaluator(root: str, records: Sequence[dict]) -
             ) from error
 
 
-def names_of_objects(root: str, split: str) -> list[str]:
-    """The names of the objects in a split, sorted. Files that cannot be read are left out."""
+def files_of_split(root: str, split: str) -> list[str]:
+    """The annotation file of each image of a split in VOC layout."""
+    return [_annotation_file(root, image) for image in dict.fromkeys(_names(root, split))]
+
+
+def names_of_objects(files: Iterable[str]) -> list[str]:
+    """The names of the objects in files, sorted. Files that cannot be read are left out."""
     names = set()
-    for image in _names(root, split):
+    for file in files:
         with suppress(OSError, ValueError):
-            objects = _parse_xml(_annotation_file(root, image)).findall("object")
+            objects = _parse_xml(file).findall("object")
             names |= {element.findtext("name") or "" for element in objects}
     return sorted(names)
 
@@ -100,7 +122,7 @@ def _parse_xml(file: str) -> ET.ElementTree:
         raise ValueError(f"{file} is not an XML file, or is cut short: {error}") from error
 
 
-def _find_image_files(folder: str) -> dict[str, str]:
+def find_image_files(folder: str) -> dict[str, str]:
     """The file of each image by its name without suffix; JPEG files come before others."""
     files = os.listdir(folder) if os.path.isdir(folder) else []
     found = {}

@@ -18,7 +18,7 @@ from fcos_d2.data.custom import read_entry
 from fcos_d2.data.findings import count
 from fcos_d2.data.layouts import recognise
 from fcos_d2.data.raw_data import RawData
-from fcos_d2.data.voc import names_of_objects, read_voc
+from fcos_d2.data.voc import files_of_split, names_of_objects, read_voc
 from fcos_d2.data.yolo import read_yolo
 
 # Annotation 1 is good; the kinds of the others, in an image of 40 x 30 pixels.
@@ -242,7 +242,7 @@ def test_voc(tmp_path):
         ("c.xml", None): "broken entry",
         ("pets", None): "class without boxes",
     }
-    assert names_of_objects(str(root), "train") == ["cat", "dog"]
+    assert names_of_objects(files_of_split(str(root), "train")) == ["cat", "dog"]
 
 
 def test_yolo(tmp_path):
@@ -369,7 +369,7 @@ def test_layouts(tmp_path):
 def test_what_is_no_layout(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere"):
         recognise(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"has no known layout\. Known are: YOLO"):
+    with pytest.raises(ValueError, match=r"has no known layout\. Its files: none\."):
         recognise(str(tmp_path))
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="neither a folder"):

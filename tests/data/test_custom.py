@@ -235,7 +235,10 @@ def test_classes_of_train_and_test_are_compared(register, datasets_folder):
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ({"FORMAT": "csv"}, r"pets\.FORMAT must be one of \['coco', 'voc', 'yolo'\], got 'csv'"),
+        (
+            {"FORMAT": "csv"},
+            r"pets\.FORMAT must be one of \['coco', 'voc', 'yolo', 'xml'\], got 'csv'",
+        ),
         ({"FORMAT": "voc", "ROOT": "x"}, r"must have the keys \['CLASSES', 'FORMAT'"),
         (voc(JSON="x"), r"may have \['EVALUATOR', 'PART'\], got .*'JSON'"),
         (

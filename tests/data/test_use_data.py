@@ -1,6 +1,7 @@
 """Training on a data set that is named by its path alone."""
 
 import json
+import subprocess
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -10,7 +11,8 @@ from test_custom import write_voc
 from test_yolo import write_yolo
 
 from fcos_d2.data import check, check_num_classes, check_same_classes, check_test_sets, custom
-from fcos_d2.data.layouts import use_data
+from fcos_d2.data.custom import read_entry
+from fcos_d2.data.layouts import recognise, use_data
 from fcos_d2.engine import argument_parser, setup
 from fcos_d2.model_zoo import get_config_file
 
@@ -56,7 +58,10 @@ def test_classes_that_are_set_stay(load, tmp_path):
     [
         (("train", "val", "test", "trainval"), "Trained on train, tested on val"),
         (("trainval", "val", "test"), "Trained on trainval, tested on test"),
-        (("trainval", "val"), "Trained on trainval, tested on a tenth"),  # val is a part of it
+        (
+            ("trainval", "val"),
+            "Trained on trainval, tested on nothing: held out would",
+        ),  # val is a part of it
     ],
 )
 def test_splits_of_voc(tmp_path, splits, taken):
@@ -140,3 +145,113 @@ def test_wrong_parts(load):
         cfg.DATASETS.CUSTOM.data_test = type(cfg)(entry)
         with pytest.raises(ValueError, match=r"data_test\.PART must be one of"):
             custom.register_custom_datasets(cfg)
+
+
+def write_xml(file, image_file, box=(1, 1, 10, 20), name="cat", seed=0):
+    write_pixels(image_file, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    corners = "".join(
+        f"<{k}>{x}</{k}>" for k, x in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
+    file.write_text(
+        f"<annotation><object><name>{name}</name><bndbox>{corners}</bndbox></object></annotation>"
+    )
+
+
+# Where the XML file and the image of each of the splits lie.
+FOLDERS = {
+    "labelImg": {"all": ("annotations/{}.xml", "images/{}.jpg")},
+    "beside": {"all": ("{}.xml", "{}.jpg")},
+    "deeper": {"all": ("export/set/{}.xml", "export/set/{}.png")},
+    "without lists": {"all": ("Annotations/{}.xml", "JPEGImages/{}.JPG")},
+    "exported": {s: (f"{s}id/{{}}.xml", f"{s}id/{{}}.jpg") for s in ("val",)}
+    | {s: (f"{s}/{{}}.xml", f"{s}/{{}}.jpg") for s in ("train", "test")},
+    "by split": {s: (f"{s}/xml/{{}}.xml", f"{s}/images/{{}}.jpg") for s in ("train", "val")},
+    "by kind": {s: (f"xml/{s}/{{}}.xml", f"images/{s}/{{}}.jpg") for s in ("train", "val")},
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_xml_files_in_any_folders(tmp_path, kind):
+    for split, (xml, image) in FOLDERS[kind].items():
+        for i, n in enumerate(("one", "two.x", "three 3")):
+            name = f"{split} {n}"
+            write_xml(tmp_path / xml.format(name), tmp_path / image.format(name), name="cd"[i % 2])
+    layout = recognise(str(tmp_path))
+    assert layout.format == "xml" and layout.entries.keys() == FOLDERS[kind].keys()
+    for split, entry in layout.entries.items():
+        assert entry["CLASSES"] == ["c", "d"]
+        data = read_entry(split, entry)
+        data.dropped()  # raises what cannot be read
+        assert {image["id"] for image in data.images} == {
+            f"{split} {n}" for n in ("one", "two.x", "three 3")
+        }
+        # From 1 to 10 and 1 to 20, both included.
+        assert [a["bbox"] for a in data.annotations] == [[0, 0, 10, 20]] * 3
+
+
+def test_images_without_xml_are_left_out_and_said(load, tmp_path):
+    for i in range(60):
+        write_xml(tmp_path / "xml" / f"{i}.xml", tmp_path / "images" / f"{i}.jpg")
+    for i in range(60, 67):
+        write_pixels(tmp_path / "images" / f"{i}.jpg")
+    cfg = tiny_cfg()
+    said, read = use_data(cfg, str(tmp_path))
+    assert "XML layout, with all (7 images without an .xml file are left out), and 1 cl" in said
+    train, test = load(cfg, read)
+    assert train | test == {f"{i}.jpg" for i in range(60)} and not train & test
+
+
+def test_xml_files_that_are_unclear(tmp_path):
+    (tmp_path / "pom.xml").write_text("<project/>")
+    write_pixels(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match=r"Its files: 1 \.xml, 1 \.jpg\."):
+        recognise(str(tmp_path))
+    for folder in ("monday", "friday"):
+        write_xml(tmp_path / folder / "a.xml", tmp_path / folder / "a.jpg")
+    with pytest.raises(ValueError, match=r"several folders of \.xml files for the split 'all'"):
+        recognise(str(tmp_path))
+    assert list(recognise(str(tmp_path / "monday")).entries) == ["all"]
+
+
+def test_few_images_are_trained_on_without_evaluation(tmp_path):
+    for i in range(14):
+        write_xml(tmp_path / "data" / f"{i}.xml", tmp_path / "data" / f"{i}.jpg", seed=i)
+    cfg = tiny_cfg()
+    said, read = use_data(cfg, str(tmp_path / "data"))
+    # The first byte of the SHA-256 of the names "0.jpg" to "13.jpg" is a multiple of 10 once.
+    assert "tested on nothing: held out would be 1 of 14 images, too few" in said
+    assert cfg.DATASETS.TEST == () and "PART" not in cfg.DATASETS.CUSTOM.data_train
+    assert list(read) == ["data_train"] and len(read["data_train"].images) == 14
+
+
+def test_a_yaml_of_any_name(tmp_path):
+    """Beside a YAML of something else, and without splits: "images" are all of them."""
+    for i in range(60):
+        write_pixels(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        (tmp_path / "labels" / f"{i}.txt").write_text("1 0.5 0.5 1 1")
+    (tmp_path / "training.yml").write_text("lr: 0.1")
+    (tmp_path / "pets.yaml").write_text("names: [cat, dog]")
+    layout = recognise(str(tmp_path))
+    assert layout.format == "yolo" and list(layout.entries) == ["all"]
+    data = read_entry("all", layout.entries["all"])
+    assert len(data.images) == 60 and [a["category_id"] for a in data.annotations] == [2] * 60
+    (tmp_path / "more.yaml").write_text("names: [cat, dog]")
+    with pytest.raises(ValueError, match="several layouts: yolo, yolo"):
+        recognise(str(tmp_path))
+
+
+def test_what_no_layout_has_is_counted(tmp_path):
+    for i in range(3):
+        write_pixels(tmp_path / "a b" / f"{i}.png")
+    (tmp_path / "boxes.csv").write_text("")
+    with pytest.raises(
+        ValueError, match=r"Its files: 3 \.png, 1 \.csv\.[\s\S]*echo 'names: "
+    ) as error:
+        recognise(str(tmp_path))
+    # The commands make it known.
+    (command,) = [x.strip() for x in str(error.value).splitlines() if "echo" in x]
+    (tmp_path / "a b").rename(tmp_path / "images")
+    subprocess.run(command, shell=True, check=True)
+    assert recognise(str(tmp_path)).format == "yolo"

@@ -180,7 +180,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
         ("names: [cat]\ntrain: {a: b}", "train must be a path or a list of paths"),
         ("names: [cat]\ntrain: x\npath: [1]", "path must be a folder"),
         ("names: [cat]\nval: images/val", r"has no split 'train'; it has \['val'\]"),
-        ("names: [cat]\ntrain:", r"has no split 'train'; it has \[\]"),
+        ("names: [cat]\ntrain:", r"has no split 'train'; it has \['all'\]"),
         ("names: [cat]\ntrain: labels", "the split 'train', .'labels'., has no images"),
         (f"{BOMB}names: [*j]", "the name of class 0, .* is no text"),
     ],
@@ -197,7 +197,7 @@ def test_faults_in_data_yaml_are_named(tmp_path, yaml, message, monkeypatch):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data\.yaml"):
         load_yolo(str(tmp_path / "data.yaml"), "train")
-    with pytest.raises(ValueError, match="has no YAML file: name the file of the data set"):
+    with pytest.raises(ValueError, match=r"must have one YAML file with .names., but has none"):
         load_yolo(str(tmp_path), "train")
     root = write_yolo(tmp_path, yaml="train: img\nval: list.txt\nnames: [cat]")
     with pytest.raises(FileNotFoundError, match=r"data\.yaml: train is not there: .*/img"):
