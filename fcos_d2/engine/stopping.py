@@ -8,6 +8,7 @@ once.
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -69,8 +70,11 @@ class StopSignals:
             yield
         finally:
             signal.set_wakeup_fd(pipe_before)
+            # One of several processes that stops is about to end, and its own signal may come after
+            # the news of another's.
+            ends = isinstance(sys.exc_info()[1], Stopped) and comm.get_world_size() > 1
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if ends else handler)
             os.write(write_end, b"\0")  # ends the thread
             thread.join()
             os.close(write_end)

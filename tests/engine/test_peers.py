@@ -135,3 +135,14 @@ def test_a_signal_ends_what_one_process_evaluates_alone(tmp_path):
     processes.kill(signal.SIGINT)
     assert processes.finish(timeout=SOON) == [130, 130, 130], processes.screen.read_text()
     assert not (tmp_path / "finished").exists()
+
+
+def test_the_own_signal_may_come_after_the_news_of_another_process(tmp_path):
+    """Ctrl-C reaches one process after the other, in any state of the end that the first brings."""
+    processes = Processes("evaluate", tmp_path, ALONE="100")
+    processes.wait_for("alone")
+    processes.kill(signal.SIGINT, ranks=[0])
+    for _ in range(80):  # for less than the second in which signals are one
+        processes.kill(signal.SIGINT, ranks=[1, 2])
+        time.sleep(0.01)
+    assert processes.finish(timeout=SOON) == [130, 130, 130], processes.screen.read_text()
