@@ -75,9 +75,12 @@ class StepTrainer(SimpleTrainer):
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - begin
         self.optimizer.zero_grad()
-        losses = self._backward(data)
-        self.after_backward()
-        self.grad_scaler.step(self.optimizer)
+        try:
+            losses = self._backward(data)
+            self.after_backward()
+            self.grad_scaler.step(self.optimizer)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(self._what_fits(len(data))) from error
         self.grad_scaler.update()
         self._steps.append((self.iter, data_time, losses))
 
@@ -103,6 +106,28 @@ class StepTrainer(SimpleTrainer):
             for name, loss in losses.items():
                 means[name] = means.get(name, 0) + loss.detach().reshape(()) / number
         return means
+
+    def _what_fits(self, number: int) -> str:
+        """What to try when this process's images of a step need more memory than the device has."""
+        world = comm.get_world_size()
+        parts = next((n for n in range(self.accumulate + 1, number + 1) if number % n == 0), None)
+        choices = []
+        if parts is not None:
+            choices.append(
+                f"SOLVER.ACCUMULATE {parts} (the same batch, {number // parts} image(s) at once)"
+            )
+        if number > 1:
+            choices.append(f"--batch {number // 2 * world} (the learning rate follows)")
+        choices += [
+            "SOLVER.AMP.ENABLED True",
+            "smaller images (INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN)",
+        ]
+        at_once = number // self.accumulate
+        return (
+            f"{at_once} image(s) at once do not fit the memory of the device: SOLVER.IMS_PER_BATCH "
+            f"{number * world}, {world} process(es), SOLVER.ACCUMULATE {self.accumulate}. Try "
+            f"{', or '.join(choices)}"
+        )
 
     def gather_metrics(self) -> None:
         """Write the metrics of the steps since the last call, as Detectron2 writes those of one.

@@ -1,5 +1,7 @@
 """SOLVER.AMP on CPU, and which precision it takes where."""
 
+import re
+
 import pytest
 import torch
 from detectron2.engine import SimpleTrainer
@@ -134,3 +136,44 @@ def test_a_loss_that_is_not_finite_is_found_with_its_iteration():
             trainer.run_step()
         with pytest.raises(FloatingPointError, match="iteration=2"):
             trainer.gather_metrics()
+
+
+class Greedy(torch.nn.Module):
+    """Has memory for two images at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+        return {"loss": self.weight * len(batch)}
+
+
+def test_a_batch_that_does_not_fit_says_which_numbers_to_try():
+    model = Greedy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(images, accumulate):
+        trainer = StepTrainer(
+            model, iter([[{}] * images]), optimizer, "cpu", dtype=None, accumulate=accumulate
+        )
+        trainer.iter = 0
+        trainer.run_step()
+
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        step(12, 1)
+    assert str(error.value).startswith("12 image(s) at once do not fit the memory of the device")
+    assert "Tried to allocate" in str(error.value.__cause__)
+    # It is followed until it fits.
+    tried = [1]
+    while True:
+        try:
+            step(12, tried[-1])
+        except torch.OutOfMemoryError as error:
+            assert "or --batch 6 (the" in str(error)
+            tried.append(int(re.search(r"SOLVER\.ACCUMULATE (\d+) \(the same", str(error))[1]))
+        else:
+            break
+    assert tried == [1, 2, 3, 4, 6]  # parts of 12, 6, 4, 3 and 2 images
