@@ -2,6 +2,7 @@
 
 import logging
 import os
+import statistics
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
@@ -15,6 +16,8 @@ from .classes import check_num_classes, classes_of
 from .custom import load_dataset, loaded_to_train
 from .image_files import missing_files
 from .raw_data import garbage_collection_paused
+
+_ENLARGED = 2  # how many times, so that nothing is said
 
 
 def load_training_sets(cfg: CfgNode) -> list[dict]:
@@ -50,6 +53,8 @@ def load_training_sets(cfg: CfgNode) -> list[dict]:
         if missing:
             logger.warning(f"{missing}. The training takes others in their place")
         logger.info(summary(", ".join(names), records, classes_of(names[0]) or ()))
+        if text := _enlargement(cfg.INPUT, records):
+            logger.warning(text)
     return records
 
 
@@ -76,6 +81,21 @@ def check_proposal_files(files: Sequence[str] | None) -> None:
     """Raise a ValueError for proposals that are not plain data: Detectron2 would run their code."""
     for file in files or ():
         read_checkpoint(PathManager.get_local_path(file))
+
+
+def _enlargement(settings: CfgNode, records: Sequence[dict]) -> str:
+    """A sentence about images that are made much larger than they are; empty for others."""
+    sides = [min(r["height"], r["width"]) for r in records if {"height", "width"} <= r.keys()]
+    sizes = settings.MIN_SIZE_TRAIN
+    sizes = sizes if isinstance(sizes, Sequence) else [sizes]
+    if not sides or min(sizes) <= _ENLARGED * (median := statistics.median(sides)):
+        return ""
+    less = round(_ENLARGED * median)
+    return (
+        f"Half of the images have at most {median:g} pixels on their shorter side. To enlarge them "
+        f"to INPUT.MIN_SIZE_TRAIN {tuple(sizes)} takes time and memory; for {_ENLARGED} times, "
+        f'write INPUT.MIN_SIZE_TRAIN "({less},)" INPUT.MIN_SIZE_TEST {less}'
+    )
 
 
 def _missing_images(records: Sequence[dict], names: Sequence[str]) -> str:

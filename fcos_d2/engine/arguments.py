@@ -22,6 +22,7 @@ from .schedule import (
     check_epochs,
     check_steps,
     follow_batch,
+    follow_cores,
     follow_max_iter,
 )
 
@@ -143,7 +144,7 @@ def _fit_schedule(cfg: CfgNode, own: CfgNode, args, given: Sequence[str]) -> lis
         cfg.SOLVER.EPOCHS = cfg.SOLVER.EPOCHS or AUTOMATIC
     notes = []
     if any(value is not None for value in options.values()):
-        notes.append(follow_batch(cfg, own, given))
+        notes += follow_batch(cfg, own, given), follow_cores(cfg, given)
     if cfg.SOLVER.EPOCHS == 0:  # else the trainer does, which knows the number of images
         notes.append(follow_max_iter(cfg, own, given))
         check_steps(cfg.SOLVER)

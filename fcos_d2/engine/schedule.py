@@ -6,10 +6,12 @@ are.
 
 import logging
 import math
+import os
 from collections.abc import Collection, Iterable, Sequence
 from operator import attrgetter
 
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from tabulate import tabulate
 
 from ..data import TrainingLoader
@@ -36,6 +38,25 @@ def follow_batch(cfg: CfgNode, own_solver: CfgNode, given: Collection[str]) -> s
     cfg.SOLVER.BASE_LR = own_solver.BASE_LR * batch / own
     rates = f"{own_solver.BASE_LR:g} -> {cfg.SOLVER.BASE_LR:g}"
     return f"SOLVER.IMS_PER_BATCH {own} -> {batch} scales SOLVER.BASE_LR {rates}"
+
+
+def follow_cores(cfg: CfgNode, given: Collection[str]) -> str:
+    """Take at most as many DATALOADER.NUM_WORKERS as each process has cores of this machine.
+
+    Returns:
+        what has changed, as a sentence; "" for nothing.
+    """
+    # Those that this process may use; only Linux knows them.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = comm.get_local_size()
+    workers, share = cfg.DATALOADER.NUM_WORKERS, max(1, cores // processes)
+    if workers <= share or "DATALOADER.NUM_WORKERS" in given:
+        return ""
+    cfg.DATALOADER.NUM_WORKERS = share
+    return (
+        f"DATALOADER.NUM_WORKERS {workers} -> {share} in each process: {cores} cores for "
+        f"{processes} process(es)"
+    )
 
 
 def with_schedule(cfg: CfgNode, data_loader: Iterable, given: Collection[str]) -> CfgNode:

@@ -1,6 +1,7 @@
 """Training on a data set that is named by its path alone."""
 
 import json
+import logging
 import subprocess
 
 import pytest
@@ -13,6 +14,7 @@ from test_yolo import write_yolo
 from fcos_d2.data import check, check_num_classes, check_same_classes, check_test_sets, custom
 from fcos_d2.data.custom import read_entry
 from fcos_d2.data.layouts import recognise, use_data
+from fcos_d2.data.loading import load_training_sets
 from fcos_d2.engine import argument_parser, setup
 from fcos_d2.model_zoo import get_config_file
 
@@ -200,6 +202,24 @@ def test_images_without_xml_are_left_out_and_said(load, tmp_path):
     assert "XML layout, with all (7 images without an .xml file are left out), and 1 cl" in said
     train, test = load(cfg, read)
     assert train | test == {f"{i}.jpg" for i in range(60)} and not train & test
+
+
+def test_small_images_are_not_enlarged_in_silence(load, tmp_path, caplog):
+    for i in range(3):
+        write_xml(tmp_path / f"{i}.xml", tmp_path / f"{i}.jpg")  # images of 40 x 30 pixels
+    cfg, said = tiny_cfg(), []
+    _, read = use_data(cfg, str(tmp_path))
+    custom.register_custom_datasets(cfg, read)
+    logging.getLogger("fcos_d2").propagate = True
+    for sizes in ((60,), (61, 800), 61, 0):
+        caplog.clear()
+        cfg.INPUT.MIN_SIZE_TRAIN = sizes
+        load_training_sets(cfg)
+        said.append({m for m in caplog.messages if "on their shorter side" in m})
+    assert [len(x) for x in said] == [0, 1, 1, 0]
+    (text,) = said[1]
+    assert "Half of the images have at most 30 pixels" in text
+    assert "MIN_SIZE_TRAIN (61, 800) takes" in text and '"(60,)" INPUT' in text
 
 
 def test_xml_files_that_are_unclear(tmp_path):

@@ -1,16 +1,19 @@
 """What train_net.py makes of the length of a training."""
 
 import logging
+import os
 import re
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from detectron2.utils import comm
 
 from fcos_d2 import model_zoo
+from fcos_d2.config import get_cfg
 from fcos_d2.engine import arguments, setup
-from fcos_d2.engine.schedule import AUTOMATIC, follow_epochs, table
+from fcos_d2.engine.schedule import AUTOMATIC, follow_cores, follow_epochs, table
 
 COCO = model_zoo.get_config_file("COCO-Detection/fcos_R_50_FPN_1x.yaml")
 CONFIGS = sorted(Path(COCO).parents[1].rglob("*.yaml"))
@@ -160,6 +163,23 @@ def test_numbers_of_epochs_that_cannot_be():
         epochs(-2, 160)
     with pytest.raises(ValueError, match=r"EPOCHS 1000000000 makes .* choose a smaller"):
         epochs(10**9, 160)
+
+
+def test_as_many_workers_as_cores(solver, monkeypatch):
+    cfg = get_cfg()
+    for cores, own, processes, expected in [
+        (16, 4, 1, 4), (2, 4, 1, 2), (8, 4, 4, 2), (4, 4, 8, 1), (2, 0, 1, 0),
+    ]:  # fmt: skip
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        monkeypatch.setattr(comm, "get_local_size", lambda n=processes: n)
+        cfg.DATALOADER.NUM_WORKERS = own
+        said = follow_cores(cfg, given=[])
+        assert expected == cfg.DATALOADER.NUM_WORKERS
+        change = f"DATALOADER.NUM_WORKERS {own} -> {expected} in each process: {cores} cores for"
+        assert said.startswith(change) if own != expected else said == ""
+    cfg.DATALOADER.NUM_WORKERS = 9
+    assert follow_cores(cfg, given=["DATALOADER.NUM_WORKERS"]) == ""
+    assert cfg.DATALOADER.NUM_WORKERS == 9
 
 
 @pytest.mark.parametrize("steps", ["(200, 300)", "(400,)", "(200, 100)", "(100, 100)", "(0, 100)"])
