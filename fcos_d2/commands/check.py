@@ -4,8 +4,8 @@
     fcos check --data train.json --fix cleaned.json
     fcos check --config-file configs/... --plot plots --json findings.json
 
---data takes a folder in COCO, VOC or YOLO layout, a COCO annotation file, or a data.yaml. Without
-it, the data sets of the config are checked. With a config there is also the level that each size
+--data takes a folder with boxes in COCO's, VOC's or YOLO's format, a COCO annotation file, or a
+data.yaml. Without it, the data sets of the config are checked. With a config there is also the level that each size
 goes to, and the boxes that no location can own. The exit code is 1 if there are errors.
 """
 
