@@ -56,6 +56,22 @@ def add_fcos_config(cfg: CN) -> None:
     # file's name, or "skip" it: take another image, with a warning and a count. Evaluation always
     # raises: without an image its AP would be that of another data set.
     new.DATALOADER.ON_BAD_IMAGE = "raise"
+    new.INPUT = CN({"LSJ": {}})
+    # Large-scale jitter (2012.07177) in place of MIN_SIZE_TRAIN and MAX_SIZE_TRAIN: the image fits
+    # into a square of SIZE pixels times a random scale, and then is cut or padded to SIZE. The
+    # values are those of the paper, whose trainings are long; the papers of FCOS do without.
+    new.INPUT.LSJ.ENABLED = False
+    new.INPUT.LSJ.SIZE = 1024
+    new.INPUT.LSJ.MIN_SCALE = 0.1
+    new.INPUT.LSJ.MAX_SCALE = 2.0
+    # Brightness, contrast and saturation each change by a random factor, from 1 - COLOR to
+    # 1 + COLOR: for light and cameras that vary more than those of the training images. 0.0: off,
+    # as in the papers.
+    new.INPUT.COLOR = 0.0
+    # Turn each image by 0, 90, 180 or 270 degrees: for pictures from above, such as those of
+    # microscopes and satellites, which have no upright side. RANDOM_FLIP, beside Detectron2's
+    # values, may then be "both": horizontal and vertical, each for half of the images.
+    new.INPUT.ROTATE_90 = False
     new.TEST = CN()
     # End the training after so many evaluations in a row without a new best of the metric that
     # decides which checkpoint is model_best.pth. Each takes TEST.EVAL_PERIOD iterations. A small

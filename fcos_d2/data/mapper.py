@@ -1,8 +1,12 @@
 """From the record of an image to the input of a model."""
 
+from typing import Any
+
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper as DetectronMapper
 
+from .augmentation import check_augmentation, known_to_detectron2, with_added
 from .image_files import check_depth
 
 
@@ -13,6 +17,22 @@ class DatasetMapper(DetectronMapper):
     cuts off the fraction where all of them are whole numbers. And it reads images of 16 bits as
     white, which are refused here. Every error names the image.
     """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Detectron2's arguments; for the training with the augmentations of our keys in INPUT.
+
+        Raises:
+            ValueError: for wrong values in INPUT.
+        """
+        if not is_train:
+            return super().from_config(cfg, is_train)
+        check_augmentation(cfg)
+        arguments = super().from_config(known_to_detectron2(cfg), is_train)
+        arguments["augmentations"] = with_added(cfg, arguments["augmentations"])
+        # A mask that is cut needs another box, as with INPUT.CROP.
+        arguments["recompute_boxes"] |= cfg.INPUT.LSJ.ENABLED and cfg.MODEL.MASK_ON
+        return arguments
 
     def __call__(self, dataset_dict: dict) -> dict:
         file = dataset_dict["file_name"]
