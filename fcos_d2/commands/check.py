@@ -30,6 +30,7 @@ from ..data.augmentation import check_augmentation
 from ..data.check import (
     check_annotations,
     check_images,
+    check_rare_classes,
     check_same_images,
     check_sets,
     read_registered,
@@ -122,6 +123,9 @@ def find_all(
             of_images, hashes[data.name] = check_images(data, progress=True)
             found += of_images
         findings[data.name] = found
+    if cfg is None or cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+        for data in sets[:1]:  # that one is trained on
+            findings[data.name] += check_rare_classes(data)
     between = [*check_sets(sets), *check_same_images(hashes)]
     if between:
         findings["between the sets"] = between
