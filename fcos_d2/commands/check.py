@@ -3,10 +3,14 @@
     fcos check --data cells
     fcos check --data train.json --fix cleaned.json
     fcos check --config-file configs/... --plot plots --json findings.json
+    fcos check --data cells --augmented augmented.jpg INPUT.COLOR 0.3
 
 --data takes a folder with boxes in COCO's, VOC's or YOLO's format, a COCO annotation file, or a
-data.yaml. Without it, the data sets of the config are checked. With a config there is also the level that each size
-goes to, and the boxes that no location can own. The exit code is 1 if there are errors.
+data.yaml. Without it, the data sets of the config are checked. With a config there is also the
+level that each size goes to, and the boxes that no location can own. The exit code is 1 if there
+are errors.
+
+--augmented draws ten training images as the config, or else Base-FCOS.yaml, augments them.
 """
 
 import argparse
@@ -16,12 +20,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from detectron2.config import CfgNode
+
+from ..analysis.augmented import save_augmented
 from ..analysis.data_set import DataStatistics, data_statistics, save_data_charts
 from ..command_line import config_parser, exit_on_error
 from ..config import load_cfg
+from ..data import DatasetMapper, TrainingLoader, register_custom_datasets
+from ..data.augmentation import check_augmentation
 from ..data.check import (
     check_annotations,
     check_images,
+    check_rare_classes,
     check_same_images,
     check_sets,
     read_registered,
@@ -29,8 +39,9 @@ from ..data.check import (
 from ..data.coco import cleaned
 from ..data.custom import read_entry
 from ..data.findings import Finding, count, table
-from ..data.layouts import recognise
+from ..data.layouts import recognise, use_data
 from ..data.raw_data import RawData
+from ..model_zoo import get_config_file
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,6 +60,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all findings and numbers")
     parser.add_argument("--plot", metavar="DIR", type=Path, help="write plots as PNG files")
     parser.add_argument(
+        "--augmented",
+        metavar="OUT.jpg",
+        type=Path,
+        help="draw ten augmented training images with their boxes, as JPEG or PNG",
+    )
+    parser.add_argument(
         "--fix",
         metavar="OUT.json",
         type=Path,
@@ -59,6 +76,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("name --data, or --config-file with data sets")
     if args.data is not None and args.dataset:
         parser.error("--data and --dataset exclude each other")
+    if args.augmented is not None and args.augmented.suffix not in (".jpg", ".png"):
+        parser.error(f"--augmented must end in .jpg or .png, got {args.augmented}")
     return args
 
 
@@ -77,6 +96,19 @@ def read_sets(args: argparse.Namespace, cfg) -> list[RawData]:
     return [read_entry(split, layout.entries[split]) for split in splits]
 
 
+def training_cfg(args: argparse.Namespace, cfg: CfgNode | None) -> CfgNode:
+    """The config to train on the data sets that the arguments name, for --augmented."""
+    base = get_config_file("Base-FCOS.yaml")
+    cfg = load_cfg(base, args.opts) if cfg is None else cfg.clone()
+    if args.data is not None:
+        use_data(cfg, args.data)
+        register_custom_datasets(cfg)
+    elif args.dataset:
+        cfg.DATASETS.TRAIN = tuple(args.dataset)
+    check_augmentation(cfg)
+    return cfg
+
+
 def find_all(
     args: argparse.Namespace, cfg, sets: list[RawData]
 ) -> tuple[dict[str, list[Finding]], list[DataStatistics]]:
@@ -92,6 +124,9 @@ def find_all(
             of_images, hashes[data.name] = check_images(data, progress=True)
             found += of_images
         findings[data.name] = found
+    if cfg is None or cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+        for data in sets[:1]:  # that one is trained on
+            findings[data.name] += check_rare_classes(data)
     between = [*check_sets(sets), *check_same_images(hashes)]
     if between:
         findings["between the sets"] = between
@@ -117,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # names may be no Unicode
     with exit_on_error():
         cfg = load_cfg(args.config_file, args.opts) if args.config_file else None
+        training = None if args.augmented is None else training_cfg(args, cfg)
         sets = read_sets(args, cfg)
         findings, statistics = find_all(args, cfg, sets)
     for numbers in statistics:
@@ -134,6 +170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot is not None:
         for file in save_data_charts(statistics, args.plot):
             print(f"wrote {file}")
+    if training is not None:
+        args.augmented.parent.mkdir(parents=True, exist_ok=True)
+        with exit_on_error():
+            loader = TrainingLoader(training, DatasetMapper(training, is_train=True))
+            save_augmented(loader, training, args.augmented)
+        print(f"wrote {args.augmented}")
     if args.fix is not None:
         try:
             write_cleaned(args.fix, sets, findings)

@@ -7,8 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
 _FLIPS = ("horizontal", "vertical", "both", "none")
-_CROPS = ("relative", "relative_range", "absolute", "absolute_range")
-_COLOR_FORMATS = ("BGR", "RGB")
+_FORMATS = ("BGR", "RGB")
 
 
 def check_augmentation(cfg: CfgNode) -> None:
@@ -37,28 +36,25 @@ def check_augmentation(cfg: CfgNode) -> None:
         _check_crop(keys.CROP)
     used = {"LSJ.ENABLED": lsj.ENABLED, "COLOR": keys.COLOR, "ROTATE_90": keys.ROTATE_90}
     used = [f"INPUT.{key}" for key, value in used.items() if value]
-    if used and keys.FORMAT not in _COLOR_FORMATS:
+    if used and keys.FORMAT not in _FORMATS:
         raise ValueError(
-            f"{' and '.join(used)} need an INPUT.FORMAT of {list(_COLOR_FORMATS)}, got "
+            f"{' and '.join(used)} need an INPUT.FORMAT of {list(_FORMATS)}, got "
             f"{keys.FORMAT!r}. Grey images can be read as BGR, too"
         )
 
 
 def _check_crop(crop: CfgNode) -> None:
-    kind, size = crop.TYPE, crop.SIZE
-    is_right = kind in _CROPS and len(size) == 2
-    if kind.startswith("relative"):
-        is_right = is_right and all(0 < x <= 1 for x in size)
-    else:
-        is_right = is_right and all(isinstance(x, int) and x >= 1 for x in size)
-    if kind == "absolute_range":
-        is_right = is_right and size[0] <= size[1]
-    if not is_right:
+    size = list(crop.SIZE)
+    shares = all(0 < x <= 1 for x in size)
+    pixels = all(isinstance(x, int) and x >= 1 for x in size)
+    right = {"relative": shares, "relative_range": shares, "absolute": pixels}
+    right["absolute_range"] = pixels and size == sorted(size)
+    if len(size) != 2 or not right.get(crop.TYPE):
         raise ValueError(
-            f"INPUT.CROP.TYPE must be one of {list(_CROPS)}, with an INPUT.CROP.SIZE of two "
-            "numbers: shares of height and width above 0 and up to 1 for the relative ones, whole "
-            "numbers of pixels for the absolute ones (for absolute_range the least and the most), "
-            f"got {kind!r} and {list(size)}"
+            "INPUT.CROP needs a SIZE of two numbers: for the TYPE 'relative' or 'relative_range' "
+            "shares of height and width above 0 and up to 1, for 'absolute' whole numbers of "
+            "pixels, for 'absolute_range' the least and the most pixels; got "
+            f"{crop.TYPE!r} and {size}"
         )
 
 

@@ -41,6 +41,7 @@ KINDS = {
     "crowd": Kind("note"),
     # Classes
     "class without boxes": Kind("warning"),
+    "rare class": Kind("note"),
     "other classes than the first set": Kind("error"),
     # Images
     "no image": Kind("error", "image"),

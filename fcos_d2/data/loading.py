@@ -88,7 +88,10 @@ def _enlargement(settings: CfgNode, records: Sequence[dict]) -> str:
     sides = [min(r["height"], r["width"]) for r in records if {"height", "width"} <= r.keys()]
     sizes = settings.MIN_SIZE_TRAIN
     sizes = sizes if isinstance(sizes, Sequence) else [sizes]
-    if not sides or min(sizes) <= _ENLARGED * (median := statistics.median(sides)):
+    if not sides or settings.LSJ.ENABLED:  # which does without MIN_SIZE_TRAIN
+        return ""
+    median = statistics.median(sides)
+    if min(sizes) <= _ENLARGED * median:
         return ""
     less = round(_ENLARGED * median)
     return (

@@ -7,6 +7,7 @@ and for a run that was stopped and resumed.
 position   number of an image in the endless stream of all processes, from 0
 """
 
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,14 @@ class TrainingLoader:
             self._count_skipped(batch)
             yield batch
 
+    def first_elements(self, number: int) -> list[dict]:
+        """What the first images of all processes become, in the order of the batches.
+
+        They are those of :meth:`start`. A bad image is a ValueError, unless it is skipped.
+        """
+        keys = itertools.islice(itertools.chain.from_iterable(self._batches()), number)
+        return [self.dataset[key] for key in keys]
+
     @property
     def images_per_epoch(self) -> float:
         """Number of images in an epoch. Those that a sampler repeats count as often, on average."""
@@ -124,15 +133,19 @@ class TrainingLoader:
             yield from epoch[torch.randperm(len(epoch), generator=generator)].tolist()
 
     def _share_of_batches(self) -> Iterator[list[tuple[int, int, int]]]:
-        """This process's share of batches of one orientation, as (seed, position, index)."""
-        number, rank, world = 0, comm.get_rank(), comm.get_world_size()
+        rank, world = comm.get_rank(), comm.get_world_size()
+        return (batch[rank::world] for batch in self._batches())
+
+    def _batches(self) -> Iterator[list[tuple[int, int, int]]]:
+        """The batches of all processes, of one orientation each, as (seed, position, index)."""
+        number = 0
         batches: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
         for position, index in enumerate(self.indices()):
             batch = batches[self.wide[index]]
             batch.append((self.seed, position, index))
             if len(batch) == self.cfg.SOLVER.IMS_PER_BATCH:
                 if number >= self.first_batch:
-                    yield batch[rank::world]
+                    yield list(batch)
                 number += 1
                 batch.clear()
 

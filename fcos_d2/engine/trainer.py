@@ -18,6 +18,7 @@ from detectron2.utils import comm, events
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 
+from ..analysis.augmented import try_to_save_augmented
 from ..checkpoint import AtomicCheckpointer, is_intact, replacing
 from ..data import (
     DatasetMapper,
@@ -172,6 +173,9 @@ class Trainer(DefaultTrainer):
         if isinstance(self.data_loader, TrainingLoader):
             self.data_loader.start(self.seed, first_batch=self.start_iter)
             logger.info(f"The order of the images and their augmentation have seed {self.seed}")
+            if self.start_iter == 0 and comm.is_main_process():
+                file = os.path.join(self.cfg.OUTPUT_DIR, "augmented.jpg")
+                try_to_save_augmented(self.data_loader, self.cfg, file)
         else:
             logger.warning("The data loader is not a TrainingLoader: its images start anew")
         self.last_step = self.start_iter - 1

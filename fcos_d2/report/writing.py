@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from os import PathLike
@@ -76,7 +77,7 @@ def _write_one(
     records = load_dataset(cfg, name)
     runs = read_runs([cfg.OUTPUT_DIR, *compare], name, ground_truth(name))
     folder = folder / name if len(cfg.DATASETS.TEST) > 1 else folder
-    return _Report(folder, name, runs).write(records)
+    return _Report(folder, name, runs).write(records, Path(cfg.OUTPUT_DIR, "augmented.jpg"))
 
 
 class _Report:
@@ -94,8 +95,11 @@ class _Report:
             lambda e: [e.average_precision(category=c) for c in e.class_names]
         )
 
-    def write(self, records: Sequence[dict]) -> Path:
-        """Write all files, the page last; returns its path."""
+    def write(self, records: Sequence[dict], augmented: Path) -> Path:
+        """Write all files, the page last; returns its path.
+
+        ``augmented`` is the picture of the first images of the training, if there is one.
+        """
         (self.folder / "errors").mkdir(parents=True, exist_ok=True)
         numbers = self._numbers()
         self._write("report.json", json.dumps(numbers, indent=1))
@@ -108,6 +112,9 @@ class _Report:
             self._write("thresholds.json", json.dumps(content, indent=1))
         figures = self._figures(numbers["ap"])
         save_figures(figures, self.folder)
+        (self.folder / augmented.name).unlink(missing_ok=True)
+        if augmented.is_file():
+            shutil.copyfile(augmented, self.folder / augmented.name)
         pictures, problem = self._write_pictures(records)
         environment = Environment(loader=PackageLoader(__name__, "."), autoescape=True)
         page = environment.get_template("page.html.j2").render(
@@ -116,6 +123,7 @@ class _Report:
             now=datetime.now(),
             iou=MATCH_IOU,
             kinds=KINDS,
+            augmented=augmented.name if augmented.is_file() else "",
             widths={name: round(96 * f.get_figwidth()) for name, f in figures.items()},
             pictures=pictures,
             pictures_problem=problem,

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,44 @@ def test_errors_and_the_cleaned_copy(check_dataset, tmp_path):
         result = check_dataset("--data", file, "--no-images", "--fix", existing)
         assert result.returncode == 1 and "Name another file for --fix" in result.stderr
     assert file.read_bytes() == before and json.loads(out.read_text()) == fixed
+
+
+@pytest.mark.parametrize("arguments", [["--data", "{}"], ["--data", "{}", "--config-file", CONFIG]])
+def test_augmented_images_of_a_folder(check_dataset, shapes_folder, tmp_path, arguments):
+    out = tmp_path / "new" / "a.png"
+    arguments = [a.format(shapes_folder / "shapes") for a in arguments]
+    changes = ("INPUT.LSJ.ENABLED", "True", "INPUT.LSJ.SIZE", "96")
+    result = check_dataset(*arguments, "--no-images", "--augmented", out, *changes)
+    assert result.returncode == 0, result.stderr
+    assert f"wrote {out}" in result.stdout
+    assert cv2.imread(str(out)).std() > 20
+
+
+def test_augmented_images_of_a_config(check_dataset, tmp_path):
+    """The seed makes the picture, and each data set another one."""
+    pictures = []
+    for seed, name in ((1, "shapes_train"), (1, "shapes_train"), (2, "shapes_train"),
+                       (1, "shapes_val")):  # fmt: skip
+        arguments = ("--config-file", CONFIG, "--no-images", "--dataset", name)
+        out = tmp_path / "a.jpg"
+        assert check_dataset(*arguments, "--augmented", out, "SEED", seed).returncode == 0
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1] and len(set(pictures)) == 3
+
+
+def test_what_cannot_be_drawn(check_dataset, shapes_folder, tmp_path):
+    data = ("--data", shapes_folder / "shapes", "--no-images")
+    result = check_dataset(*data, "--augmented", tmp_path / "a.jpg", "INPUT.COLOR", "1.5")
+    assert result.returncode == 1 and "INPUT.COLOR must be" in result.stderr
+    assert "images" not in result.stdout  # before anything is checked
+    result = check_dataset(*data, "--augmented", tmp_path / "a.gif")
+    assert result.returncode == 2 and "must end in .jpg or .png" in result.stderr
+    shutil.copytree(shapes_folder / "shapes", tmp_path / "bad")
+    (tmp_path / "bad" / "train" / "0100.png").unlink()
+    out = tmp_path / "a.jpg"
+    result = check_dataset("--data", tmp_path / "bad", "--split", "train", "--augmented", out)
+    assert result.returncode == 1 and not out.exists()
+    assert "no image" in result.stdout and "1 of 542 images" in result.stderr
 
 
 def test_what_cannot_be_read_at_all(check_dataset, tmp_path):

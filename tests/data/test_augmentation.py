@@ -286,8 +286,20 @@ def test_wrong_values_are_errors_at_the_start(cfg, opts, match):
 )  # fmt: skip
 def test_wrong_crops(cfg, kind, size):
     cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, kind, size
-    with pytest.raises(ValueError, match=r"INPUT\.CROP\.TYPE must be one of .*got"):
+    with pytest.raises(ValueError, match=rf"INPUT\.CROP needs .*got '{kind}'"):
         DatasetMapper(cfg, is_train=True)
+
+
+@pytest.mark.parametrize(
+    "kind, size",
+    [("relative", [1.0, 0.1]), ("absolute", [9, 4]), ("absolute_range", [4, 4])],
+)
+def test_right_crops(cfg, record, kind, size):
+    cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, kind, size
+    pixels, _ = mapped(cfg, record)
+    # (30, 4), (9, 4) and (4, 4) pixels, whose shorter side becomes 30.
+    expected = {"relative": (225, 30), "absolute": (68, 30), "absolute_range": (30, 30)}
+    assert pixels.shape[:2] == pytest.approx(expected[kind], abs=1)
 
 
 def test_a_mask_that_is_cut_gets_its_box_anew(cfg):

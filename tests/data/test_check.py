@@ -319,6 +319,36 @@ def test_one_line_about_records():
     assert check.summary("x", [fine], ()) == "x: 1 images, 1 boxes; their annotations are fine"
 
 
+def test_rare_classes(tmp_path):
+    """40 images with boxes: a in 36 of them, b in 4, c in 3, d in 1, e in none; one has no box.
+
+    Less than a tenth of 36 are c and d. With t = 36 / 40 = 0.9, sqrt(t / (3 / 40)) = sqrt(12) =
+    3.46 and sqrt(36) = 6.
+    """
+    of_class = {1: range(36), 2: range(36, 40), 3: range(10, 13), 4: [10]}
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate("abcde")]
+    annotations = [
+        {"image_id": i, "category_id": c, "bbox": box}
+        for c, images in of_class.items()
+        for i in images
+        for box in ([1, 1, 9, 9], [2, 2, 9, 9])  # two boxes in an image count once
+    ]
+    images = [{"id": i, "file_name": f"{i}.png", "height": 30, "width": 40} for i in range(41)]
+    annotations = [{"id": i + 1} | a for i, a in enumerate(annotations)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    data = read_coco("cells", str(tmp_path / "a.json"), str(tmp_path))
+    rarest, rare = check.check_rare_classes(data)
+    assert (rarest.kind, rarest.severity, rarest.file) == ("rare class", "note", "cells")
+    assert rarest.text == (
+        "d is in 1 of 40 images, the most frequent class in 36. With DATALOADER.SAMPLER_TRAIN "
+        "RepeatFactorTrainingSampler and DATALOADER.REPEAT_THRESHOLD 0.9 each of its images is "
+        "seen about 6.0 times in an epoch"
+    )
+    assert rare.text.startswith("c is in 3 of") and "about 3.5 times" in rare.text
+    assert check.check_rare_classes(RawData("none", "", source="")) == []
+
+
 def test_classes_of_several_sets():
     sets = []
     for name, classes in (("a", "xy"), ("b", "yx"), ("c", "xyz"), ("d", "xy")):

@@ -278,3 +278,30 @@ def test_a_set_to_train_on_needs_no_file_for_the_evaluation(with_bad_images, tmp
     DatasetCatalog.get("bad")  # as a test loader does it
     repaired = json.loads(Path(MetadataCatalog.get("bad").json_file).read_text())
     assert "area" in repaired["annotations"][0]
+
+
+def test_the_first_elements_are_what_all_processes_get(cfg, monkeypatch):
+    cfg.INPUT.MIN_SIZE_TRAIN = (64, 96, 128)
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.ROTATE_90, cfg.INPUT.COLOR = "both", True, 0.5
+    cfg.INPUT.LSJ.ENABLED, cfg.INPUT.LSJ.SIZE = True, 96
+    shares = []
+    for rank in (0, 1):
+        among_two(monkeypatch, rank)
+        shares.append(batches(cfg, 3, mapper=DatasetMapper(cfg, is_train=True)))
+    loader = TrainingLoader(cfg, DatasetMapper(cfg, is_train=True))
+    loader.start(cfg.SEED, first_batch=0)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    found = loader.first_elements(10)
+    assert torch.equal(torch.get_rng_state(), before[0])  # the training draws what it would draw
+    assert np.random.get_state()[1].tolist() == before[1]
+    # Process 0 has the images 0 and 2 of each batch of four, process 1 the others.
+    expected = [
+        element
+        for of_both in zip(*shares, strict=True)
+        for pair in zip(*of_both, strict=True)
+        for element in pair
+    ]
+    for ours, theirs in zip(found, expected[:10], strict=True):
+        assert file_of(ours) == file_of(theirs) and torch.equal(ours["image"], theirs["image"])
+        boxes = [x["instances"].gt_boxes.tensor for x in (ours, theirs)]
+        assert torch.equal(*boxes)

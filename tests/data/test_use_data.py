@@ -1,8 +1,10 @@
 """Training on a data set that is named by its path alone."""
 
+import itertools
 import json
 import logging
 import subprocess
+from collections import Counter
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -11,7 +13,14 @@ from test_check import write_pixels
 from test_custom import write_voc
 from test_yolo import write_yolo
 
-from fcos_d2.data import check, check_num_classes, check_same_classes, check_test_sets, custom
+from fcos_d2.data import (
+    TrainingLoader,
+    check,
+    check_num_classes,
+    check_same_classes,
+    check_test_sets,
+    custom,
+)
 from fcos_d2.data.custom import read_entry
 from fcos_d2.data.layouts import recognise, use_data
 from fcos_d2.data.loading import load_training_sets
@@ -138,6 +147,29 @@ def test_a_tenth_is_held_out(load, tmp_path, monkeypatch, name):
     if name == "coco":  # what the evaluator reads
         with open(MetadataCatalog.get("data_test").json_file) as file:
             assert {i["file_name"] for i in json.load(file)["images"]} == test
+
+
+def test_rare_classes_are_seen_more_often(load, tmp_path):
+    """Of ten images one has class 1, all have class 0: with a threshold of 1 sqrt(1 / 0.1) times,
+    3.16, and the other nine once: 12.16 images in an epoch."""
+    write_yolo(tmp_path, yaml="train: all\nval: all\nnames: [a, b]")
+    for i in range(10):
+        write_pixels(tmp_path / "all" / f"{i}.png")
+        text = "0 0.5 0.5 1 1" + "\n1 0.5 0.5 1 1" * (i == 3)
+        (tmp_path / "all" / f"{i}.txt").write_text(text)
+    config = get_config_file("quick_schedules/fcos_R_18_FPN_shapes.yaml")
+    args = ["--config-file", config, "--data", str(tmp_path), "OUTPUT_DIR", str(tmp_path / "out")]
+    args += ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
+    args += ["DATALOADER.REPEAT_THRESHOLD", "1.0", "SEED", "0"]
+    cfg = setup(argument_parser("").parse_args(args))
+    load(cfg)
+    loader = TrainingLoader(cfg, dict)
+    assert loader.images_per_epoch == pytest.approx(9 + 10**0.5)
+    indices = list(itertools.islice(loader.indices(), 2000))
+    counts = Counter(loader.dataset[0, 0, i]["file_name"].rpartition("/")[2] for i in indices)
+    epochs = 2000 / (9 + 10**0.5)
+    assert counts["3.png"] / epochs == pytest.approx(10**0.5, abs=0.1)
+    assert counts["4.png"] / epochs == pytest.approx(1, abs=0.05)
 
 
 def test_wrong_parts(load):

@@ -66,6 +66,7 @@ def no_evaluation(monkeypatch):
 def test_a_resumed_run_is_the_run_that_was_never_stopped(cfg, tmp_path, seed, sampler):
     cfg.MODEL.RESNETS.NORM = "BN"  # statistics of the images, too
     cfg.INPUT.MIN_SIZE_TRAIN = (96, 128)
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.ROTATE_90, cfg.INPUT.COLOR = "both", True, 0.3
     cfg.DATALOADER.SAMPLER_TRAIN = sampler
     cfg.DATALOADER.REPEAT_THRESHOLD = 0.9
     cfg.SEED, cfg.DATALOADER.NUM_WORKERS = seed, 0

@@ -103,6 +103,18 @@ def test_the_page_has_all_that_it_names_and_no_outside_links(cfg, tmp_path):
     assert set(thresholds["classes"]) == {"disc", "square", "triangle"}
 
 
+def test_the_training_images_are_shown_if_the_run_left_them(cfg, tmp_path):
+    (page,) = write_report(cfg)
+    assert "augmented.jpg" not in Page(page).links
+    (tmp_path / "run" / "augmented.jpg").write_bytes(b"a picture")
+    (page,) = write_report(cfg)
+    assert "augmented.jpg" in Page(page).links and "first ten images" in Page(page).text
+    assert (page.parent / "augmented.jpg").read_bytes() == b"a picture"
+    (tmp_path / "run" / "augmented.jpg").unlink()
+    write_report(cfg)
+    assert "augmented.jpg" not in Page(page).links and not (page.parent / "augmented.jpg").exists()
+
+
 def test_a_second_report_leaves_nothing_of_the_first(cfg, shapes_folder, tmp_path):
     (page,) = write_report(cfg)
     assert list((page.parent / "errors").glob("wrong_class*"))

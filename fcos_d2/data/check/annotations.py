@@ -12,6 +12,8 @@ from .registered import read_records
 
 # IoU of two boxes of one class that may be one object.
 _SAME = 0.8
+# A class in less than this share of the images that the most frequent one is in is rare.
+_RARE = 0.1
 
 
 def check_annotations(data: RawData, nearly_twice: bool = True) -> list[Finding]:
@@ -61,6 +63,32 @@ def check_sets(sets: Sequence[RawData]) -> list[Finding]:
             text = f"{data.name} has {theirs}, {how} {sets[0].name}: {first}"
             findings.append(Finding("other classes than the first set", data.name, text[:1000]))
     return findings
+
+
+def check_rare_classes(data: RawData) -> list[Finding]:
+    """Notes on how to train on rare classes more often, the rarest first.
+
+    Detectron2's RepeatFactorTrainingSampler shows an image sqrt(t / f) times in an epoch, where t
+    is REPEAT_THRESHOLD, and f the share of the images that have its rarest class (1908.03195). With
+    the share of the most frequent class as t, the ratios of all classes become their square roots.
+    """
+    pairs = {(a["image_id"], a["category_id"]) for a in data.annotations}
+    images_with = Counter(category for _, category in pairs)
+    number = len({image for image, _ in pairs})  # training leaves out those without boxes
+    highest = max(images_with.values(), default=0)
+    names = {category["id"]: category["name"] for category in data.categories}
+    return [
+        Finding(
+            "rare class",
+            data.name,
+            f"{names[category]} is in {n} of {number} images, the most frequent class in "
+            f"{highest}. With DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler and "
+            f"DATALOADER.REPEAT_THRESHOLD {highest / number:.2g} each of its images is seen about "
+            f"{(highest / n) ** 0.5:.1f} times in an epoch",
+        )
+        for category, n in sorted(images_with.items(), key=lambda item: item[1])
+        if n < _RARE * highest
+    ]
 
 
 def to_records(data: RawData, findings: Sequence[Finding]) -> tuple[list[dict], list[list[int]]]:
