@@ -1,8 +1,8 @@
 """Processes that load images, and the signals that stop a run."""
 
-import atexit
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from functools import cache, partial
 from multiprocessing import RawValue
@@ -29,7 +29,10 @@ class SteadyLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         self.worker_init_fn = partial(_ignore_stop_signals, _is_leaving())
-        # New workers have the mask of this thread. Under --num-gpus they take seconds to start.
+        if self.num_workers and sys.platform == "linux":
+            # Processes of --num-gpus would spawn theirs, each of which imports everything anew.
+            self.multiprocessing_context = "fork"
+        # New workers have the mask of this thread.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             return super().__iter__()
@@ -52,5 +55,3 @@ def _ignore_stop_signals(is_leaving: RawValue, worker_id: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: is_leaving.value and os._exit(0))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    # Under --num-gpus workers are spawned: they would collect garbage for seconds when they end.
-    atexit.register(os._exit, 0)
