@@ -394,6 +394,8 @@ def main() -> None:
             survived &= len(set(run.logged_losses())) == len(run.logged_losses())
         except (RuntimeError, OSError, LookupError, subprocess.TimeoutExpired) as error:
             what, difference, survived = f"{error!r}; see {run.log}", float("nan"), False
+        if survived:  # half a gigabyte of checkpoints
+            shutil.rmtree(run.output)
         rows.append([fault, "yes" if survived else "NO", difference, what])
         print(f"{fault}: {rows[-1][1:]}", flush=True)
     print(tabulate(rows, ["fault", "survived", "largest difference of a weight", "what happened"]))
