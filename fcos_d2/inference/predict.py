@@ -119,11 +119,10 @@ def _config(args: argparse.Namespace) -> CfgNode:
         raise ValueError("--model comes with its config and weights: leave out the others")
     if args.model or not (args.config_file or args.weights):
         row = find(args.model or DEFAULT)
-        said = f"{row.address} (AP {row.ap}, {row.licence})"
+        print(f"The model is {row.address} (AP {row.ap}, {row.licence})")
         if not args.model:
-            names = ", ".join(row.address for row in PUBLISHED.values())
-            said += f", since neither --model nor --weights is given. There are {names}"
-        print(f"The model is {said}")
+            print("Choose another one with --model (docs/model_zoo.md), or --weights:")
+            print(*(f"  {row.address} (AP {row.ap})" for row in PUBLISHED.values()), sep="\n")
         cfg = row.cfg()
         cfg.merge_from_list(args.opts)
     elif args.config_file:

@@ -37,6 +37,7 @@ class Published:
         url: of the file.
         sha256: of the file, or its first digits; "" where its makers say none.
         ap: on COCO, as its makers say, with the split and where they say it.
+        costs: millions of parameters, and billions of multiply-adds for an image of 800 x 1280.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Published:
     sha256: str = ""
     keys: dict = field(default_factory=dict)
     non_commercial: bool = False
+    costs: tuple[float, float] | tuple[()] = ()
 
     @property
     def address(self) -> str:
@@ -72,8 +74,10 @@ class Published:
 
 def _read_table() -> dict[str, Published]:
     content = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
+    sources, costs = content["sources"], content["costs"]
     rows = [
-        Published(**(content["sources"][row["source"]] | row)) for row in content["checkpoints"]
+        Published(**(sources[row["source"]] | row), costs=tuple(costs.get(row["config"], ())))
+        for row in content["checkpoints"]
     ]
     return {row.address: row for row in rows}
 

@@ -22,7 +22,11 @@ from helpers import tiny_cfg
 
 from fcos_d2 import model_zoo
 from fcos_d2.checkpoint import read_checkpoint
-from fcos_d2.zoo import PUBLISHED, published, weights
+from fcos_d2.commands import convert
+from fcos_d2.data import register_custom_datasets
+from fcos_d2.engine import Trainer
+from fcos_d2.inference import predict
+from fcos_d2.zoo import DEFAULT, PUBLISHED, published, weights
 
 # An architecture that is small, in place of the published ones.
 TINY = "quick_schedules/fcos_R_18_FPN_shapes.yaml"
@@ -240,3 +244,68 @@ def test_a_config_that_does_not_fit_is_refused(listed):
     published.check_fits(cfg)
     cfg.MODEL.FCOS.CLIP_BOXES = "before_nms"  # the user's choice
     published.check_fits(cfg)
+
+
+def test_prediction_by_name(listed, shapes_folder, tmp_path, capsys):
+    row, file = listed()
+    their_file(file)
+    image = str(shapes_folder / "shapes" / "val" / "0001.png")
+    common = ["--input", image, "--device", "cpu", "--output"]
+    predict.main(["--model", "FCOS_R_50_1x", *common, str(tmp_path / "a"), "--json"])
+    printed = capsys.readouterr().out
+    assert "The model is adelaidet://FCOS_R_50_1x (AP 38.7, AdelaiDet's licence: non-com" in printed
+    predict.main(["--weights", row.address, *common, str(tmp_path / "b"), "--json"])
+    results = [(tmp_path / x / "results.json").read_text() for x in "ab"]
+    assert results[0] == results[1]
+    for arguments, message in [
+        (["--model", "FCOS_R_50_9x"], "No published checkpoint is called 'FCOS_R_50_9x'"),
+        (["--model", "FCOS_R_50_1x", "--weights", "x.pth"], "leave out the others"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            predict.main([*arguments, *common, str(tmp_path / "c")])
+
+
+def test_without_a_model_prediction_says_what_it_takes(listed, shapes_folder, tmp_path, capsys):
+    _, file = listed(DEFAULT, "fcos_resnet50.pth", source="adelaidet", sha256="")
+    their_file(file)
+    image = str(shapes_folder / "shapes" / "val" / "0001.png")
+    predict.main(["--input", image, "--output", str(tmp_path / "out"), "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert f"The model is {DEFAULT.replace('torchvision', 'adelaidet')}" in printed
+    assert "Choose another one with --model" in printed
+    assert f"\n  {ADELAIDET} (AP 38.7)\n" in printed
+    assert (tmp_path / "out" / "0001.png").is_file()
+
+
+def test_conversion_by_name(listed, tmp_path, capsys):
+    row, file = listed(keys={"MODEL.FCOS.NMS_THRESH_TEST": 0.45})
+    model = their_file(file)
+    convert.main([row.address, str(tmp_path / "ours.pth"), "MODEL.FCOS.SCORE_THRESH_TEST", "0.1"])
+    assert "check that they are right" not in capsys.readouterr().out
+    content = read_checkpoint(str(tmp_path / "ours.pth"))
+    assert content["model"]["head.cls_logits.bias"].equal(model.head.cls_logits.bias)
+    text = (tmp_path / "ours.yaml").read_text()
+    assert "NMS_THRESH_TEST: 0.45" in text and "SCORE_THRESH_TEST: 0.1" in text
+    with pytest.raises(SystemExit):
+        convert.main(["file.pth", str(tmp_path / "new.pth")])
+    assert "name --source and --config-file" in capsys.readouterr().err
+
+
+def test_fine_tuning_starts_the_classes_anew(listed, shapes_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_folder))
+    row, file = listed()
+    model = their_file(file)
+    cfg = row.cfg()
+    cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "cpu", str(tmp_path / "run")
+    register_custom_datasets(cfg)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    ours, theirs = trainer.model.state_dict(), model.state_dict()
+    changed = [name for name in theirs if not theirs[name].equal(ours[name])]
+    assert changed == ["head.cls_logits.weight", "head.cls_logits.bias"] or changed == [
+        "head.cls_logits.weight"  # whose bias starts with the same value
+    ]
+    cfg.INPUT.FORMAT = "RGB"
+    trainer = Trainer(cfg)
+    with pytest.raises(ValueError, match=r"INPUT\.FORMAT RGB, it has BGR"):
+        trainer.resume_or_load(resume=False)
