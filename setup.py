@@ -32,7 +32,9 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["fcos_d2", "fcos_d2.*"]), *config_packages],
     package_dir=config_packages,
-    package_data={"fcos_d2": ["detectron2.txt", "py.typed", "report/page.html.j2"]}
+    package_data={
+        "fcos_d2": ["detectron2.txt", "py.typed", "report/page.html.j2", "zoo/published.yaml"]
+    }
     | {name: ["*.yaml", "*.py"] for name in config_packages},
     # Detectron2 is needed too, but is in no package registry: see "Install" in the README.
     install_requires=[

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from .model_zoo import get_config_file
+from .config_files import get_config_file
 
 debug = False  # whether errors show their traceback; `fcos --debug` sets it
 

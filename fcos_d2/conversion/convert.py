@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from .source import ORIGINAL_SETTINGS, Source
+from .source import ORIGINAL_SETTINGS
 from .sources import SOURCES
 
 
@@ -51,7 +51,7 @@ def convert(
         else:
             their_names[our_name] = their_name
     ours = {ours: theirs[name] for ours, name in their_names.items()}
-    cfg = _config(cfg, layout, ours, opts)
+    cfg = _config(cfg, source, ours, opts)
     layout.adapt(ours, cfg)
 
     expected = _expected_tensors(cfg)
@@ -74,6 +74,25 @@ def convert(
             "and numbers of classes and convolutions.\n" + "\n".join(lists)
         )
     return {n: ours[n].detach().to("cpu", x.dtype, copy=True) for n, x in expected.items()}, cfg
+
+
+def settings_of(source: str) -> dict[str, Any]:
+    """The config keys that reproduce a source's arithmetic, whatever the checkpoint."""
+    return {**ORIGINAL_SETTINGS, **SOURCES[source].cfg}
+
+
+def as_checkpoint(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Any]:
+    """The content of a checkpoint that carries its config, from the results of :func:`convert`."""
+    cfg = cfg.clone()
+    cfg.MODEL.WEIGHTS = ""
+    return {"model": dict(state_dict), "config": dump(cfg)}
+
+
+def dump(cfg: CfgNode) -> str:
+    """The config as YAML, without the device, which depends on the machine that reads it."""
+    cfg = cfg.clone()
+    del cfg.MODEL["DEVICE"]
+    return cfg.dump()
 
 
 def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -107,14 +126,14 @@ def _check_source(tensors: Mapping[str, Tensor], source: str) -> None:
     raise ValueError(f"This is not a checkpoint of {source!r}. {hint}Its first names: {names}")
 
 
-def _config(cfg: CfgNode, layout: Source, ours: dict[str, Tensor], opts: Sequence) -> CfgNode:
+def _config(cfg: CfgNode, source: str, ours: dict[str, Tensor], opts: Sequence) -> CfgNode:
     """The config with the settings of the source and of its tensors.
 
     The pixel statistics are removed from ``ours``: they belong to our config.
     """
     cfg = cfg.clone()
     cfg.defrost()
-    settings = {**ORIGINAL_SETTINGS, **layout.cfg, **_structure(ours, cfg)}
+    settings = settings_of(source) | _structure(ours, cfg)
     for name in ("pixel_mean", "pixel_std"):
         if name in ours:
             settings[f"MODEL.{name.upper()}"] = ours.pop(name).flatten().tolist()

@@ -12,9 +12,9 @@ from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import check_local
 from ..config import get_cfg, load_cfg
+from ..config_files import get_config_file
 from ..data import register_custom_datasets
 from ..data.layouts import use_data
-from ..model_zoo import get_config_file
 from .evaluators import AUGMENTED
 from .resuming import refuse_earlier_run
 from .schedule import (

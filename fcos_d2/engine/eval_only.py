@@ -8,6 +8,7 @@ from detectron2.evaluation import DatasetEvaluator
 
 from ..checkpoint import AtomicCheckpointer
 from ..data import check_names_of_detector
+from ..zoo import check_fits
 from .held_out_losses import with_losses
 from .trainer import Trainer
 
@@ -26,6 +27,8 @@ def evaluate(
         ValueError: without weights or a checkpoint, for weights that do not fill the model, and for
             weights of other classes than a data set, or of the same in another order.
     """
+    if not resume:
+        check_fits(cfg)
     model = Trainer.build_model(cfg)
     checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
     if resume and not checkpointer.has_checkpoint():

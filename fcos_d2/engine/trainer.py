@@ -34,6 +34,7 @@ from ..data.loading import check_proposal_files
 from ..data.training_loader import seed_all
 from ..data.workers import SteadyLoader
 from ..modeling.backbone import check_random_start
+from ..zoo import check_fits
 from .amp import amp_dtype
 from .averaging import AverageWeights, build_average, split_checkpoint
 from .early_stopping import EarlyStopping, EndedEarly, check_patience
@@ -130,6 +131,7 @@ class Trainer(DefaultTrainer):
         averaged = None
         found = checkpoint_to_resume(self.checkpointer, self.cfg) if resume else None
         if found is None:
+            check_fits(self.cfg)
             if not self.cfg.MODEL.WEIGHTS:
                 check_random_start(self.checkpointer.model)
             self.checkpointer.classes_of_data = class_names(self.cfg)

@@ -20,6 +20,7 @@ from ..command_line import config_parser, exit_on_error
 from ..config import load_cfg
 from ..data import class_names
 from ..modeling import FCOS
+from ..zoo import check_fits
 from .onnx import LIMIT, ExportError, check_model, to_onnx
 
 
@@ -53,6 +54,7 @@ def load_model(cfg: CfgNode) -> tuple[FCOS, list[str] | None]:
     """
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("Name the weights to export: MODEL.WEIGHTS FILE")
+    check_fits(cfg)
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)

@@ -1,5 +1,6 @@
 """Detect objects in images and videos with a trained model, and draw them.
 
+    python -m fcos_d2.predict --model fcos_R_50_FPN_1x --input photo.jpg --output detections
     python -m fcos_d2.predict --weights output/model_final.pth --input photos --output detections
     python -m fcos_d2.predict --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml \\
         --weights fcos_R_50.pth --input 'photos/*.jpg' --output detections --json
@@ -25,12 +26,14 @@ from detectron2.config import CfgNode
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from ..checkpoint import read_checkpoint, replacing
 from ..command_line import config_parser
 from ..config import load_cfg
 from ..data.image_files import IMAGE_SUFFIXES, images_in, read_image
+from ..zoo import DEFAULT, PUBLISHED, find
 from .drawing import draw_instances
 from .predictor import Predictor
 
@@ -85,6 +88,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = config_parser(__doc__, config_required=False, prog="python -m fcos_d2.predict")
     parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a published checkpoint, which is fetched: its name, address, or the config it has; "
+        f"{DEFAULT} if neither --weights nor --config-file is given (docs/model_zoo.md)",
+    )
+    parser.add_argument(
         "--weights", help="MODEL.WEIGHTS; no --config-file is needed if they carry theirs"
     )
     parser.add_argument(
@@ -106,12 +115,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(args: argparse.Namespace) -> CfgNode:
-    if not args.config_file and not args.weights:
-        raise ValueError("Name a model: --weights, --config-file, or both")
-    if args.config_file:
+    if args.model and (args.config_file or args.weights):
+        raise ValueError("--model comes with its config and weights: leave out the others")
+    if args.model or not (args.config_file or args.weights):
+        row = find(args.model or DEFAULT)
+        print(f"The model is {row.address} (AP {row.ap}, {row.licence})")
+        if not args.model:
+            print("Choose another one with --model (docs/model_zoo.md), or --weights:")
+            print(*(f"  {row.address} (AP {row.ap})" for row in PUBLISHED.values()), sep="\n")
+        cfg = row.cfg()
+        cfg.merge_from_list(args.opts)
+    elif args.config_file:
         cfg = load_cfg(args.config_file, args.opts)
     else:
-        text = read_checkpoint(args.weights).get("config")
+        text = read_checkpoint(PathManager.get_local_path(args.weights)).get("config")
         if not isinstance(text, str):
             raise ValueError(f"{args.weights} does not carry its config: add --config-file")
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:

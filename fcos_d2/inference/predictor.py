@@ -16,6 +16,7 @@ from ..checkpoint import AtomicCheckpointer
 from ..data import category_ids, class_names
 from ..data.image_files import IMAGE_SUFFIXES, images_in, read_image
 from ..modeling.backbone import padded_size
+from ..zoo import check_fits
 from .batches import run_in_batches
 from .onnx_predictor import ImagePredictor, check_image
 
@@ -45,6 +46,7 @@ class Predictor(ImagePredictor):
                 fit or could run code.
         """
         super().__init__(batch_size, channels)
+        check_fits(cfg)
         # Unlike DefaultPredictor, this does not run code from a .pkl file of weights.
         self.model = build_model(cfg.clone()).eval()
         checkpointer = AtomicCheckpointer(self.model)
