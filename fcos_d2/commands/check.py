@@ -41,7 +41,7 @@ from ..data.custom import read_entry
 from ..data.findings import Finding, count, table
 from ..data.layouts import recognise, use_data
 from ..data.raw_data import RawData
-from ..model_zoo import get_config_file
+from ..config_files import get_config_file
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
