@@ -5,6 +5,7 @@ Importing this package registers the meta architecture ``"FCOS"`` and the backbo
 """
 
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,12 +22,15 @@ if _detectron2 is None or _detectron2.origin is None:  # no origin: a folder, no
         "There, `python tools/doctor.py` checks the whole installation."
     )
 else:
-    import detectron2  # noqa: F401  first: it may call d2_env, which needs all of this package
+    with warnings.catch_warnings():
+        # Detectron2 and fvcore script functions when they are imported.
+        warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)
+        import detectron2  # noqa: F401  first: it may call d2_env, which needs all of this package
 
-    from . import (  # noqa: F401  registration only
-        checkpoint,
-        model_zoo,
-        modeling,
-    )
-    from .config import add_fcos_config, get_cfg, load_cfg  # noqa: F401
-    from .inference import Predictor  # noqa: F401
+        from . import (  # noqa: F401  registration only
+            checkpoint,
+            model_zoo,
+            modeling,
+        )
+        from .config import add_fcos_config, get_cfg, load_cfg  # noqa: F401
+        from .inference import Predictor  # noqa: F401

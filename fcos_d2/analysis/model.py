@@ -5,11 +5,11 @@ The paper says "9x fewer network output variables" than a detector with 9 anchor
 NMS.
 """
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.export.flatten import flatten_to_tuple
 from detectron2.modeling import build_model
@@ -22,6 +22,10 @@ from torch import Tensor, nn
 from ..modeling.backbone import padded_size
 from ..modeling.deform_conv import use_portable_deform_convs
 from .assignment import check_is_fcos
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+    from detectron2 import model_zoo
 
 _RESNET_FPNS = ("build_fcos_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
 

@@ -26,6 +26,7 @@ from ..analysis.augmented import save_augmented
 from ..analysis.data_set import DataStatistics, data_statistics, save_data_charts
 from ..command_line import config_parser, exit_on_error
 from ..config import load_cfg
+from ..config_files import get_config_file
 from ..data import DatasetMapper, TrainingLoader, register_custom_datasets
 from ..data.augmentation import check_augmentation
 from ..data.check import (
@@ -41,7 +42,6 @@ from ..data.custom import read_entry
 from ..data.findings import Finding, count, table
 from ..data.layouts import recognise, use_data
 from ..data.raw_data import RawData
-from ..config_files import get_config_file
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

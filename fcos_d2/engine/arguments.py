@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
-from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import check_local
 from ..config import get_cfg, load_cfg
@@ -25,6 +23,7 @@ from .schedule import (
     follow_cores,
     follow_max_iter,
 )
+from .screen import set_up_loggers
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -105,8 +104,8 @@ def setup(args) -> CfgNode:
     if not eval_only and not getattr(args, "resume", False):
         overwrite = getattr(args, "overwrite", False)
         refuse_earlier_run(cfg.OUTPUT_DIR, overwrite, cfg.MODEL.WEIGHTS)
+    set_up_loggers(cfg.OUTPUT_DIR)
     default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fcos_d2")
     for note in filter(None, notes):
         logging.getLogger(__name__).info(note)
     # An evaluation never loads the training set, and would keep it in memory.

@@ -23,7 +23,7 @@ CONFIGS = sorted(Path(COCO).parents[1].rglob("*.yaml"))
 def solver(monkeypatch, tmp_path):
     """The section SOLVER of a run with these changes."""
     monkeypatch.setattr(arguments, "default_setup", lambda *args: None)  # takes seconds
-    monkeypatch.setattr(arguments, "setup_logger", lambda *args, **kwargs: None)
+    monkeypatch.setattr(arguments, "set_up_loggers", lambda *args: None)
 
     def _solver(*opts, config=COCO, **options):
         opts = [*opts, "OUTPUT_DIR", str(tmp_path)]
