@@ -51,6 +51,7 @@ def reduced(cfg):
     cfg.MODEL.RESNETS.NUM_GROUPS = 1
     cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * 4
     cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.PRETRAINED = "mobilenetv3_small_050", False
     cfg.MODEL.FPN.OUT_CHANNELS = 64
     cfg.MODEL.FCOS.NUM_CLASSES = 3
     return cfg
