@@ -90,6 +90,13 @@ def test_stages_that_nobody_reads_are_not_trained(name, frozen):
     assert any(n.startswith(frozen) for n in unread) if frozen else not unread
 
 
+def test_a_model_is_built_where_no_gradients_are_recorded():
+    with torch.no_grad():
+        backbone = TimmBackbone("resnet18", pretrained=False, norm="BN", out_features=["res3"])
+    trained = {n for n, p in backbone.named_parameters() if p.requires_grad}
+    assert "model.layer2.0.conv1.weight" in trained
+
+
 @pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN"])
 def test_norms(norm):
     x = torch.randn(2, 3, 64, 64)
