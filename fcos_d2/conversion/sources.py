@@ -20,6 +20,10 @@ ADELAIDET = Source(
     rules=[
         # DLA-34, which is that of timm. Other backbones have Detectron2's names.
         (r"backbone\.bottom_up\.(base_layer|level\d)", r"backbone.bottom_up.model.\1"),
+        # BiFPN, under which the ResNet stands beside the first of the coarser levels.
+        (r"backbone\.bottom_up\.backbone", "backbone.bottom_up"),
+        (r"backbone\.bottom_up\.res6\.reduction", "backbone.reduction"),
+        (r"backbone\.repeated_bifpn", "backbone.repeated_bifpn"),
         *DETECTRON2_BACKBONE,
         (rf"{_ADELAIDET_HEAD}({_ADELAIDET_LAYERS})", r"head.\1"),
     ],

@@ -1,4 +1,4 @@
-"""Published models whose backbone is one of timm here: DLA-34 of AdelaiDet, MobileNetV2 of FCOS.
+"""Backbones beside ResNet and FPN: DLA-34 and BiFPN of AdelaiDet, MobileNetV2 of the original FCOS.
 
 Names and shapes are written out from the published architectures, and so is what they compute, one
 layer after the other, on a dict of tensors with their names.
@@ -183,33 +183,32 @@ def run_fpn(tensors, maps, lateral, output, top=None):
     return levels
 
 
-def neck_and_head(lateral, output, top, head, ctrness, widths, *, channels=256, shared=False,
-                  norm_per_level=False):  # fmt: skip
+def neck(lateral, output, top, widths, channels):
     rows = []
     for i, width in enumerate(widths):
         rows += conv(lateral(i), f"backbone.fpn_lateral{i + 3}", channels, width, 1)
         rows += conv(output(i), f"backbone.fpn_output{i + 3}", channels, channels, 3)
     for level in ("p6", "p7") if top else ():
         rows += conv(f"{top}.{level}", f"backbone.top_block.{level}", channels, channels, 3)
-    num_levels = 5 if top else 3
+    return rows
+
+
+def head(theirs, ctrness, num_levels, channels, shared=False, norm_per_level=False):
+    rows = []
     for tower in ["share_tower"] if shared else ["cls_tower", "bbox_tower"]:
         for i in (0, 3, 6, 9):
-            rows += conv(f"{head}.{tower}.{i}", f"head.{tower}.{i}", channels, channels, 3)
+            rows += conv(f"{theirs}.{tower}.{i}", f"head.{tower}.{i}", channels, channels, 3)
             name = f"{tower}.{i + 1}"
             if norm_per_level:
                 for level in range(num_levels):
-                    rows += norm(f"{head}.{name}.{level}", f"head.{name}.{level}", channels)
+                    rows += norm(f"{theirs}.{name}.{level}", f"head.{name}.{level}", channels)
             else:
-                rows += norm(f"{head}.{name}", f"head.{name}", channels, ("weight", "bias"))
-    outputs = (
-        ("cls_logits", "cls_logits", 80),
-        ("bbox_pred", "bbox_pred", 4),
-        (ctrness, "ctrness", 1),
-    )
-    for theirs, ours, out in outputs:
-        rows += conv(f"{head}.{theirs}", f"head.{ours}", out, channels, 3)
+                rows += norm(f"{theirs}.{name}", f"head.{name}", channels, ("weight", "bias"))
+    rows += conv(f"{theirs}.cls_logits", "head.cls_logits", 80, channels, 3)
+    rows += conv(f"{theirs}.bbox_pred", "head.bbox_pred", 4, channels, 3)
+    rows += conv(f"{theirs}.{ctrness}", "head.ctrness", 1, channels, 3)
     for level in range(num_levels):
-        rows.append((f"{head}.scales.{level}.scale", f"head.scales.{level}.scale", (1,)))
+        rows.append((f"{theirs}.scales.{level}.scale", f"head.scales.{level}.scale", (1,)))
     return rows
 
 
@@ -220,15 +219,18 @@ ORIGINAL_FPN = (
 )
 
 
-def dla34_detector(**kwargs):
-    head = "proposal_generator.fcos_head"
-    return dla34() + neck_and_head(*ADELAIDET_FPN, None, head, "ctrness", (128, 256, 512), **kwargs)
+ADELAIDET_HEAD = "proposal_generator.fcos_head"
 
 
-def mobilenet_v2_detector(**kwargs):
-    return mobilenet_v2() + neck_and_head(
-        *ORIGINAL_FPN, "backbone.fpn.top_blocks", "rpn.head", "centerness", (32, 96, 320), **kwargs
-    )
+def dla34_detector(**head_keys):
+    rows = dla34() + neck(*ADELAIDET_FPN, None, (128, 256, 512), 256)
+    return rows + head(ADELAIDET_HEAD, "ctrness", 3, 256, **head_keys)
+
+
+def mobilenet_v2_detector(channels=256):
+    top = "backbone.fpn.top_blocks"
+    rows = mobilenet_v2() + neck(*ORIGINAL_FPN, top, (32, 96, 320), channels)
+    return rows + head("rpn.head", "centerness", 5, channels)
 
 
 # The name of the published file: (source, rows, config).
@@ -311,6 +313,43 @@ def test_the_model_computes_the_published_maps(name):
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4 * e.abs().max().item())
         assert e.std() > 0.01 * e.abs().max()
+
+
+def bifpn_layer(number, in_channels):
+    """BiFPN of AdelaiDet, 160 channels: its nodes on the way down and then up, and their inputs."""
+    nodes = ["3_3_4", "2_2_5", "1_1_6", "0_0_7", "1_1_7_8", "2_2_6_9", "3_3_5_10", "4_4_11"]
+    root = f"backbone.repeated_bifpn.{number}"
+    rows = []
+    for i, channels in enumerate(in_channels):
+        if channels != 160:  # only the coarsest map is read on two levels, and has 160
+            lateral = f"{root}.lateral_{i}_f{i}"
+            rows += conv(lateral, lateral, 160, channels, 1)
+            rows += norm(f"{lateral}.norm", f"{lateral}.norm", 160)
+    for node in nodes:
+        inputs = node.split("_")[1:]
+        weights, output = f"{root}.weights_f{node}", f"{root}.outputs_f{node}"
+        rows.append((weights, weights, (len(inputs),)))
+        rows += conv_norm(output, output, f"{output}.norm", f"{output}.norm", 160, 160, 3)
+    return rows
+
+
+def test_bifpn_of_adelaidet():
+    """It is published below heads for masks alone, but may have been trained with FCOS alone."""
+    theirs = "backbone.bottom_up.res6.reduction"
+    ours = "backbone.reduction"
+    rows = conv_norm(theirs, ours, f"{theirs}.norm", f"{ours}.norm", 160, 2048, 1)
+    for name, _, shape in adelaidet():
+        if "bottom_up" in name:
+            rows.append((name.replace("bottom_up", "bottom_up.backbone"), name, shape))
+    rows += bifpn_layer(0, (512, 1024, 2048, 160, 160))
+    for number in range(1, 6):
+        rows += bifpn_layer(number, [160] * 5)
+    rows += head(ADELAIDET_HEAD, "ctrness", 5, 160)
+    cfg = make_cfg("COCO-Detection/fcos_R_50_BiFPN_1x.yaml")
+    converted, _ = convert(numbered(rows), "adelaidet", cfg)
+    for n, (theirs, ours, _) in enumerate(rows, start=1):
+        assert (converted.pop(ours) == n).all(), theirs
+    assert all(name.endswith("num_batches_tracked") for name in converted)
 
 
 # What the published configs and code say, as keys of this project.
