@@ -184,12 +184,16 @@ def _fcos_defaults() -> CN:
     # Feature maps of the backbone that the head runs on, from the finest to the coarsest.
     fcos.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
 
-    # ---- Backbone (build_fcos_resnet_fpn_backbone) ----
-    # Levels that stride-2 convolutions add on top of the FPN: 2 (P6, P7), 1 (P6) or 0.
+    # ---- Backbone (build_fcos_resnet_fpn_backbone, build_fcos_timm_fpn_backbone) ----
+    # Levels that stride-2 convolutions add on top of the FPN: 2 (P6, P7), 1 (P6) or 0. Max pooling
+    # does so for build_fcos_resnet_bifpn_backbone, from the backbone's last map.
     fcos.TOP_LEVELS = 2
     # What these convolutions start from: "p5" (1904.01355, section 4: fewer parameters, slightly
     # better) or "res5" (as in RetinaNet).
     fcos.TOP_IN_FEATURE = "p5"
+    # BiFPN layers of build_fcos_resnet_bifpn_backbone (6 in AdelaiDet), which takes its levels,
+    # channels and norms from MODEL.FPN.
+    fcos.BIFPN_REPEATS = 6
 
     # ---- Head ----
     # 3x3 convolutions in the classification tower, the box tower, and shared before both.

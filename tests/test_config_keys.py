@@ -36,6 +36,7 @@ KEYS = {
         {"BOX_LOSS_WEIGHTING": "none"},
         lambda m: m.loss.quality == "iou" and m.head.ctrness is not None,
     ),
+    "BIFPN_REPEATS": None,  # only of the BiFPN: test_bifpn.py
     "PROPOSAL_NUM_CLASSES": None,  # only of the proposal generator: test_proposal_generator.py
     "LOCATION_OFFSET": (0.0, {}, lambda m: m.levels.offset == 0),
     "SCORE_THRESH_ON": ("score", {}, lambda m: m.post_processor.score_thresh_on == "score"),

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -31,6 +31,8 @@ class Source:
         not_in_file: config keys that change the detections, but follow neither from the source nor
             from its checkpoints. The user chooses a config with the right values.
         resnet: a pattern of the prefix of its ResNet, if that has torchvision's names.
+        unused: a pattern of names that its own model does not read.
+        refused: patterns of names that only models have which we cannot express, with the reason.
         tower_rules: returns rules that depend on all names of a checkpoint.
         adapt: changes the renamed tensors in place, so that our model computes the same.
     """
@@ -40,13 +42,23 @@ class Source:
     cfg: Mapping[str, Any]
     not_in_file: Sequence[str] = ()
     resnet: str | None = None
+    unused: str | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
     tower_rules: Callable[[Collection[str]], Rules] = lambda names: []
     adapt: Callable[[dict[str, Tensor], CfgNode], None] = lambda tensors, cfg: None
 
     def our_names(self, names: Collection[str]) -> dict[str, str | None]:
-        """Our name for each name that our model may need, or None where we have none."""
+        """Our name for each name that our model may need, or None where we have none.
+
+        Raises:
+            ValueError: for names that are ``refused``.
+        """
+        for pattern, reason in self.refused.items():
+            if any(re.match(pattern, name) for name in names):
+                raise ValueError(reason)
+        ignored = f"{_IGNORED}|{self.unused}" if self.unused else _IGNORED
         rules = [*self.rules, *self.tower_rules(names)]
-        return {n: self._our_name(n, rules) for n in names if not re.fullmatch(_IGNORED, n)}
+        return {n: self._our_name(n, rules) for n in names if not re.fullmatch(ignored, n)}
 
     def _our_name(self, name: str, rules: Rules) -> str | None:
         for pattern, ours in rules:
@@ -97,4 +109,6 @@ ORIGINAL_SETTINGS = {
     "MODEL.FCOS.SCORE_THRESH_TEST": 0.05,
     "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1000,
     "TEST.DETECTIONS_PER_IMAGE": 100,
+    # The checkpoint has the backbone: none is downloaded.
+    "MODEL.TIMM.PRETRAINED": False,
 }

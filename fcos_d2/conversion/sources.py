@@ -17,7 +17,16 @@ _ADELAIDET_LAYERS = "share_tower|cls_tower|bbox_tower|cls_logits|bbox_pred|ctrne
 
 ADELAIDET = Source(
     signature=_ADELAIDET_HEAD,
-    rules=[*DETECTRON2_BACKBONE, (rf"{_ADELAIDET_HEAD}({_ADELAIDET_LAYERS})", r"head.\1")],
+    rules=[
+        # DLA-34, which is that of timm. Other backbones have Detectron2's names.
+        (r"backbone\.bottom_up\.(base_layer|level\d)", r"backbone.bottom_up.model.\1"),
+        # BiFPN, under which the ResNet stands beside the first of the coarser levels.
+        (r"backbone\.bottom_up\.backbone", "backbone.bottom_up"),
+        (r"backbone\.bottom_up\.res6\.reduction", "backbone.reduction"),
+        (r"backbone\.repeated_bifpn", "backbone.repeated_bifpn"),
+        *DETECTRON2_BACKBONE,
+        (rf"{_ADELAIDET_HEAD}({_ADELAIDET_LAYERS})", r"head.\1"),
+    ],
     cfg={
         "INPUT.FORMAT": "BGR",
         "MODEL.FCOS.BOX_ACTIVATION": "relu",
@@ -27,13 +36,45 @@ ADELAIDET = Source(
     },
     # Its X-101-32x8d models divide by a standard deviation; the others do not.
     not_in_file=("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"),
+    # Of the levels of DLA-34 with two trees; only the trees' own projections are read.
+    unused=r"backbone\.bottom_up\.level[34]\.project\..*",
+    refused={
+        r"backbone\.bottom_up\.stage\d\.OSA": (
+            "AdelaiDet's VoVNets have an attention (eSE) in every block, and timm's in the last "
+            "block of each stage only: the checkpoint has weights that no model here has"
+        )
+    },
 )
 
 # ---- The authors' original code, tianzhi0549/FCOS, built on maskrcnn-benchmark ----
 
+_HRFPN = (
+    "Models on HRNet have its own feature pyramid (HRFPN), which joins all maps and pools them: no "
+    "model here has it"
+)
+
+
+def _mobilenet_v2_rules() -> Rules:
+    """Its MobileNetV2 is that of timm. It counts all blocks, and timm those of each stage."""
+    features, timm = r"backbone\.body\.features", "backbone.bottom_up.model"
+    rules = [(rf"{features}\.0\.0", f"{timm}.conv_stem"), (rf"{features}\.0\.1", f"{timm}.bn1")]
+    number = 1
+    for stage, blocks in enumerate((1, 2, 3, 4, 3, 3, 1)):
+        layers = {0: "conv_pw", 1: "bn1", 3: "conv_dw", 4: "bn2", 6: "conv_pwl", 7: "bn3"}
+        if stage == 0:  # the channels are not expanded before the depthwise convolution
+            layers = {0: "conv_dw", 1: "bn1", 3: "conv_pw", 4: "bn2"}
+        for block in range(blocks):
+            theirs, ours = rf"{features}\.{number}\.conv", f"{timm}.blocks.{stage}.{block}"
+            rules += [(rf"{theirs}\.{i}", f"{ours}.{layer}") for i, layer in layers.items()]
+            number += 1
+    return rules
+
 
 def _scale_norms(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
-    """Ours divide by sqrt(variance + 1e-5), its frozen ones by sqrt(variance)."""
+    """Ours divide by sqrt(variance + 1e-5), the frozen ones of its ResNets by sqrt(variance).
+
+    Those of its MobileNetV2, with other names, are PyTorch's, which add 1e-5, too.
+    """
     for name in [n for n in tensors if n.endswith(".norm.weight")]:
         weight, variance = tensors[name], tensors.get(name.replace(".weight", ".running_var"))
         if variance is not None and variance.shape == weight.shape:  # else it is reported later
@@ -46,6 +87,7 @@ ORIGINAL_FCOS = Source(
         # Its FPN numbers the stages from res2, which has no lateral: 2 is res3.
         *fpn_rules(r"backbone\.fpn\.fpn_inner{}", r"backbone\.fpn\.fpn_layer{}", first=2),
         (r"backbone\.fpn\.top_blocks", "backbone.top_block"),
+        *_mobilenet_v2_rules(),
         (r"rpn\.head\.(cls_tower|bbox_tower|cls_logits|bbox_pred|scales)", r"head.\1"),
         (r"rpn\.head\.centerness", "head.ctrness"),
     ],
@@ -63,6 +105,7 @@ ORIGINAL_FCOS = Source(
         "MODEL.RESNETS.STRIDE_IN_1X1",
     ),
     resnet=r"backbone\.body\.(stem\.)?",
+    refused={r"backbone\.fpn\.reduction_conv": _HRFPN},  # HRNet/HRNet-FCOS, a fork
     adapt=_scale_norms,
 )
 
@@ -197,6 +240,7 @@ MMDET = Source(
         "MODEL.RESNETS.STRIDE_IN_1X1",
     ),
     resnet=r"backbone\.",
+    refused={r"neck\.reduction_conv": _HRFPN},
     adapt=_add_biases,
 )
 

@@ -2,7 +2,13 @@
 
 from .assignment.candidates import Candidates, Positives, Targets
 from .assignment.location import LocationAssigner
-from .backbone import TimmBackbone, build_fcos_resnet_fpn_backbone, build_fcos_timm_fpn_backbone
+from .backbone import (
+    TimmBackbone,
+    build_fcos_resnet_bifpn_backbone,
+    build_fcos_resnet_fpn_backbone,
+    build_fcos_timm_fpn_backbone,
+)
+from .bifpn import BiFPN
 from .fcos import FCOS
 from .head import FCOSHead, HeadOutputs
 from .losses import FCOSLoss
@@ -13,6 +19,7 @@ from .test_time_augmentation import FCOSWithTTA
 
 __all__ = [
     "FCOS",
+    "BiFPN",
     "Candidates",
     "FCOSHead",
     "FCOSLoss",
@@ -25,6 +32,7 @@ __all__ = [
     "Positives",
     "Targets",
     "TimmBackbone",
+    "build_fcos_resnet_bifpn_backbone",
     "build_fcos_resnet_fpn_backbone",
     "build_fcos_timm_fpn_backbone",
 ]

@@ -1,4 +1,7 @@
-"""FPN on a ResNet or a timm model, with the extra levels of FCOS: P6 and P7, P6, or none."""
+"""FPN on a ResNet or a timm model, with the extra levels of FCOS: P6 and P7, P6, or none.
+
+Or BiFPN on a ResNet.
+"""
 
 from collections.abc import Sequence
 
@@ -13,6 +16,7 @@ from fvcore.nn.precise_bn import BN_MODULE_TYPES
 from torch import Tensor, nn
 
 from ..runtime import fold_norms
+from .bifpn import BiFPN
 from .deform_conv import use_portable_deform_convs
 from .timm_backbone import TimmBackbone
 
@@ -47,10 +51,7 @@ def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
         ValueError: if TOP_LEVELS is not 0, 1 or 2, if the backbone does not make TOP_IN_FEATURE, or
             if it makes a level that neither IN_FEATURES names nor a finer level needs.
     """
-    bottom_up = build_resnet_backbone(cfg, input_shape)
-    use_portable_deform_convs(bottom_up)
-    fold_norms(bottom_up)
-    return _build_fpn(cfg, bottom_up)
+    return _build_fpn(cfg, _build_resnet(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
@@ -65,6 +66,38 @@ def build_fcos_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
         in_channels=input_shape.channels,
     )
     return _build_fpn(cfg, bottom_up)
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_resnet_bifpn_backbone(cfg, input_shape: ShapeSpec) -> BiFPN:
+    """BiFPN on a ResNet of Detectron2's builder, with ``MODEL.FCOS.TOP_LEVELS`` extra levels.
+
+    Raises:
+        ValueError: if IN_FEATURES of FCOS leaves out a level; for other errors see :class:`BiFPN`.
+    """
+    backbone = BiFPN(
+        _build_resnet(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        num_top_levels=cfg.MODEL.FCOS.TOP_LEVELS,
+        num_repeats=cfg.MODEL.FCOS.BIFPN_REPEATS,
+        norm=cfg.MODEL.FPN.NORM,
+    )
+    levels, used = list(backbone.output_shape()), list(cfg.MODEL.FCOS.IN_FEATURES)
+    if cfg.MODEL.META_ARCHITECTURE == "FCOS" and not set(levels) <= set(used):
+        raise ValueError(
+            f"The BiFPN makes the levels {levels}, but MODEL.FCOS.IN_FEATURES {used} leaves some "
+            "out, which would not be trained: change MODEL.FPN.IN_FEATURES or "
+            "MODEL.FCOS.TOP_LEVELS, or add the levels"
+        )
+    return backbone
+
+
+def _build_resnet(cfg, input_shape: ShapeSpec) -> ResNet:
+    bottom_up = build_resnet_backbone(cfg, input_shape)
+    use_portable_deform_convs(bottom_up)
+    fold_norms(bottom_up)
+    return bottom_up
 
 
 def _build_fpn(cfg, bottom_up: Backbone) -> FPN:

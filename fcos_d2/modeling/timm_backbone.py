@@ -101,6 +101,7 @@ def _numbers_of_maps(name: str, strides: list[int]) -> list[int]:
     return [numbers[s] for s in strides]
 
 
+@torch.enable_grad()
 def _freeze_unused(model: nn.Module, name: str, in_channels: int) -> None:
     """Freeze what no map is made from: the later stages of some models.
 

@@ -14,6 +14,13 @@ from fcos_d2.modeling.backbone import check_random_start
 YAMLS = [
     "COCO-Detection/fcos_timm_mobilenetv3_FPN_1x.yaml",
     "COCO-Detection/fcos_timm_convnext_tiny_FPN_1x.yaml",
+    "COCO-Detection/fcos_timm_vovnet39_FPN_3x.yaml",
+    "COCO-Detection/fcos_timm_vovnet57_FPN_3x.yaml",
+]
+# Their pixels are those of the published models.
+PUBLISHED = [
+    "COCO-Detection/fcos_RT_DLA_34_FPN_4x.yaml",
+    "Ablations/iccv_bn_bs16_MNV2_FPN_1x.yaml",
 ]
 FEATURES = ["res3", "res4", "res5"]
 
@@ -60,7 +67,7 @@ def test_configs_have_the_pixels_of_timms_weights(name):
     assert pytest.approx([255 * x for x in weights.std]) == cfg.MODEL.PIXEL_STD
 
 
-@pytest.mark.parametrize("name", YAMLS)
+@pytest.mark.parametrize("name", YAMLS + PUBLISHED)
 def test_every_trained_parameter_gets_a_gradient(name):
     """Distributed training refuses parameters without one."""
     cfg = model_zoo.get_config(name)
@@ -81,6 +88,13 @@ def test_stages_that_nobody_reads_are_not_trained(name, frozen):
         assert parameter.requires_grad == (parameter.grad is not None), parameter_name
     unread = {n for n, p in backbone.named_parameters() if not p.requires_grad}
     assert any(n.startswith(frozen) for n in unread) if frozen else not unread
+
+
+def test_a_model_is_built_where_no_gradients_are_recorded():
+    with torch.no_grad():
+        backbone = TimmBackbone("resnet18", pretrained=False, norm="BN", out_features=["res3"])
+    trained = {n for n, p in backbone.named_parameters() if p.requires_grad}
+    assert "model.layer2.0.conv1.weight" in trained
 
 
 @pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN"])
