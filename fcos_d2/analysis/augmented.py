@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
@@ -13,11 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..checkpoint import replacing
 from ..data import TrainingLoader, class_names
-from ..inference.drawing import class_colors
+from ..inference.drawing import class_colors, draw_boxes, label_font, printable
 
 _IMAGES, _COLUMNS = 10, 5
 _CELL, _CAPTION, _GAP = 320, 20, 6  # pixels: the sides of a cell, the line below it, the margin
-_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def save_augmented(loader: TrainingLoader, cfg: CfgNode, file: str | os.PathLike) -> None:
@@ -64,7 +62,7 @@ def augmented_sheet(
     Returns:
         in RGB.
     """
-    font = ImageFont.truetype(_FONT, 12)
+    font = label_font(12)
     rows = -(-len(elements) // _COLUMNS)
     width, height = _CELL + _GAP, _CELL + _CAPTION + _GAP
     sheet = Image.new("RGB", (_COLUMNS * width + _GAP, rows * height + _GAP), "white")
@@ -74,7 +72,7 @@ def augmented_sheet(
         sheet.paste(_cell(element, image_format, names, font), (x, y))
         of_image = element["image"].shape
         size = f"{of_image[2]} x {of_image[1]}"
-        name = _printable(os.path.basename(element.get("file_name", "")))
+        name = printable(os.path.basename(element.get("file_name", "")))
         while font.getlength(f"{name}  {size}") > _CELL:
             name = f"…{name.removeprefix('…')[1:]}"  # the end of a name tells more than the start
         draw.text((x, y + _CELL + 2), f"{name}  {size}", "black", font)
@@ -92,21 +90,10 @@ def _cell(
     cell.paste(image)
     if "instances" not in element:
         return cell
-    draw, instances = ImageDraw.Draw(cell), element["instances"]
+    instances = element["instances"]
     classes = instances.gt_classes.tolist()
     colors = class_colors(max(len(names), *classes, 0) + 1)
+    labels = [names[number] if number < len(names) else str(number) for number in classes]
     boxes = (instances.gt_boxes.tensor * scale).tolist()
-    for box, number in zip(boxes, classes, strict=True):
-        draw.rectangle(box, outline=colors[number], width=2)
-    for (x0, y0, _, _), number in zip(boxes, classes, strict=True):  # over all boxes
-        name = _printable(names[number] if number < len(names) else str(number))
-        _, _, right, bottom = font.getbbox(name)
-        x0, y0 = min(x0, _CELL - right - 2), max(0, y0 - bottom - 1)
-        draw.rectangle((x0, y0, x0 + right + 2, y0 + bottom + 1), fill=colors[number])
-        draw.text((x0 + 1, y0), name, "black", font)
+    draw_boxes(cell, boxes, labels, [colors[number] for number in classes], font)
     return cell
-
-
-def _printable(text: str) -> str:
-    """A name of a file or class as valid Unicode in one line."""
-    return " ".join(text.encode(errors="replace").decode().split())
