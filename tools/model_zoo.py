@@ -8,7 +8,6 @@ python tools/model_zoo.py --costs    (print the costs of configs that the table 
 import argparse
 from pathlib import Path
 
-from fcos_d2 import model_zoo
 from fcos_d2.analysis.model import analyze_model
 from fcos_d2.zoo import DEFAULT, PUBLISHED, Published
 
@@ -77,8 +76,8 @@ def main() -> None:
     parser.add_argument("--costs", action="store_true", help="count what the table lacks")
     args = parser.parse_args()
     if args.costs:
-        for config in dict.fromkeys(x.config for x in PUBLISHED.values() if not x.costs):
-            found = analyze_model(model_zoo.get_config(config), 800, 1280)
+        for config, row in {x.config: x for x in PUBLISHED.values() if not x.costs}.items():
+            found = analyze_model(row.cfg(), 800, 1280)
             costs = [round(found.parameters / 1e6, 1), round(found.multiply_adds / 1e9, 1)]
             print(f'  "{config}": {costs}', flush=True)
     else:

@@ -165,7 +165,7 @@ def test_numbers_of_classes_are_those_of_the_data_set(weights, images, tmp_path,
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--input", "x.png"], "Name a model: --weights, --config-file, or both"),
+        (["--input", "x.png"], r"There is no image at --input 'x\.png'"),
         (["--input", "none/*.png", "--weights", "W"], "There is no image at --input 'none"),
         (["--input", "I", "--weights", "missing.pth"], r"There is no file missing\.pth"),
         (["--input", "film.mp4", "--weights", "W"], "There is no image at --input 'film.mp4'"),
