@@ -18,7 +18,7 @@ from detectron2.modeling import build_model
 from ..checkpoint import AtomicCheckpointer
 from ..command_line import config_parser, exit_on_error
 from ..config import load_cfg
-from ..data import class_names
+from ..data import category_ids, class_names
 from ..modeling import FCOS
 from ..zoo import check_fits
 from .onnx import LIMIT, ExportError, check_model, to_onnx
@@ -45,8 +45,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def load_model(cfg: CfgNode) -> tuple[FCOS, list[str] | None]:
-    """The detector of a config on CPU, and the names of its classes from weights or data set.
+def load_model(cfg: CfgNode) -> tuple[FCOS, list[str] | None, list[int] | None]:
+    """The detector of a config on CPU, names and category ids of its classes from weights or data.
 
     Raises:
         ValueError: for another detector than FCOS, for weights that do not fill the model, and for
@@ -69,7 +69,10 @@ def load_model(cfg: CfgNode) -> tuple[FCOS, list[str] | None]:
             f"would go into the file: {names}. Set DATASETS.TRAIN and DATASETS.TEST to the data "
             'sets of the model, or to "()" for a file without names'
         )
-    return model, names
+    ids = checkpointer.category_ids
+    if ids is None and names == class_names(cfg):
+        ids = category_ids(cfg)
+    return model, names, ids
 
 
 def _names_of_data(cfg: CfgNode) -> list[str] | None:
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Detectron2 refuses weights that do not exist by AssertionError.
     with exit_on_error(AssertionError, ExportError, ImportError):
         cfg = load_cfg(args.config_file, args.opts)
-        model, names = load_model(cfg)
+        model, names, ids = load_model(cfg)
         difference = to_onnx(
             model,
             args.output,
@@ -94,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             input_type=args.input_type,
             opset=args.opset,
             class_names=names,
+            category_ids=ids,
             min_size=cfg.INPUT.MIN_SIZE_TEST,
             max_size=cfg.INPUT.MAX_SIZE_TEST,
         )

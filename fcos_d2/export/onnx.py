@@ -37,6 +37,7 @@ def to_onnx(
     input_type: str = "float32",
     opset: int | None = None,
     class_names: Sequence[str] | None = None,
+    category_ids: Sequence[int] | None = None,
     min_size: int = 800,
     max_size: int = 1333,
 ) -> float:
@@ -61,6 +62,7 @@ def to_onnx(
         input_type: of the pixels, "float32" or "uint8".
         opset: of ONNX, 18 or higher; with deformable convolutions 19 or higher. None for that.
         class_names: of each class, for the metadata.
+        category_ids: of each class in its data set, for the metadata; None for 1, 2, ...
         min_size, max_size: for the metadata: ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``, to
             which :class:`OnnxPredictor` resizes images.
 
@@ -81,6 +83,11 @@ def to_onnx(
         raise ValueError(
             f"{len(class_names)} class names, but the model has {model.num_classes} classes"
         )
+    category_ids = list(category_ids or range(1, model.num_classes + 1))
+    if len(category_ids) != model.num_classes:
+        raise ValueError(
+            f"{len(category_ids)} category ids, but the model has {model.num_classes} classes"
+        )
     opset = _check_opset(model, opset)
     _check_packages()
     file = os.path.abspath(file)
@@ -94,6 +101,7 @@ def to_onnx(
         "outputs": "raw" if raw else "detections",
         "input_type": input_type,
         "class_names": None if class_names is None else list(class_names),
+        "category_ids": category_ids,
         "min_size": min_size,
         "max_size": max_size,
     }

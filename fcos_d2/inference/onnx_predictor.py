@@ -69,6 +69,7 @@ class OnnxPredictor(ImagePredictor):
 
     Attributes:
         class_names: of each class, or None if the file has none.
+        category_ids: of each class in the data set, such as COCO's 1 to 90; if it has none, from 1.
         settings: the metadata of the file.
     """
 
@@ -109,6 +110,7 @@ class OnnxPredictor(ImagePredictor):
         if self.settings["outputs"] != "detections":
             raise ValueError(f"{file} gives the maps of the head: export it without --raw")
         self.class_names = self.settings["class_names"]
+        self.category_ids = self.settings.get("category_ids")  # files of earlier versions have none
 
     def stream(self, images: Iterable) -> Iterator[dict]:
         batch = []

@@ -13,6 +13,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -23,63 +24,84 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.catalog import Metadata
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from ..checkpoint import read_checkpoint, replacing
+from ..checkpoint import read_checkpoint
 from ..command_line import config_parser
 from ..config import load_cfg
 from ..data.image_files import IMAGE_SUFFIXES, images_in, read_image
 from ..zoo import DEFAULT, PUBLISHED, find
 from .drawing import draw_instances
 from .predictor import Predictor
+from .results import ResultFile, common_folder, ids_of_annotations
 
 _VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_intermixed_args(argv)
+    _take_keys_from_input(args)
     try:
         cfg = _config(args)
-        source = _source(args.input)
+        source, skipped = _source(args.input)
+        if isinstance(source, list) and args.annotations:
+            ids = ids_of_annotations(args.annotations, source)
+        elif args.annotations:
+            raise ValueError("--annotations is for images, not for a video")
+        else:
+            ids = None
         # The frames of a camera do not wait for others.
         batch_size = 1 if isinstance(source, int) else args.batch_size
         predictor = Predictor(cfg, batch_size=batch_size)
         threshold = _threshold(args.threshold, predictor.metadata.get("thing_classes", None))
         output = Path(args.output)
         output.mkdir(parents=True, exist_ok=True)
-        read: list[str] = []
-        failed: list[str] = []
+        results = ResultFile(output, predictor.metadata, args.resume) if args.json else None
+        done = results.done if results else set()
         if isinstance(source, list):
+            files = [file for file in source if file not in done]
+            read: list[str] = []
+            failed: list[str] = []
             writer = _ImageWriter(output, source)
-            detected = predictor.pairs(_readable(source, read, failed), "BGR")
+            detected = predictor.pairs(_readable(files, read, failed), "BGR")
         else:
+            read, failed, files = [], [], None
             writer = _VideoWriter(output, source)
             detected = predictor.video(source)
     except (ValueError, OSError) as error:
         raise SystemExit(f"Nothing was detected. {error}") from error
+    if skipped:
+        print(f"Skipped {len(skipped)} file(s), whose names do not end as images do:", *skipped[:5])
+    if done:
+        print(f"{len(done)} images were done before")
 
-    coco_results, count, begin = [], 0, time.perf_counter()
+    count, begin = 0, time.perf_counter()
+    total = writer.total if files is None else len(files)
     try:
-        for image, outputs in tqdm(detected, total=writer.total, unit=" images"):
+        for image, outputs in tqdm(detected, total=total, unit=" images"):
             name = read[count] if read else count
             count += 1
             instances = outputs["instances"].to("cpu")
-            writer.write(name, draw_instances(image, instances, predictor.metadata, threshold))
-            if args.json:
-                coco_results += _as_coco_results(name, instances, predictor.metadata)
+            if args.pictures:
+                picture = draw_instances(image, instances, predictor.metadata, threshold)
+                writer.write(name, picture)
+            if results:
+                results.write(name, instances)
+        if results:
+            results.merge(ids)
     except KeyboardInterrupt:
         print("Stopped; what was detected so far is kept.")
+        if results and files is None:  # Ctrl-C is how a camera ends
+            results.merge()
+        elif results:
+            print(f"It is in {results.lines}; --resume goes on.")
     finally:
         writer.close()
-        if args.json:
-            with replacing(str(output / "results.json"), "w") as file:
-                json.dump(coco_results, file)
+        if results:
+            results.close()
     seconds = time.perf_counter() - begin
-    print(f"{count} images in {seconds:.1f} s, {count / seconds:.1f} a second, drawn in {output}.")
+    print(f"{count} images in {seconds:.1f} s, {count / seconds:.1f} a second, to {output}.")
     if failed:
         print(f"{len(failed)} file(s) could not be read:", *failed, sep="\n  ")
         sys.exit(1)
@@ -97,21 +119,46 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", help="MODEL.WEIGHTS; no --config-file is needed if they carry theirs"
     )
     parser.add_argument(
-        "--input", required=True, help="an image, folder, pattern, video, or a camera's number"
+        "--input",
+        required=True,
+        nargs="+",
+        help="images, folders, patterns; or a video, or a camera's number",
     )
     parser.add_argument("--output", required=True, help="the folder for what is drawn")
     parser.add_argument(
-        "--json", action="store_true", help="also write results.json in COCO's result format"
+        "--json",
+        action="store_true",
+        help="also write results.json, a COCO data set of the images, with all detections as "
+        "annotations that have a score",
     )
+    parser.add_argument(
+        "--annotations",
+        metavar="FILE",
+        help="a COCO file that has the images: results.json then has its image ids, as a list of "
+        "results for COCO's evaluation",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="with --json: go on where an earlier run has ended"
+    )
+    parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw nothing")
     parser.add_argument(
         "--threshold",
         default="0.4",
         metavar="SCORE_OR_FILE",
-        help="the least score that is drawn (0.4), or a report's thresholds.json",
+        help="the least score that is drawn (0.4), or a report's thresholds.json. results.json has "
+        "all that the detector gives, from MODEL.FCOS.SCORE_THRESH_TEST on",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="images that run together (8)")
     parser.add_argument("--device", help='for example "cuda:1" or "cpu"; a GPU if there is one')
     return parser
+
+
+def _take_keys_from_input(args: argparse.Namespace) -> None:
+    """Give changes of the config that follow --input, which takes all that comes, to the others."""
+    for i, word in enumerate(args.input):
+        if re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+", word) and not os.path.exists(word):
+            args.input, args.opts = args.input[:i], [*args.opts, *args.input[i:]]
+            return
 
 
 def _config(args: argparse.Namespace) -> CfgNode:
@@ -149,12 +196,15 @@ def _threshold(text: str, class_names: Sequence[str] | None) -> float | list[flo
     """A score, or one for each class from a report's file.
 
     Raises:
-        ValueError: for neither a number nor a file, and for a file that lacks a class.
+        ValueError: for neither a score from 0 to 1 nor a file, and for a file that lacks a class.
     """
     with contextlib.suppress(ValueError):
-        return float(text)
+        score = float(text)
+        if 0 <= score <= 1:
+            return score
+        text = f"{text}, which is not from 0 to 1"
     if not os.path.isfile(text):
-        raise ValueError(f"--threshold {text!r} is neither a number nor a file")
+        raise ValueError(f"--threshold {text} is neither a score nor a file")
     try:
         of_classes = json.loads(Path(text).read_text())["classes"]
         return [float(of_classes[name]) for name in class_names]
@@ -165,28 +215,44 @@ def _threshold(text: str, class_names: Sequence[str] | None) -> float | list[flo
         ) from error
 
 
-def _source(name: str) -> list[str] | str | int:
-    """Image files, a video, or the number of a camera.
+def _source(names: Sequence[str]) -> tuple[list[str] | str | int, list[str]]:
+    """Image files, a video, or the number of a camera; and the files of folders that are skipped.
 
     Raises:
-        ValueError: if there is nothing of this name.
+        ValueError: if there is nothing of a name, and for a video beside others.
     """
-    if os.path.isdir(name):
-        files = images_in(name)
-    elif os.path.isfile(name):
-        return name if name.lower().endswith(_VIDEO_SUFFIXES) else [name]
-    elif name.isdecimal():
+    if len(names) == 1 and (video := _video(names[0])) is not None:
+        return video, []
+    files, skipped = [], []
+    for name in names:
+        found = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+        if os.path.isdir(name):
+            found = images_in(name)
+            others = (os.path.join(name, x) for x in sorted(os.listdir(name)) if x[0] != ".")
+            skipped += [x for x in others if os.path.isfile(x) and x not in set(found)]
+        elif os.path.isfile(name):  # also one whose name is a pattern
+            found = [name]
+        if not found:
+            raise ValueError(
+                f"There is no image at --input {name!r}. It takes files, folders with files that "
+                f"end with {', '.join(IMAGE_SUFFIXES)}, patterns, a video or a camera's number"
+            )
+        if video := next(filter(_is_video, found), None):
+            raise ValueError(f"--input takes one video alone, got {video} and others")
+        files += found
+    return list(dict.fromkeys(files)), skipped
+
+
+def _video(name: str) -> str | int | None:
+    if os.path.isfile(name):
+        return name if _is_video(name) else None
+    if name.isdecimal() and not os.path.isdir(name):
         return int(name)
-    elif "://" in name:  # a stream
-        return name
-    else:
-        files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-    if not files:
-        raise ValueError(
-            f"There is no image at --input {name!r}. It takes a file, a folder with files that end "
-            f"with {', '.join(IMAGE_SUFFIXES)}, a pattern in quotes, a video or a camera's number"
-        )
-    return files
+    return name if "://" in name else None  # a stream
+
+
+def _is_video(name: str) -> bool:
+    return name.lower().endswith(_VIDEO_SUFFIXES)
 
 
 def _readable(files: Sequence[str], read: list[str], failed: list[str]) -> Iterator[np.ndarray]:
@@ -206,7 +272,7 @@ class _ImageWriter:
 
     def __init__(self, output: Path, files: Sequence[str]):
         self.output, self.total = output, len(files)
-        self.root = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files])
+        self.root = common_folder(files)
 
     def write(self, file: str, picture: np.ndarray) -> None:
         target = self.output / os.path.relpath(os.path.abspath(file), self.root)
@@ -245,22 +311,3 @@ class _VideoWriter:
 
     def close(self) -> None:
         self.writer.release()
-
-
-def _as_coco_results(name: str | int, instances: Instances, metadata: Metadata) -> list[dict]:
-    """Detections in COCO's result format.
-
-    ``image_id`` is the frame's number, or that in the file's name, as in COCO's, or else the file.
-    ``category_id`` is the data set's if it is known, and else counts from 0.
-    """
-    numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
-    category_ids = {number: category_id for category_id, number in numbers.items()}
-    names = metadata.get("thing_classes", None)
-    stem = Path(str(name)).stem
-    results = instances_to_coco_json(instances, int(stem) if stem.isdecimal() else name)
-    for result in results:
-        number = result["category_id"]
-        result["category_id"] = category_ids.get(number, number)
-        if names:
-            result["category_name"] = names[number]
-    return results

@@ -89,11 +89,14 @@ def test_class_names_of_another_number(export, weights, datasets_folder):
 def test_class_names(weights, datasets_folder, shapes_folder, monkeypatch):
     cfg = load_cfg(TINY)
     cfg.MODEL.WEIGHTS = weights()
-    assert load_model(cfg)[1] is None  # without the data
+    assert load_model(cfg)[1:] == (None, None)  # without the data
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_folder))
     register_custom_datasets(cfg)
     assert load_model(cfg)[1] == ["disc", "square", "triangle"]
     cfg.DATASETS.TEST = cfg.DATASETS.TRAIN = ()
     assert load_model(cfg)[1] is None
     cfg.MODEL.WEIGHTS = weights(["a", "b", "c"])
-    assert load_model(cfg)[1] == ["a", "b", "c"]
+    assert load_model(cfg)[1:] == (["a", "b", "c"], None)
+    data = torch.load(cfg.MODEL.WEIGHTS)
+    torch.save(data | {"category_ids": [2, 7, 8]}, cfg.MODEL.WEIGHTS)
+    assert load_model(cfg)[1:] == (["a", "b", "c"], [2, 7, 8])

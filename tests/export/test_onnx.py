@@ -127,7 +127,8 @@ def test_inputs_outputs_and_metadata(command, batch_norm):
     assert values == {
         "fcos_d2_version": fcos_d2.__version__, "outputs": "detections", "input_type": "float32",
         "channel_order": "BGR", "min_size": 128, "max_size": 1333, "num_classes": 3,
-        "class_names": ["red", "green", "blue"], "levels": ["p3", "p4", "p5", "p6", "p7"],
+        "class_names": ["red", "green", "blue"], "category_ids": [1, 2, 3],
+        "levels": ["p3", "p4", "p5", "p6", "p7"],
         "strides": [8, 16, 32, 64, 128], "location_offset": 0.5, "quality": "centerness",
         "score_fusion": "sqrt", "score_thresh": 0.05, "score_thresh_on": "class",
         "topk_candidates": 1000, "nms_thresh": 0.6, "clip_boxes": "before_nms",
@@ -219,6 +220,8 @@ def test_what_cannot_be_exported_is_refused(quick, tmp_path, monkeypatch):
         to_onnx(quick, file, opset=17)
     with pytest.raises(ValueError, match="2 class names, but the model has 3 classes"):
         to_onnx(quick, file, class_names=["a", "b"])
+    with pytest.raises(ValueError, match="4 category ids, but the model has"):
+        to_onnx(quick, file, category_ids=[1, 2, 3, 4])
     deformable = build_model(tiny_cfg(USE_DEFORMABLE=True))
     with pytest.raises(ValueError, match="19 or higher with deformable convolutions, got 18"):
         to_onnx(deformable, file, opset=18)

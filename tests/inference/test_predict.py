@@ -64,13 +64,8 @@ def test_a_folder_with_an_unreadable_file_as_a_user_runs_it(weights, images, tmp
         assert drawn.shape == original.shape
         assert (drawn != original).any()
 
-    # The results are those of Predictor, in the format that COCO's tools read.
-    results = json.loads((output / "results.json").read_text())
-    coco = COCO()
-    coco.dataset = {"images": [{"id": i} for i in (1, 2, 3)],
-                    "categories": [{"id": i} for i in range(3)], "annotations": []}  # fmt: skip
-    coco.createIndex()
-    loaded = coco.loadRes(str(output / "results.json"))
+    # The results are those of Predictor, in a data set that COCO's tools read.
+    loaded = COCO(str(output / "results.json"))
     cfg = load_cfg_of(weights, tmp_path)
     for i in (1, 2, 3):
         expected = Predictor(cfg)(str(images / f"{i:04d}.png"))["instances"]
@@ -80,7 +75,11 @@ def test_a_folder_with_an_unreadable_file_as_a_user_runs_it(weights, images, tmp
         corners = expected.pred_boxes.tensor[0].tolist()
         assert [x, y, x + w, y + h] == pytest.approx(corners, abs=1e-3)
         assert found[0]["score"] == pytest.approx(expected.scores[0].item(), abs=1e-5)
-    assert {r["category_name"] for r in results} <= set(CLASSES)
+    assert [c["name"] for c in loaded.loadCats(loaded.getCatIds())] == CLASSES
+    assert loaded.getCatIds() == [1, 2, 3]  # the weights say no ids
+    assert [x["file_name"] for x in loaded.loadImgs([1, 2, 3])] == names[:3]
+    shape = cv2.imread(str(images / names[0])).shape
+    assert (loaded.imgs[1]["height"], loaded.imgs[1]["width"]) == shape[:2]
 
 
 def load_cfg_of(weights, tmp_path):
@@ -115,8 +114,9 @@ def test_a_threshold_for_each_class(weights, images, tmp_path, monkeypatch):
     file.write_text(json.dumps({"classes": {"disc": 0.1}}))
     with pytest.raises(SystemExit, match=r"has no scores of the classes .*'square'"):
         predict.main([*args, "--threshold", str(file)])
-    with pytest.raises(SystemExit, match=r"Nothing was detected.*'0,4' is neither a number nor a"):
-        predict.main([*args, "--threshold", "0,4"])
+    for bad in ("0,4", "1.5", "nan", "-1"):
+        with pytest.raises(SystemExit, match=rf"Nothing was detected.* {bad}\b.* neither a score"):
+            predict.main([*args, f"--threshold={bad}"])
 
 
 def test_instances_are_drawn_from_the_threshold_of_their_class():
@@ -145,7 +145,10 @@ def test_a_video(weights, shapes_folder, tmp_path):
     assert drawn.get(cv2.CAP_PROP_FPS) == 5
     assert drawn.read()[1].shape == (128, 160, 3)
     results = json.loads((output / "results.json").read_text())
-    assert {r["image_id"] for r in results} == {0, 1, 2, 3}
+    assert [(x["id"], x["file_name"]) for x in results["images"]] == [
+        (i, f"frame {i}") for i in range(4)
+    ]
+    assert {r["image_id"] for r in results["annotations"]} == {0, 1, 2, 3}
 
 
 def test_numbers_of_classes_are_those_of_the_data_set(weights, images, tmp_path, monkeypatch):
@@ -157,9 +160,10 @@ def test_numbers_of_classes_are_those_of_the_data_set(weights, images, tmp_path,
     predict.main(["--weights", weights, "--input", str(images), "--json",
                   "--output", str(tmp_path / "out")])  # fmt: skip
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {(r["category_id"], r["category_name"]) for r in results} <= {
-        (7, "disc"), (8, "square"), (9, "triangle")
-    }  # fmt: skip
+    assert results["categories"] == [
+        {"id": 7, "name": "disc"}, {"id": 8, "name": "square"}, {"id": 9, "name": "triangle"}
+    ]  # fmt: skip
+    assert {r["category_id"] for r in results["annotations"]} <= {7, 8, 9}
 
 
 @pytest.mark.parametrize(
