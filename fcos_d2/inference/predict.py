@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ from ..checkpoint import read_checkpoint
 from ..command_line import config_parser
 from ..config import load_cfg
 from ..data.image_files import IMAGE_SUFFIXES, images_in, read_image
+from ..engine import launch, leave_group
 from ..zoo import DEFAULT, PUBLISHED, find
 from .drawing import draw_instances
 from .predictor import Predictor
@@ -42,6 +44,12 @@ _VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mp
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_intermixed_args(argv)
     _take_keys_from_input(args)
+    launch(run, args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """What each process does: it detects in every N-th image, if there are N processes."""
+    rank, world = comm.get_rank(), comm.get_world_size()
     try:
         cfg = _config(args)
         source, skipped = _source(args.input)
@@ -51,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError("--annotations is for images, not for a video")
         else:
             ids = None
+        if world > 1 and not isinstance(source, list):
+            raise ValueError("A video is for one process: its frames come one after the other")
         # The frames of a camera do not wait for others.
         batch_size = 1 if isinstance(source, int) else args.batch_size
         predictor = Predictor(cfg, batch_size=batch_size)
@@ -60,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = ResultFile(output, predictor.metadata, args.resume) if args.json else None
         done = results.done if results else set()
         if isinstance(source, list):
-            files = [file for file in source if file not in done]
+            files = [file for file in source if file not in done][rank::world]
             read: list[str] = []
             failed: list[str] = []
             writer = _ImageWriter(output, source)
@@ -71,15 +81,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             detected = predictor.video(source)
     except (ValueError, OSError) as error:
         raise SystemExit(f"Nothing was detected. {error}") from error
-    if skipped:
+    if skipped and rank == 0:
         print(f"Skipped {len(skipped)} file(s), whose names do not end as images do:", *skipped[:5])
-    if done:
+    if done and rank == 0:
         print(f"{len(done)} images were done before")
 
     count, begin = 0, time.perf_counter()
     total = writer.total if files is None else len(files)
     try:
-        for image, outputs in tqdm(detected, total=total, unit=" images"):
+        for image, outputs in tqdm(detected, total=total, unit=" images", disable=rank > 0):
             name = read[count] if read else count
             count += 1
             instances = outputs["instances"].to("cpu")
@@ -88,23 +98,30 @@ def main(argv: Sequence[str] | None = None) -> None:
                 writer.write(name, picture)
             if results:
                 results.write(name, instances)
-        if results:
-            results.merge(ids)
+        comm.synchronize()
+        if results and rank == 0:
+            results.merge(ids, source if files is not None else ())
     except KeyboardInterrupt:
         print("Stopped; what was detected so far is kept.")
         if results and files is None:  # Ctrl-C is how a camera ends
             results.merge()
         elif results:
             print(f"It is in {results.lines}; --resume goes on.")
+        if world > 1:  # the others would wait for this one
+            raise
     finally:
         writer.close()
         if results:
             results.close()
     seconds = time.perf_counter() - begin
-    print(f"{count} images in {seconds:.1f} s, {count / seconds:.1f} a second, to {output}.")
-    if failed:
-        print(f"{len(failed)} file(s) could not be read:", *failed, sep="\n  ")
-        sys.exit(1)
+    counts = comm.gather((count, failed))
+    if rank == 0:
+        count, failed = sum(n for n, _ in counts), [x for _, names in counts for x in names]
+        print(f"{count} images in {seconds:.1f} s, {count / seconds:.1f} a second, to {output}.")
+        if failed:
+            print(f"{len(failed)} file(s) could not be read:", *failed, sep="\n  ")
+            leave_group()
+            sys.exit(1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,6 +165,14 @@ def _parser() -> argparse.ArgumentParser:
         help="the least score that is drawn (0.4), or a report's thresholds.json. results.json has "
         "all that the detector gives, from MODEL.FCOS.SCORE_THRESH_TEST on",
     )
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the images, also on CPU (1); torchrun and srun start their own",
+    )
+    parser.set_defaults(num_machines=1, machine_rank=0, dist_url="auto", timeout=30)
     parser.add_argument("--batch-size", type=int, default=8, help="images that run together (8)")
     parser.add_argument("--device", help='for example "cuda:1" or "cpu"; a GPU if there is one')
     return parser

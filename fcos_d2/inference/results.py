@@ -3,20 +3,25 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TextIO
 
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
+from detectron2.utils import comm
 
 from ..checkpoint import replacing
 
+_Place = tuple[str | int, Path, int]  # an image, and the file and the byte where its line starts
+
 
 class ResultFile:
-    """``results.jsonl``, a line for each image, which :meth:`merge` makes one COCO file of.
+    """A line of ``results.0.jsonl`` for each image; :meth:`merge` makes one COCO file of them.
 
-    A line is there as soon as it is written, also after a kill.
+    Each of several processes has a file. A line is there as soon as it is written, also after a
+    kill.
     """
 
     def __init__(self, folder: Path, metadata: Metadata, goes_on: bool):
@@ -31,22 +36,23 @@ class ResultFile:
             ValueError: for the lines of an earlier run if ``goes_on`` is not set, and for another
                 file of this name.
         """
-        self.folder, self.lines = folder, folder / "results.jsonl"
+        self.folder, self.lines = folder, folder / f"results.{comm.get_rank()}.jsonl"
         numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
         names = metadata.get("thing_classes", ())
         self._category_ids = {number: category for category, number in numbers.items()}
         self.categories = [
             {"id": self._category_id(i), "name": name} for i, name in enumerate(names)
         ]
-        self.done: set[str | int] = set()
+        earlier = self._files()
+        if earlier and not goes_on:
+            raise ValueError(
+                f"{earlier[0]} is of a prediction that was not finished: add --resume to go on "
+                "with it, or remove it"
+            )
+        self.done = {image["name"] for *_, image in self._images()}
+        comm.synchronize()  # all have seen the lines of the earlier run
         if self.lines.is_file():
-            if not goes_on:
-                raise ValueError(
-                    f"{self.lines} is of a prediction that was not finished: add --resume to go on "
-                    "with it, or remove it"
-                )
             self._drop_incomplete_line()
-            self.done = {image["name"] for image in self._images()}
         self._file: TextIO = self.lines.open("a", buffering=1)
 
     def write(self, name: str | int, instances: Instances) -> None:
@@ -65,23 +71,27 @@ class ResultFile:
             line["segmentations"] = [x["segmentation"] for x in found]
         self._file.write(json.dumps(line) + "\n")
 
-    def merge(self, ids: dict[str, int] | None = None) -> Path:
-        """Write ``results.json`` and remove the lines; returns its path.
+    def merge(self, ids: dict[str, int] | None = None, order: Sequence[str] = ()) -> Path:
+        """Write ``results.json`` of the lines of all processes, and remove them; returns its path.
 
         Args:
             ids: of the images in a data set of one's own: then the file is a list of results, as
                 COCO's evaluation reads it. Without them it is a whole data set: images, with paths
                 below the folder that has them all, categories, and annotations with a ``score``.
+            order: of the images.
         """
         self._file.close()
-        target = self.folder / "results.json"
+        target, places = self.folder / "results.json", {name: i for i, name in enumerate(order)}
+        found = [(image["name"], file, start) for file, start, image in self._images()]
+        found.sort(key=lambda x: places.get(x[0], 0))  # a frame of a video has its place
         with replacing(str(target), "w") as file:
             if ids is None:
-                self._write_data_set(file)
+                self._write_data_set(file, found)
             else:
-                results = (r for image in self._images() for r in _results(image, ids))
+                results = (r for image in _read(found) for r in _results(image, ids))
                 _write_list(file, results)
-        self.lines.unlink()
+        for file in self._files():
+            file.unlink()
         return target
 
     def close(self) -> None:
@@ -90,21 +100,21 @@ class ResultFile:
     def _category_id(self, number: int) -> int:
         return self._category_ids.get(number, number + 1)
 
-    def _write_data_set(self, file: TextIO) -> None:
-        names = [image["name"] for image in self._images()]
+    def _write_data_set(self, file: TextIO, found: Sequence[_Place]) -> None:
+        names = [name for name, *_ in found]
         ids, files = image_ids(names), dict.fromkeys(names, "")
         if names and isinstance(names[0], str):
             root = common_folder(names)
             files = {name: os.path.relpath(os.path.abspath(name), root) for name in names}
 
         def images() -> Iterator[dict]:
-            for image in self._images():
+            for image in _read(found):
                 name, size = image["name"], {key: image[key] for key in ("width", "height")}
                 yield {"id": ids[name], "file_name": files[name] or f"frame {name}"} | size
 
         def annotations() -> Iterator[dict]:
             number = 0
-            for image in self._images():
+            for image in _read(found):
                 for result in _results(image, ids):
                     number += 1
                     _, _, width, height = result["bbox"]
@@ -116,18 +126,40 @@ class ResultFile:
         _write_list(file, annotations())
         file.write("}")
 
-    def _images(self) -> Iterator[dict]:
-        with self.lines.open() as lines:
-            for line in lines:
-                image = json.loads(line)
-                if not isinstance(image, dict) or "name" not in image:
-                    raise ValueError(f"{self.lines} is not of an earlier prediction: remove it")
-                yield image
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("results.*.jsonl"))
+
+    def _images(self) -> Iterator[tuple[Path, int, dict]]:
+        """The complete lines of all processes: the file, where in it, and what it says."""
+        for file in self._files():
+            start = 0
+            with file.open("rb") as lines:
+                for line in lines:
+                    if line.endswith(b"\n"):  # else a kill has cut it
+                        yield file, start, _parsed(file, line)
+                    start += len(line)
 
     def _drop_incomplete_line(self) -> None:
         with self.lines.open("rb+") as file:
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
+
+
+def _parsed(file: Path, line: bytes) -> dict:
+    with suppress(ValueError):
+        image = json.loads(line)
+        if isinstance(image, dict) and "name" in image:
+            return image
+    raise ValueError(f"{file} is not of an earlier prediction: remove it")
+
+
+def _read(places: Sequence[_Place]) -> Iterator[dict]:
+    """What the lines say, one after the other."""
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(file.open("rb")) for file in {f for _, f, _ in places}}
+        for _, file, start in places:
+            files[file].seek(start)
+            yield _parsed(file, files[file].readline())
 
 
 def common_folder(files: Sequence[str]) -> str:
