@@ -44,6 +44,10 @@ _VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mp
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_intermixed_args(argv)
     _take_keys_from_input(args)
+    try:
+        args.source, args.skipped = _source(args.input)
+    except ValueError as error:
+        raise SystemExit(f"Nothing was detected. {error}") from error
     launch(run, args)
 
 
@@ -51,8 +55,7 @@ def run(args: argparse.Namespace) -> None:
     """What each process does: it detects in every N-th image, if there are N processes."""
     rank, world = comm.get_rank(), comm.get_world_size()
     try:
-        cfg = _config(args)
-        source, skipped = _source(args.input)
+        cfg, source = _config(args), args.source
         if isinstance(source, list) and args.annotations:
             ids = ids_of_annotations(args.annotations, source)
         elif args.annotations:
@@ -81,8 +84,9 @@ def run(args: argparse.Namespace) -> None:
             detected = predictor.video(source)
     except (ValueError, OSError) as error:
         raise SystemExit(f"Nothing was detected. {error}") from error
-    if skipped and rank == 0:
-        print(f"Skipped {len(skipped)} file(s), whose names do not end as images do:", *skipped[:5])
+    if args.skipped and rank == 0:
+        skipped = f"Skipped {len(args.skipped)} file(s), whose names do not end as images do:"
+        print(skipped, *args.skipped[:5])
     if done and rank == 0:
         print(f"{len(done)} images were done before")
 
