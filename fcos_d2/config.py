@@ -216,6 +216,11 @@ def _fcos_defaults() -> CN:
     fcos.QUALITY_ON = "box"
 
     # ---- Target assignment ----
+    # Which locations learn a box: "location", those in a window around its centre on the levels of
+    # its size (1904.01355, section 3.2; 2006.09214), or "atss", the nearest ones whose IoU with the
+    # box is high for this box (1912.02424). The latter reads neither
+    # REGRESSION_RANGES nor CENTER_SAMPLING_RADIUS.
+    fcos.ASSIGNMENT = "location"
     # Per level of IN_FEATURES: lower <= max(left, top, right, bottom) <= upper, in pixels
     # (1904.01355, section 3.2). `.inf` in a YAML means no upper bound.
     fcos.REGRESSION_RANGES = [[0, 64], [64, 128], [128, 256], [256, 512], [512, float("inf")]]

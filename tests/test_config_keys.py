@@ -40,6 +40,7 @@ KEYS = {
     "LOCATION_OFFSET": (0.0, {}, lambda m: m.levels.offset == 0),
     "SCORE_THRESH_ON": ("score", {}, lambda m: m.post_processor.score_thresh_on == "score"),
     "QUALITY_ON": ("cls", {}, lambda m: m.head.quality_on == "cls"),
+    "ASSIGNMENT": ("atss", {}, lambda m: type(m.assigner).__name__ == "ATSSAssigner"),
     "REGRESSION_RANGES": (
         [[0, 9]] * 5, {}, lambda m: m.assigner.regression_ranges == [(0.0, 9.0)] * 5,
     ),

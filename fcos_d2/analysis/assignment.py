@@ -218,13 +218,10 @@ def check_is_fcos(cfg: CfgNode) -> None:
 
 
 def _settings(cfg: CfgNode, detector: FCOS) -> dict:
-    """What the numbers depend on, with None for an infinite range: JSON has no infinity."""
+    """What the numbers depend on."""
     return {
-        "regression_ranges": [
-            [low, None if high == float("inf") else high]
-            for low, high in detector.assigner.regression_ranges
-        ],
-        "center_sampling_radius": detector.assigner.radius,
+        "assignment": cfg.MODEL.FCOS.ASSIGNMENT,
+        **detector.assigner.settings,
         "location_offset": detector.levels.offset,
         "min_size_test": cfg.INPUT.MIN_SIZE_TEST,
         "max_size_test": cfg.INPUT.MAX_SIZE_TEST,

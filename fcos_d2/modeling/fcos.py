@@ -11,8 +11,8 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
 from ..runtime import Runtime, inference_parts, to_device
+from .assignment import Assigner, build_assigner
 from .assignment.candidates import Targets, check_classes, make_targets
-from .assignment.location import LocationAssigner
 from .head import FCOSHead, HeadOutputs, select_levels
 from .images import checked_images
 from .losses import FCOSLoss, Normalizers
@@ -38,7 +38,7 @@ class FCOS(DenseDetector):
         backbone: Backbone,
         head: FCOSHead,
         head_in_features: Sequence[str],
-        assigner: LocationAssigner,
+        assigner: Assigner,
         loss: FCOSLoss,
         post_processor: FCOSPostProcessor,
         num_classes: int,
@@ -90,7 +90,7 @@ class FCOS(DenseDetector):
             "backbone": backbone,
             "head": FCOSHead(cfg, select_levels(backbone.output_shape(), fcos.IN_FEATURES)),
             "head_in_features": fcos.IN_FEATURES,
-            "assigner": LocationAssigner(cfg),
+            "assigner": build_assigner(cfg),
             "loss": FCOSLoss(cfg),
             "post_processor": FCOSPostProcessor(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
