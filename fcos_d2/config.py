@@ -210,7 +210,9 @@ def _fcos_defaults() -> CN:
     fcos.BOX_ACTIVATION = "relu"
     # What the third branch predicts: "centerness" (1904.01355, eq. 3) or "iou" (of the predicted
     # with the true box). Without a branch: "none", or "computed", centerness of the predicted
-    # distances themselves at test time (1904.01355, table 4).
+    # distances themselves at test time (1904.01355, table 4); or "joint": the class score itself is
+    # to be the IoU of the predicted box (2006.04388, section 3.1). Needs CLS_LOSS_TYPE
+    # "quality_focal" or "varifocal".
     fcos.QUALITY = "centerness"
     # The tower the quality branch stands on: "box" (2006.09214) or "cls" (1904.01355).
     fcos.QUALITY_ON = "box"
@@ -232,13 +234,21 @@ def _fcos_defaults() -> CN:
     fcos.CENTER_SAMPLING_RADIUS = 1.5
 
     # ---- Losses ----
+    # "focal" (1708.02002): the score of a present class is to be 1. "quality_focal" (2006.04388,
+    # eq. 4) and "varifocal" (2008.13367, eq. 2), with QUALITY "joint": it is to be the IoU.
+    fcos.CLS_LOSS_TYPE = "focal"
+    # Present classes weigh FOCAL_LOSS_ALPHA, in "varifocal" 1, absent ones 1 - FOCAL_LOSS_ALPHA:
+    # with 0.25 as in both papers. "quality_focal" has no such weights. The exponent is the beta of
+    # "quality_focal", 2 there too.
     fcos.FOCAL_LOSS_ALPHA = 0.25
     fcos.FOCAL_LOSS_GAMMA = 2.0
     # "iou" (-ln IoU, 1904.01355), "linear_iou" (1 - IoU), "giou" (2006.09214), "diou", "ciou".
     fcos.BOX_LOSS_TYPE = "giou"
     # "quality": weighted by the centerness target and divided by the sum of these weights (the
     # authors' code). "none": unweighted, divided by the number of positives (1904.01355, eq. 2);
-    # also what the authors' code does with QUALITY "iou".
+    # also what the authors' code does with QUALITY "iou". "score", with QUALITY "joint": weighted
+    # by the highest class score of the location, divided by the sum of these (2006.04388, as in
+    # mmdetection). Such weights are predictions, which SOLVER.ACCUMULATE cannot know in advance.
     fcos.BOX_LOSS_WEIGHTING = "quality"
     # What the losses that are not weighted are divided by: "fg", the number of positives in this
     # step, or "ema_fg", its moving average, steadier for few positives per step. Both are of the

@@ -45,6 +45,11 @@ KEYS = {
         [[0, 9]] * 5, {}, lambda m: m.assigner.regression_ranges == [(0.0, 9.0)] * 5,
     ),
     "CENTER_SAMPLING_RADIUS": (0.7, {}, lambda m: m.assigner.radius == 0.7),
+    "CLS_LOSS_TYPE": (
+        "varifocal",
+        {"QUALITY": "joint", "BOX_LOSS_WEIGHTING": "none"},
+        lambda m: m.loss.cls_loss_type == "varifocal",
+    ),
     "FOCAL_LOSS_ALPHA": (0.4, {}, lambda m: m.loss.focal_loss_alpha == 0.4),
     "FOCAL_LOSS_GAMMA": (1.5, {}, lambda m: m.loss.focal_loss_gamma == 1.5),
     "BOX_LOSS_TYPE": ("diou", {}, lambda m: m.loss.box_loss_type == "diou"),

@@ -85,13 +85,14 @@ class FCOS(DenseDetector):
     @classmethod
     def from_config(cls, cfg) -> dict:
         backbone = build_backbone(cfg)
-        fcos = cfg.MODEL.FCOS
+        fcos, loss = cfg.MODEL.FCOS, FCOSLoss(cfg)
+        loss.check_parts(cfg.SOLVER.ACCUMULATE)
         return values_of_keys(cfg, "NUM_CLASSES", "LOCATION_OFFSET") | {
             "backbone": backbone,
             "head": FCOSHead(cfg, select_levels(backbone.output_shape(), fcos.IN_FEATURES)),
             "head_in_features": fcos.IN_FEATURES,
             "assigner": build_assigner(cfg),
-            "loss": FCOSLoss(cfg),
+            "loss": loss,
             "post_processor": FCOSPostProcessor(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -129,8 +130,8 @@ class FCOS(DenseDetector):
         """What the losses of each part of this process's images are divided by.
 
         With it, the mean of the losses of all parts is the loss of one large batch. All processes
-        must call it together, once a step. It runs before the backbone, so neither the assignment
-        nor the weights of the losses may read predictions. For errors see :meth:`forward`.
+        must call it together, once a step. It runs before the backbone: where the weights of the
+        losses are predictions, there is a ValueError. For others see :meth:`forward`.
 
         Args:
             parts: training inputs, as for as many calls of :meth:`forward`.

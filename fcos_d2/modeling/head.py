@@ -19,8 +19,10 @@ from .validation import check_between, check_choice, check_count, values_of_keys
 # exp(20) is 5e8 pixels: no image is so large, and float32 still holds its square.
 _MAX_EXPONENT = 20.0
 
-# The values of QUALITY. The head has a branch for the first two.
-QUALITIES = ("centerness", "iou", "computed", "none")
+# The values of QUALITY. The head has a branch for the first two. With the last two, the scores have
+# no factor of quality.
+QUALITIES = ("centerness", "iou", "computed", "none", "joint")
+WITH_BRANCH, WITHOUT_FACTOR = QUALITIES[:2], QUALITIES[3:]
 
 
 class HeadOutputs(NamedTuple):
@@ -119,7 +121,7 @@ class FCOSHead(nn.Module):
         self.bbox_tower = tower(num_box_convs, use_deformable)
         self.cls_logits = _conv3x3(channels, num_classes)
         self.bbox_pred = _conv3x3(channels, 4)
-        self.ctrness = _conv3x3(channels, 1) if quality in ("centerness", "iou") else None
+        self.ctrness = _conv3x3(channels, 1) if quality in WITH_BRANCH else None
         self.scales = nn.ModuleList(Scale() for _ in input_shape) if use_scale else None
         units = self.strides if box_activation == "relu" else [1] * len(self.strides)
         self.register_buffer("units", torch.tensor(units, dtype=torch.float32), persistent=False)

@@ -1,4 +1,4 @@
-"""The three losses of FCOS, on dense maps and sparse positives.
+"""The losses of the detector, on dense maps and sparse positives.
 
 Shapes: N images, C channels, (Hi, Wi) cells of level i, P positives. Dense maps are lists with an
 entry for each level, in any memory layout.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .assignment.candidates import Targets
 from .box_losses import box_losses, iou_of_ltrb
-from .focal_loss import sparse_sigmoid_focal_loss
+from .class_losses import CLASS_LOSSES, class_loss
 from .head import QUALITIES, HeadOutputs
 from .points import centerness
 from .validation import check_between, check_choice, values_of_keys
@@ -53,6 +53,7 @@ class FCOSLoss(nn.Module):
     def __init__(
         self,
         *,
+        cls_loss_type: str = "focal",
         focal_loss_alpha: float = 0.25,
         focal_loss_gamma: float = 2.0,
         box_loss_type: str = "giou",
@@ -67,24 +68,24 @@ class FCOSLoss(nn.Module):
         Args: see the keys of ``MODEL.FCOS`` in :mod:`fcos_d2.config`.
 
         Raises:
-            ValueError: for a value that its key does not offer, or for weighting by a quality other
-                than centerness: weighted by the IoU of the prediction, bad boxes learn least.
+            ValueError: for a value that its key does not offer, and for values that do not go
+                together.
         """
         super().__init__()
         check_choice("QUALITY", quality, QUALITIES)
         check_choice("BOX_LOSS_TYPE", box_loss_type, ("iou", "linear_iou", "giou", "diou", "ciou"))
-        check_choice("BOX_LOSS_WEIGHTING", box_loss_weighting, ("quality", "none"))
+        check_choice("BOX_LOSS_WEIGHTING", box_loss_weighting, ("quality", "score", "none"))
+        check_choice("CLS_LOSS_TYPE", cls_loss_type, CLASS_LOSSES)
         check_choice("LOSS_NORMALIZER", loss_normalizer, ("fg", "ema_fg"))
-        if box_loss_weighting == "quality" and quality != "centerness":
-            raise ValueError(
-                "MODEL.FCOS.BOX_LOSS_WEIGHTING 'quality' weights by centerness, and QUALITY is "
-                f"{quality!r}: set BOX_LOSS_WEIGHTING 'none'"
-            )
+        _check_together(quality, cls_loss_type, box_loss_weighting)
         check_between("FOCAL_LOSS_ALPHA", focal_loss_alpha, -math.inf, 1)
-        check_between("FOCAL_LOSS_GAMMA", focal_loss_gamma, 0, _LARGE)
+        # Below 1 the slope of the quality focal loss has no bound.
+        lowest = 1 if cls_loss_type == "quality_focal" else 0
+        check_between("FOCAL_LOSS_GAMMA", focal_loss_gamma, lowest, _LARGE)
         check_between("CLS_LOSS_WEIGHT", cls_loss_weight, 0, _LARGE)
         check_between("BOX_LOSS_WEIGHT", box_loss_weight, 0, _LARGE)
         check_between("QUALITY_LOSS_WEIGHT", quality_loss_weight, 0, _LARGE)
+        self.cls_loss_type = cls_loss_type
         self.focal_loss_alpha = focal_loss_alpha
         self.focal_loss_gamma = focal_loss_gamma
         self.box_loss_type = box_loss_type
@@ -99,9 +100,9 @@ class FCOSLoss(nn.Module):
     @classmethod
     def from_config(cls, cfg) -> dict:
         return values_of_keys(
-            cfg, "FOCAL_LOSS_ALPHA", "FOCAL_LOSS_GAMMA", "BOX_LOSS_TYPE", "BOX_LOSS_WEIGHTING",
-            "QUALITY", "LOSS_NORMALIZER", "CLS_LOSS_WEIGHT", "BOX_LOSS_WEIGHT",
-            "QUALITY_LOSS_WEIGHT",
+            cfg, "CLS_LOSS_TYPE", "FOCAL_LOSS_ALPHA", "FOCAL_LOSS_GAMMA", "BOX_LOSS_TYPE",
+            "BOX_LOSS_WEIGHTING", "QUALITY", "LOSS_NORMALIZER", "CLS_LOSS_WEIGHT",
+            "BOX_LOSS_WEIGHT", "QUALITY_LOSS_WEIGHT",
         )  # fmt: skip
 
     def forward(
@@ -120,13 +121,20 @@ class FCOSLoss(nn.Module):
             In evaluation mode the losses are sums over the images, with their divisors beside them:
             nothing is shared with other processes, and the moving average stays.
         """
-        cls_loss = sparse_sigmoid_focal_loss(
-            outputs.class_logits, targets, self.focal_loss_alpha, self.focal_loss_gamma
-        )
         predicted = gather(outputs.ltrb, targets).clamp(min=_MIN_DISTANCE)
         box_loss = box_losses(predicted, targets.ltrb, self.box_loss_type)
         quality = self._quality(predicted, targets)
-        weights = quality if self.box_loss_weighting == "quality" else torch.ones_like(box_loss)
+        scores = targets.scores * quality if self.quality == "joint" else targets.scores
+        cls_loss = class_loss(
+            outputs.class_logits, targets, scores, self.cls_loss_type, self.focal_loss_alpha,
+            self.focal_loss_gamma,
+        )  # fmt: skip
+        weights = torch.ones_like(box_loss)
+        if self.box_loss_weighting == "quality":
+            weights = quality
+        elif self.box_loss_weighting == "score":
+            logits = gather([x.detach() for x in outputs.class_logits], targets)
+            weights = logits.amax(dim=1).float().sigmoid()
         if normalizers is None:
             normalizers = self._normalizers(len(targets), weights, parts=1)
         num_positives, sum_of_weights = normalizers
@@ -134,7 +142,7 @@ class FCOSLoss(nn.Module):
             "loss_fcos_cls": self.cls_loss_weight * cls_loss / num_positives,
             "loss_fcos_loc": self.box_loss_weight * (box_loss * weights).sum() / sum_of_weights,
         }
-        if quality is not None:
+        if outputs.quality_logits is not None:
             logits = gather(outputs.quality_logits, targets)[:, 0].float()
             quality_loss = F.binary_cross_entropy_with_logits(logits, quality, reduction="sum")
             name = "loss_fcos_ctr" if self.quality == "centerness" else "loss_fcos_iou"
@@ -147,10 +155,13 @@ class FCOSLoss(nn.Module):
         return losses
 
     def _quality(self, predicted: Tensor, targets: Targets) -> Tensor | None:
-        """(P,) target of the quality branch; None without a branch."""
+        """(P,) how good each positive is: the target of the quality branch, or of the class score.
+
+        None where nothing learns it.
+        """
         if self.quality == "centerness":
             return centerness(targets.ltrb)
-        if self.quality == "iou":
+        if self.quality in ("iou", "joint"):
             return iou_of_ltrb(predicted.detach(), targets.ltrb)
         return None
 
@@ -158,15 +169,28 @@ class FCOSLoss(nn.Module):
         """The divisors for images that come in parts. The moving average moves once.
 
         They depend on the targets alone, so that they are known before the head runs: with
-        BOX_LOSS_WEIGHTING "quality" the weights are centerness, and no weight is a prediction.
+        BOX_LOSS_WEIGHTING "quality" the weights are centerness.
 
         Args:
             ltrb: (P, 4) of the targets of all parts of this process, on the model's device.
             parts: how many parts.
+
+        Raises:
+            ValueError: as :meth:`check_parts`.
         """
+        self.check_parts(parts)
         is_weighted = self.box_loss_weighting == "quality"
         weights = centerness(ltrb) if is_weighted else torch.ones_like(ltrb[:, 0])
         return self._normalizers(len(ltrb), weights, parts)
+
+    def check_parts(self, parts: int) -> None:
+        """Raise a ValueError if the losses of several parts are not those of one large batch."""
+        if parts > 1 and self.box_loss_weighting == "score":
+            raise ValueError(
+                f"SOLVER.ACCUMULATE {parts} needs the sum of all weights of the box losses before "
+                "the first part runs, and MODEL.FCOS.BOX_LOSS_WEIGHTING 'score' weights them by "
+                "what all parts predict: set SOLVER.ACCUMULATE 1, or BOX_LOSS_WEIGHTING 'none'"
+            )
 
     def _normalizers(self, num_positives: int, weights: Tensor, parts: int) -> Normalizers:
         if not self.training:
@@ -202,6 +226,30 @@ class FCOSLoss(nn.Module):
         floor = -(torch.xlogy(quality, quality) + torch.xlogy(1 - quality, 1 - quality)).sum()
         above_floor = ((loss - floor) / count).item()
         get_event_storage().put_scalar(f"fcos/{name}_above_floor", above_floor)
+
+
+def _check_together(quality: str, cls_loss_type: str, box_loss_weighting: str) -> None:
+    """Raise a ValueError for keys that do not go together."""
+    # Weighted by the IoU of the prediction, bad boxes would learn least.
+    if box_loss_weighting == "quality" and quality != "centerness":
+        others = "'score' or 'none'" if quality == "joint" else "'none'"
+        raise ValueError(
+            "MODEL.FCOS.BOX_LOSS_WEIGHTING 'quality' weights by centerness, and QUALITY is "
+            f"{quality!r}: set BOX_LOSS_WEIGHTING {others}"
+        )
+    if box_loss_weighting == "score" and quality != "joint":
+        raise ValueError(
+            "MODEL.FCOS.BOX_LOSS_WEIGHTING 'score' weights by the class score as a measure of the "
+            f"box, which it is with QUALITY 'joint' alone, and QUALITY is {quality!r}: set QUALITY "
+            "'joint', or another BOX_LOSS_WEIGHTING"
+        )
+    if (quality == "joint") != (cls_loss_type != "focal"):
+        raise ValueError(
+            f"MODEL.FCOS.CLS_LOSS_TYPE {cls_loss_type!r} and QUALITY {quality!r} do not go "
+            "together: 'quality_focal' and 'varifocal' are for classes whose score is to be the "
+            "IoU, which is QUALITY 'joint', and 'focal' is for classes whose score is to be 1. "
+            "Change one of the two keys"
+        )
 
 
 def gather(maps: Sequence[Tensor], targets: Targets) -> Tensor:

@@ -1,14 +1,16 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ciou_loss, diou_loss
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import EventStorage
 from fvcore.nn import giou_loss, sigmoid_focal_loss
-from helpers import LEVELS, RANGES, level_shapes, make_instances
+from helpers import LEVELS, RANGES, level_shapes, make_instances, tiny_cfg
 from torch.autograd import gradcheck
 
 from fcos_d2.modeling import FCOSLoss, HeadOutputs, LocationAssigner
@@ -132,12 +134,71 @@ def test_iou_as_quality():
     assert all(x.grad is None for x in outputs.ltrb)  # the target is no path for the gradient
 
 
+def dense_quality_focal(outputs, targets, scores):
+    """2006.04388, eq. 4, with beta 2, on dense targets."""
+    total = 0
+    for level, x in enumerate(outputs.class_logits):
+        y, here = torch.zeros_like(x), levels_of(targets) == level
+        place = targets.image[here], targets.classes[here], targets.y[here], targets.x[here]
+        y[place] = scores[here]
+        cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+        total += ((y - x.sigmoid()) ** 2 * cross_entropy).sum()
+    return total
+
+
+def test_joint_quality_by_definition():
+    outputs, targets = make_case()
+    outputs = outputs._replace(quality_logits=None)
+    keys = {"quality": "joint", "cls_loss_type": "quality_focal", "box_loss_weight": 2.0}
+    losses = FCOSLoss(box_loss_weighting="score", **keys)(outputs, targets)
+    assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc"}
+    predicted = gather(outputs.ltrb, targets)
+    iou = iou_of_ltrb(predicted, targets.ltrb).detach()
+    expected = dense_quality_focal(outputs, targets, iou) / len(targets)
+    assert losses["loss_fcos_cls"].item() == pytest.approx(expected.item(), rel=1e-5)
+    giou = box_losses(predicted, targets.ltrb, "giou")
+    weights = gather(outputs.class_logits, targets).sigmoid().amax(dim=1)
+    expected = 2 * (giou * weights).sum() / weights.sum()
+    assert losses["loss_fcos_loc"].item() == pytest.approx(expected.item(), rel=1e-5)
+    # Neither the IoU nor the weights are paths for the gradient.
+    losses["loss_fcos_cls"].backward(retain_graph=True)
+    assert all(x.grad is None for x in outputs.ltrb)
+    before = [x.grad.clone() for x in outputs.class_logits]
+    losses["loss_fcos_loc"].backward()
+    assert all(torch.equal(x.grad, b) for x, b in zip(outputs.class_logits, before, strict=True))
+
+    unweighted = FCOSLoss(box_loss_weighting="none", **keys)(outputs, targets)
+    assert unweighted["loss_fcos_loc"].item() == pytest.approx(2 * giou.mean().item(), rel=1e-5)
+
+
+def test_scores_of_the_assignment_multiply_the_iou():
+    outputs, targets = make_case()
+    scores = torch.rand(len(targets))
+    targets = dataclasses.replace(targets, scores=scores)
+    loss = FCOSLoss(quality="joint", cls_loss_type="quality_focal", box_loss_weighting="none")
+    loss = loss(outputs._replace(quality_logits=None), targets)["loss_fcos_cls"]
+    iou = iou_of_ltrb(gather(outputs.ltrb, targets), targets.ltrb).detach()
+    expected = dense_quality_focal(outputs, targets, scores * iou) / len(targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_no_quality_branch():
     outputs, targets = make_case()
     for quality in ("none", "computed"):
         loss = FCOSLoss(quality=quality, box_loss_weighting="none")
         losses = loss(outputs._replace(quality_logits=None), targets)
         assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc"}
+
+
+@pytest.mark.parametrize("name", ["quality_focal", "varifocal"])
+@pytest.mark.parametrize("weighting", ["score", "none"])
+def test_joint_quality_without_positives(name, weighting):
+    outputs, targets = make_case(objects=False)
+    loss = FCOSLoss(quality="joint", cls_loss_type=name, box_loss_weighting=weighting)
+    losses = loss(outputs._replace(quality_logits=None), targets)
+    assert losses["loss_fcos_cls"] > 0 and losses["loss_fcos_loc"] == 0
+    sum(losses.values()).backward()
+    assert all(x.grad.isfinite().all() for x in (*outputs.class_logits, *outputs.ltrb))
 
 
 @pytest.mark.parametrize("quality", ["centerness", "iou"])
@@ -224,6 +285,7 @@ def test_logged_centerness_loss_by_hand():
         y=torch.tensor([0, 0]),
         classes=torch.tensor([0, 1]),
         ltrb=torch.tensor([[2.0, 3, 8, 12], [5, 5, 5, 5]]),
+        scores=torch.ones(2),
         per_level=[2],
     )
     outputs = HeadOutputs(*([torch.zeros(1, c, 1, 2)] for c in (NUM_CLASSES, 4, 1)))
@@ -240,6 +302,37 @@ def test_errors_name_key_and_choices():
     for quality in ("none", "iou"):
         with pytest.raises(ValueError, match="set BOX_LOSS_WEIGHTING 'none'"):
             FCOSLoss(quality=quality)
+    with pytest.raises(ValueError, match="'joint': set BOX_LOSS_WEIGHTING 'score' or 'none'"):
+        FCOSLoss(quality="joint", cls_loss_type="varifocal")
+    with pytest.raises(
+        ValueError, match="QUALITY is 'centerness': set QUALITY 'joint', or another"
+    ):
+        FCOSLoss(box_loss_weighting="score")
+    for keys in (
+        {"quality": "joint", "box_loss_weighting": "none"},
+        {"cls_loss_type": "varifocal"},
+    ):
+        with pytest.raises(ValueError, match=r"CLS_LOSS_TYPE '.*' and QUALITY '.*' do not go"):
+            FCOSLoss(**keys)
+    joint = {"quality": "joint", "box_loss_weighting": "none", "cls_loss_type": "quality_focal"}
+    with pytest.raises(
+        ValueError, match=r"FOCAL_LOSS_GAMMA must be a number from 1 to .* got 0\.5"
+    ):
+        FCOSLoss(focal_loss_gamma=0.5, **joint)
+
+
+def test_weights_that_are_predictions_refuse_parts():
+    keys = {"quality": "joint", "cls_loss_type": "quality_focal"}
+    loss = FCOSLoss(box_loss_weighting="score", **keys)
+    message = r"ACCUMULATE 2 .*\.BOX_LOSS_WEIGHTING 'score' .*: set SOLVER\.ACCUMULATE 1, or"
+    with pytest.raises(ValueError, match=message):
+        loss.normalizers(torch.ones(3, 4), parts=2)
+    assert loss.normalizers(torch.ones(3, 4), parts=1).num_positives == 3
+    cfg = tiny_cfg(QUALITY="joint", CLS_LOSS_TYPE="quality_focal", BOX_LOSS_WEIGHTING="score")
+    build_model(cfg)
+    cfg.SOLVER.ACCUMULATE = 2
+    with pytest.raises(ValueError, match=message):
+        build_model(cfg)
 
 
 @pytest.mark.parametrize(

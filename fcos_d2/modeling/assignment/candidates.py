@@ -60,6 +60,7 @@ class Targets:
         image, x, y: (P,) int64 image, column and row of each positive.
         classes: (P,) int64 in [0, K).
         ltrb: (P, 4) float32 distances in pixels, all > 0.
+        scores: (P,) float32 in [0, 1], what the score of the class is to be; 1 in FCOS.
         per_level: number of positives on each level, a list: reading it waits for no GPU.
     """
 
@@ -68,6 +69,7 @@ class Targets:
     y: Tensor
     classes: Tensor
     ltrb: Tensor
+    scores: Tensor
     per_level: list[int]
 
     def __len__(self) -> int:
@@ -79,7 +81,7 @@ class Targets:
         return zip(*(field.split(self.per_level) for field in fields), strict=True)
 
     def to(self, device: torch.device) -> "Targets":
-        tensors = (self.image, self.x, self.y, self.classes, self.ltrb)
+        tensors = (self.image, self.x, self.y, self.classes, self.ltrb, self.scores)
         return Targets(*(to_device(x, device) for x in tensors), self.per_level)
 
 
@@ -133,6 +135,7 @@ def make_targets(
         y=positives.y,
         classes=torch.cat([x.gt_classes for x in instances])[positives.gt],
         ltrb=positives.ltrb,
+        scores=torch.ones_like(positives.cost),
         per_level=torch.bincount(positives.level, minlength=len(levels)).tolist(),
     )
 
