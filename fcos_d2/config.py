@@ -206,12 +206,15 @@ def _fcos_defaults() -> CN:
     # Initial class probability of every location, as in RetinaNet.
     fcos.PRIOR_PROB = 0.01
     # How the box branch turns its output x into pixels: "relu" is relu(scale * x) * stride
-    # (2006.09214), "exp" is exp(scale * x) (1904.01355).
+    # (2006.09214), "exp" is exp(scale * x) (1904.01355), and "distribution" is the expected value
+    # of softmax(scale * x) over REG_MAX + 1 bins of one stride (2006.04388, section 3).
     fcos.BOX_ACTIVATION = "relu"
+    # The last bin of a distribution, in strides; 16 there. No distance is larger.
+    fcos.REG_MAX = 16
     # What the third branch predicts: "centerness" (1904.01355, eq. 3) or "iou" (of the predicted
     # with the true box). Without a branch: "none", or "computed", centerness of the predicted
     # distances themselves at test time (1904.01355, table 4); or "joint": the class score itself is
-    # to be the IoU of the predicted box (2006.04388, section 3.1). Needs CLS_LOSS_TYPE
+    # to be the IoU of the predicted box (2006.04388, section 3). Needs CLS_LOSS_TYPE
     # "quality_focal" or "varifocal".
     fcos.QUALITY = "centerness"
     # The tower the quality branch stands on: "box" (2006.09214) or "cls" (1904.01355).
@@ -235,7 +238,7 @@ def _fcos_defaults() -> CN:
 
     # ---- Losses ----
     # "focal" (1708.02002): the score of a present class is to be 1. "quality_focal" (2006.04388,
-    # eq. 4) and "varifocal" (2008.13367, eq. 2), with QUALITY "joint": it is to be the IoU.
+    # eq. 4) and "varifocal" (2008.13367, section 3), with QUALITY "joint": it is to be the IoU.
     fcos.CLS_LOSS_TYPE = "focal"
     # Present classes weigh FOCAL_LOSS_ALPHA, in "varifocal" 1, absent ones 1 - FOCAL_LOSS_ALPHA:
     # with 0.25 as in both papers. "quality_focal" has no such weights. The exponent is the beta of
@@ -257,6 +260,9 @@ def _fcos_defaults() -> CN:
     fcos.CLS_LOSS_WEIGHT = 1.0
     fcos.BOX_LOSS_WEIGHT = 1.0
     fcos.QUALITY_LOSS_WEIGHT = 1.0
+    # Of the distribution focal loss (2006.04388, section 3), with BOX_ACTIVATION "distribution". It
+    # is weighted and divided as the box losses are. 0.25 there, of the mean of the four sides.
+    fcos.DISTRIBUTION_LOSS_WEIGHT = 0.25
 
     # ---- Inference ----
     # Candidates are locations with a class probability above this, before quality is applied; or

@@ -31,6 +31,9 @@ KEYS = {
     # ln(0.2 / 0.8) = -1.386
     "PRIOR_PROB": (0.2, {}, lambda m: abs(m.head.cls_logits.bias[0].item() + 1.386) < 1e-3),
     "BOX_ACTIVATION": ("exp", {}, lambda m: m.head.box_activation == "exp"),
+    "REG_MAX": (
+        7, {"BOX_ACTIVATION": "distribution"}, lambda m: m.head.bbox_pred.out_channels == 4 * 8,
+    ),
     "QUALITY": (
         "iou",
         {"BOX_LOSS_WEIGHTING": "none"},
@@ -58,6 +61,7 @@ KEYS = {
     "CLS_LOSS_WEIGHT": (2.0, {}, lambda m: m.loss.cls_loss_weight == 2.0),
     "BOX_LOSS_WEIGHT": (3.0, {}, lambda m: m.loss.box_loss_weight == 3.0),
     "QUALITY_LOSS_WEIGHT": (4.0, {}, lambda m: m.loss.quality_loss_weight == 4.0),
+    "DISTRIBUTION_LOSS_WEIGHT": (5.0, {}, lambda m: m.loss.distribution_loss_weight == 5.0),
     "SCORE_THRESH_TEST": (0.2, {}, lambda m: m.post_processor.score_thresh == 0.2),
     "TOPK_CANDIDATES_TEST": (50, {}, lambda m: m.post_processor.topk_candidates == 50),
     "NMS_THRESH_TEST": (0.5, {}, lambda m: m.post_processor.nms_thresh == 0.5),

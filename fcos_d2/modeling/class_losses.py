@@ -40,7 +40,8 @@ def class_loss(
         targets: the positives and their classes.
         scores: (P,) in [0, 1], what the score of each positive's class is to be, without gradient.
         cls_loss_type: "focal" (arXiv 1708.02002, eq. 5), for scores of 1, whatever is given;
-            "quality_focal" (arXiv 2006.04388, eq. 4); "varifocal" (arXiv 2008.13367, eq. 2).
+            "quality_focal" (arXiv 2006.04388, section 3); "varifocal" (arXiv 2008.13367,
+            section 3).
         alpha: absent classes weigh 1 - alpha, in the focal loss present ones alpha; negative for no
             weights. The quality focal loss has none.
         gamma: focusing exponent, >= 0, in the quality focal loss (its beta) >= 1.

@@ -15,7 +15,8 @@ from .assignment import Assigner, build_assigner
 from .assignment.candidates import Targets, check_classes, make_targets
 from .head import FCOSHead, HeadOutputs, select_levels
 from .images import checked_images
-from .losses import FCOSLoss, Normalizers
+from .losses import FCOSLoss
+from .normalizers import Normalizers
 from .points import Levels
 from .post_processing import FCOSPostProcessor
 from .validation import check_same, values_of_keys

@@ -6,48 +6,32 @@ entry for each level, in any memory layout.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..runtime import to_device
 from .assignment.candidates import Targets
 from .box_losses import box_losses, iou_of_ltrb
 from .class_losses import CLASS_LOSSES, class_loss
+from .distributions import Distributions, distribution_focal_losses
 from .head import QUALITIES, HeadOutputs
+from .normalizers import NormalizedLoss, Normalizers
 from .points import centerness
 from .validation import check_between, check_choice, values_of_keys
 
 # Ends the name of what a loss of some images is divided by, once those of all are added up.
 DIVISOR = "/divisor"
-_EMA_MOMENTUM = 0.9
 _LARGE = 1e6  # no useful weight or exponent of a loss is larger
 _LOG_PERIOD = 20  # iterations; logging waits for the GPU
 _MIN_DISTANCE = 1e-6  # pixels; keeps -ln IoU and the aspect ratio finite for a box without area
 
 
-class Normalizers(NamedTuple):
-    """Divisors of the losses, scalars.
-
-    They make the mean of the losses that of the whole batch: the mean over all processes, and over
-    the parts that each process splits its images into.
-    """
-
-    num_positives: Tensor
-    sum_of_weights: Tensor
-
-
-class FCOSLoss(nn.Module):
-    """Classification, box and quality loss with their normalisers (1904.01355, eq. 2).
-
-    With ``loss_normalizer="ema_fg"`` the moving average is a buffer, so that a resumed run
-    continues it. It is of the whole batch, however many processes share the batch.
-    """
+class FCOSLoss(NormalizedLoss):
+    """Classification, box and quality loss with their normalisers (1904.01355, eq. 2)."""
 
     @configurable
     def __init__(
@@ -63,6 +47,7 @@ class FCOSLoss(nn.Module):
         cls_loss_weight: float = 1.0,
         box_loss_weight: float = 1.0,
         quality_loss_weight: float = 1.0,
+        distribution_loss_weight: float = 0.25,
     ):
         """
         Args: see the keys of ``MODEL.FCOS`` in :mod:`fcos_d2.config`.
@@ -71,12 +56,11 @@ class FCOSLoss(nn.Module):
             ValueError: for a value that its key does not offer, and for values that do not go
                 together.
         """
-        super().__init__()
+        super().__init__(loss_normalizer)
         check_choice("QUALITY", quality, QUALITIES)
         check_choice("BOX_LOSS_TYPE", box_loss_type, ("iou", "linear_iou", "giou", "diou", "ciou"))
         check_choice("BOX_LOSS_WEIGHTING", box_loss_weighting, ("quality", "score", "none"))
         check_choice("CLS_LOSS_TYPE", cls_loss_type, CLASS_LOSSES)
-        check_choice("LOSS_NORMALIZER", loss_normalizer, ("fg", "ema_fg"))
         _check_together(quality, cls_loss_type, box_loss_weighting)
         check_between("FOCAL_LOSS_ALPHA", focal_loss_alpha, -math.inf, 1)
         # Below 1 the slope of the quality focal loss has no bound.
@@ -85,6 +69,7 @@ class FCOSLoss(nn.Module):
         check_between("CLS_LOSS_WEIGHT", cls_loss_weight, 0, _LARGE)
         check_between("BOX_LOSS_WEIGHT", box_loss_weight, 0, _LARGE)
         check_between("QUALITY_LOSS_WEIGHT", quality_loss_weight, 0, _LARGE)
+        check_between("DISTRIBUTION_LOSS_WEIGHT", distribution_loss_weight, 0, _LARGE)
         self.cls_loss_type = cls_loss_type
         self.focal_loss_alpha = focal_loss_alpha
         self.focal_loss_gamma = focal_loss_gamma
@@ -94,15 +79,14 @@ class FCOSLoss(nn.Module):
         self.cls_loss_weight = cls_loss_weight
         self.box_loss_weight = box_loss_weight
         self.quality_loss_weight = quality_loss_weight
-        average = torch.tensor(0.0) if loss_normalizer == "ema_fg" else None
-        self.register_buffer("ema_num_positives", average)
+        self.distribution_loss_weight = distribution_loss_weight
 
     @classmethod
     def from_config(cls, cfg) -> dict:
         return values_of_keys(
             cfg, "CLS_LOSS_TYPE", "FOCAL_LOSS_ALPHA", "FOCAL_LOSS_GAMMA", "BOX_LOSS_TYPE",
             "BOX_LOSS_WEIGHTING", "QUALITY", "LOSS_NORMALIZER", "CLS_LOSS_WEIGHT",
-            "BOX_LOSS_WEIGHT", "QUALITY_LOSS_WEIGHT",
+            "BOX_LOSS_WEIGHT", "QUALITY_LOSS_WEIGHT", "DISTRIBUTION_LOSS_WEIGHT",
         )  # fmt: skip
 
     def forward(
@@ -115,11 +99,12 @@ class FCOSLoss(nn.Module):
             normalizers: of all parts of the batch, where these images are one of several parts.
 
         Returns:
-            ``loss_fcos_cls``, ``loss_fcos_loc`` and, with a quality branch, ``loss_fcos_ctr`` or
-            ``loss_fcos_iou``: float32 scalars, finite and connected to the maps even without
-            positives. The mean of their gradients over all processes is that of the whole batch.
-            In evaluation mode the losses are sums over the images, with their divisors beside them:
-            nothing is shared with other processes, and the moving average stays.
+            ``loss_fcos_cls``, ``loss_fcos_loc``, with a quality branch ``loss_fcos_ctr`` or
+            ``loss_fcos_iou``, and with distributions ``loss_fcos_dfl``: float32 scalars, finite and
+            connected to the maps even without positives. The mean of their gradients over all
+            processes is that of the whole batch. In evaluation mode the losses are sums over the
+            images, with their divisors beside them: nothing is shared with other processes, and
+            the moving average stays.
         """
         predicted = gather(outputs.ltrb, targets).clamp(min=_MIN_DISTANCE)
         box_loss = box_losses(predicted, targets.ltrb, self.box_loss_type)
@@ -136,12 +121,16 @@ class FCOSLoss(nn.Module):
             logits = gather([x.detach() for x in outputs.class_logits], targets)
             weights = logits.amax(dim=1).float().sigmoid()
         if normalizers is None:
-            normalizers = self._normalizers(len(targets), weights, parts=1)
+            normalizers = self.divisors(weights, self.box_loss_weighting != "none")
         num_positives, sum_of_weights = normalizers
         losses = {
             "loss_fcos_cls": self.cls_loss_weight * cls_loss / num_positives,
             "loss_fcos_loc": self.box_loss_weight * (box_loss * weights).sum() / sum_of_weights,
         }
+        if outputs.distributions is not None:
+            dfl = _distribution_losses(outputs.distributions, targets)
+            dfl = (dfl * weights).sum() / sum_of_weights
+            losses["loss_fcos_dfl"] = self.distribution_loss_weight * dfl
         if outputs.quality_logits is not None:
             logits = gather(outputs.quality_logits, targets)[:, 0].float()
             quality_loss = F.binary_cross_entropy_with_logits(logits, quality, reduction="sum")
@@ -150,7 +139,8 @@ class FCOSLoss(nn.Module):
             self._log_above_floor(name, quality_loss, quality, num_positives)
         if not self.training:
             positives, weight = weights.new_full((), len(targets)), weights.sum()
-            divisors = {name: weight if name == "loss_fcos_loc" else positives for name in losses}
+            of_boxes = "loss_fcos_loc", "loss_fcos_dfl"
+            divisors = {name: weight if name in of_boxes else positives for name in losses}
             losses |= {name + DIVISOR: divisor for name, divisor in divisors.items()}
         return losses
 
@@ -181,7 +171,7 @@ class FCOSLoss(nn.Module):
         self.check_parts(parts)
         is_weighted = self.box_loss_weighting == "quality"
         weights = centerness(ltrb) if is_weighted else torch.ones_like(ltrb[:, 0])
-        return self._normalizers(len(ltrb), weights, parts)
+        return self.divisors(weights, is_weighted, parts)
 
     def check_parts(self, parts: int) -> None:
         """Raise a ValueError if the losses of several parts are not those of one large batch."""
@@ -191,28 +181,6 @@ class FCOSLoss(nn.Module):
                 "the first part runs, and MODEL.FCOS.BOX_LOSS_WEIGHTING 'score' weights them by "
                 "what all parts predict: set SOLVER.ACCUMULATE 1, or BOX_LOSS_WEIGHTING 'none'"
             )
-
-    def _normalizers(self, num_positives: int, weights: Tensor, parts: int) -> Normalizers:
-        if not self.training:
-            return Normalizers(weights.new_ones(()), weights.new_ones(()))
-        sums = torch.stack([weights.new_full((), num_positives), weights.sum()])
-        world_size = comm.get_world_size()
-        if world_size > 1:
-            dist.all_reduce(sums)
-        # Bounds for a batch without positives; of the whole batch, so that the number of processes
-        # changes nothing.
-        count = sums[0].clamp(min=1.0)
-        shares = world_size * parts
-        sum_of_weights = sums[1].clamp(min=1e-6) / shares
-        if self.ema_num_positives is not None:
-            average = self.ema_num_positives  # 0 before the first step
-            moved = _EMA_MOMENTUM * average + (1 - _EMA_MOMENTUM) * count
-            count = torch.where(average > 0, moved, count)
-            average.copy_(count)
-        count = count / shares
-        if self.box_loss_weighting == "none":
-            sum_of_weights = count
-        return Normalizers(count, sum_of_weights)
 
     @torch.no_grad()
     def _log_above_floor(self, name: str, loss: Tensor, quality: Tensor, count: Tensor) -> None:
@@ -226,6 +194,14 @@ class FCOSLoss(nn.Module):
         floor = -(torch.xlogy(quality, quality) + torch.xlogy(1 - quality, 1 - quality)).sum()
         above_floor = ((loss - floor) / count).item()
         get_event_storage().put_scalar(f"fcos/{name}_above_floor", above_floor)
+
+
+def _distribution_losses(distributions: Distributions, targets: Targets) -> Tensor:
+    """(P,) distribution focal losses of the positives."""
+    widths = torch.tensor(distributions.bin_widths, dtype=torch.float32)
+    widths = widths.repeat_interleave(torch.tensor(targets.per_level))
+    distances = targets.ltrb / to_device(widths, targets.ltrb.device)[:, None]
+    return distribution_focal_losses(gather(distributions.logits, targets), distances)
 
 
 def _check_together(quality: str, cls_loss_type: str, box_loss_weighting: str) -> None:

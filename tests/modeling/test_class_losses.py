@@ -150,7 +150,7 @@ def make_scores(dtype=torch.float64):
 
 
 def soft_loss_by_definition(logits, targets, scores, name, alpha, gamma):
-    """2006.04388, eq. 4, and 2008.13367, eq. 2, on dense targets, differentiated by autograd."""
+    """2006.04388 and 2008.13367, section 3, on dense targets, differentiated by autograd."""
     total = 0
     level_of = torch.arange(len(SHAPES)).repeat_interleave(torch.tensor(targets.per_level))
     for level, x in enumerate(logits):

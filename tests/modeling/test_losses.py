@@ -10,12 +10,13 @@ from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import EventStorage
 from fvcore.nn import giou_loss, sigmoid_focal_loss
-from helpers import LEVELS, RANGES, level_shapes, make_instances, tiny_cfg
+from helpers import LEVELS, RANGES, STRIDES, level_shapes, make_instances, tiny_cfg
 from torch.autograd import gradcheck
 
 from fcos_d2.modeling import FCOSLoss, HeadOutputs, LocationAssigner
 from fcos_d2.modeling.assignment.candidates import Targets, make_targets
 from fcos_d2.modeling.box_losses import box_losses, iou_of_ltrb
+from fcos_d2.modeling.distributions import Distributions
 from fcos_d2.modeling.losses import gather
 from fcos_d2.modeling.points import centerness
 
@@ -135,7 +136,7 @@ def test_iou_as_quality():
 
 
 def dense_quality_focal(outputs, targets, scores):
-    """2006.04388, eq. 4, with beta 2, on dense targets."""
+    """2006.04388, section 3, with beta 2, on dense targets."""
     total = 0
     for level, x in enumerate(outputs.class_logits):
         y, here = torch.zeros_like(x), levels_of(targets) == level
@@ -169,6 +170,55 @@ def test_joint_quality_by_definition():
 
     unweighted = FCOSLoss(box_loss_weighting="none", **keys)(outputs, targets)
     assert unweighted["loss_fcos_loc"].item() == pytest.approx(2 * giou.mean().item(), rel=1e-5)
+
+
+def with_distributions(outputs, bins=5):
+    """The same maps, with distributions over few bins: true distances are beyond some."""
+    shapes = [(len(x), 4 * bins, *x.shape[2:]) for x in outputs.ltrb]
+    logits = [torch.randn(shape).requires_grad_() for shape in shapes]
+    return outputs._replace(distributions=Distributions(logits, STRIDES))
+
+
+@pytest.mark.parametrize("weighting", ["quality", "none"])
+def test_distribution_loss_by_definition(weighting):
+    outputs, targets = make_case()
+    outputs, bins = with_distributions(outputs), 5
+    loss = FCOSLoss(box_loss_weighting=weighting, distribution_loss_weight=3.0)
+    losses = loss(outputs, targets)
+    total = weights = beyond = 0.0
+    for i, level in enumerate(levels_of(targets).tolist()):
+        place = targets.image[i], slice(None), targets.y[i], targets.x[i]
+        logits = outputs.distributions.logits[level][place].tolist()
+        quality = centerness(targets.ltrb[i : i + 1]).item() if weighting == "quality" else 1.0
+        weights += quality
+        for side in range(4):
+            of_side = logits[side * bins : (side + 1) * bins]
+            log_sum = math.log(sum(map(math.exp, of_side)))
+            distance = targets.ltrb[i, side].item() / STRIDES[level]
+            beyond += distance > bins - 1
+            distance = min(distance, bins - 1 - 0.1)
+            low = math.floor(distance)
+            for bin, share in ((low, low + 1 - distance), (low + 1, distance - low)):
+                total += quality / 4 * share * (log_sum - of_side[bin])
+    assert beyond > 5 and len(targets) > 10
+    assert losses["loss_fcos_dfl"].item() == pytest.approx(3 * total / weights, rel=1e-5)
+    others = FCOSLoss(box_loss_weighting=weighting)(outputs._replace(distributions=None), targets)
+    assert {k: v for k, v in losses.items() if k != "loss_fcos_dfl"} == others
+
+
+def test_distribution_loss_without_positives_and_in_evaluation_mode():
+    outputs, targets = make_case(objects=False)
+    outputs = with_distributions(outputs)
+    loss = FCOSLoss()(outputs, targets)["loss_fcos_dfl"]
+    assert loss == 0
+    loss.backward()
+    assert all((x.grad == 0).all() for x in outputs.distributions.logits)
+
+    outputs, targets = make_case()
+    outputs = with_distributions(outputs)
+    mean, sums = FCOSLoss()(outputs, targets), FCOSLoss().eval()(outputs, targets)
+    for name, value in mean.items():
+        assert (sums[name] / sums[f"{name}/divisor"]).item() == pytest.approx(value.item())
 
 
 def test_scores_of_the_assignment_multiply_the_iou():
@@ -231,7 +281,7 @@ def test_half_precision_maps_give_float32_losses(dtype, objects):
     outputs, targets = make_case(objects=objects, dtype=dtype)
     losses = FCOSLoss()(outputs, targets)
     assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
-    exact = HeadOutputs(*([x.detach().float() for x in m] for m in outputs))
+    exact = HeadOutputs(*([x.detach().float() for x in m] for m in outputs[:3]))
     exact = FCOSLoss()(exact, targets)
     for key, value in losses.items():
         torch.testing.assert_close(value, exact[key], rtol=1e-5, atol=1e-6)
@@ -344,6 +394,7 @@ def test_weights_that_are_predictions_refuse_parts():
         ("box_loss_weight", math.nan),
         ("quality_loss_weight", math.inf),
         ("quality_loss_weight", "1"),
+        ("distribution_loss_weight", -1),
     ],
 )
 def test_values_are_checked(key, value):
@@ -354,7 +405,7 @@ def test_values_are_checked(key, value):
 def test_in_evaluation_mode_nothing_is_shared_or_moved(monkeypatch):
     """The sums of two parts, over the sums of their divisors, are the losses of the whole."""
     outputs, targets = make_case(images=1)
-    twice = HeadOutputs(*([torch.cat([x, x]) for x in maps] for maps in outputs))
+    twice = HeadOutputs(*([torch.cat([x, x]) for x in maps] for maps in outputs[:3]))
     _, targets_twice = make_case(images=2)
     whole = FCOSLoss()(twice, targets_twice)
     loss = FCOSLoss(loss_normalizer="ema_fg").eval()

@@ -40,7 +40,7 @@ def test_proposals_are_the_best_boxes_of_all_locations(fusion):
     batch = [make_input(size=(64, 96)), make_input(size=(64, 96), seed=1)]
     with torch.no_grad():
         features, (proposals, losses) = proposals_of(model, batch)
-        logits, ltrb, quality = generator.head([features[f] for f in generator.in_features])
+        logits, ltrb, quality, _ = generator.head([features[f] for f in generator.in_features])
     assert losses == {}
     for image in range(2):
         boxes, scores = [], []
