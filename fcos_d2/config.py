@@ -190,6 +190,9 @@ def _fcos_defaults() -> CN:
     # What these convolutions start from: "p5" (1904.01355, section 4: fewer parameters, slightly
     # better) or "res5" (as in RetinaNet).
     fcos.TOP_IN_FEATURE = "p5"
+    # Whether there is a ReLU between P6 and P7, as in RetinaNet and FCOS. GFL of mmdetection has
+    # none.
+    fcos.TOP_RELU = True
 
     # ---- Head ----
     # 3x3 convolutions in the classification tower, the box tower, and shared before both.

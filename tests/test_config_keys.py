@@ -22,6 +22,7 @@ KEYS = {
         lambda m: not hasattr(m.backbone.top_block, "p7"),
     ),
     "TOP_IN_FEATURE": ("res5", {}, lambda m: m.backbone.top_block.p6.in_channels == 512),
+    "TOP_RELU": (False, {}, lambda m: type(m.backbone.top_block).__name__ == "LinearP6P7"),
     "NUM_CLS_CONVS": (3, {}, lambda m: len(m.head.cls_tower) == 9),
     "NUM_BOX_CONVS": (3, {}, lambda m: len(m.head.bbox_tower) == 9),
     "NUM_SHARE_CONVS": (2, {}, lambda m: len(m.head.share_tower) == 6),
