@@ -44,10 +44,10 @@ class ATSSAssigner(Assigner):
         """
         check_count("ASSIGNMENT 'atss', top_k", top_k, 1)
         self.top_k = top_k
-        ranks = torch.arange(top_k)
         # Pairs of a rank among columns and one among rows, for cells that can be among the nearest:
         # (a + 1) (b + 1) cells are at most as far as that of the ranks a and b.
-        self._ranks = ((ranks + 1) * (ranks + 1)[:, None] <= top_k).nonzero().unbind(dim=1)
+        ranks = [(a, b) for a in range(top_k) for b in range(top_k) if (a + 1) * (b + 1) <= top_k]
+        self._ranks = list(map(list, zip(*ranks, strict=True)))  # not on the device of the model
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -102,8 +102,9 @@ class ATSSAssigner(Assigner):
         far, order = far.sort(dim=3, stable=True)
         line = line.gather(3, order)
 
+        ranks = torch.tensor(self._ranks, device=device)
         (x, y), (far_x, far_y) = (
-            [values[:, :, axis].index_select(2, self._ranks[axis].to(device)) for axis in (0, 1)]
+            [values[:, :, axis].index_select(2, ranks[axis]) for axis in (0, 1)]
             for values in (line, far)
         )
         square = far_x + far_y
