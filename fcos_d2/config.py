@@ -214,6 +214,9 @@ def _fcos_defaults() -> CN:
     fcos.BOX_ACTIVATION = "relu"
     # The last bin of a distribution, in strides; 16 there. No distance is larger.
     fcos.REG_MAX = 16
+    # Multiply the class scores by a quality that two small layers read off the distributions, which
+    # are sharp where the head is sure (GFLv2, 2011.12885). With QUALITY "joint".
+    fcos.DISTRIBUTION_QUALITY = False
     # What the third branch predicts: "centerness" (1904.01355, eq. 3) or "iou" (of the predicted
     # with the true box). Without a branch: "none", or "computed", centerness of the predicted
     # distances themselves at test time (1904.01355, table 4); or "joint": the class score itself is

@@ -36,6 +36,7 @@ GFL = {
     "BOX_ACTIVATION": "distribution",
     "BOX_LOSS_WEIGHTING": "score",
 }
+GFLV2 = GFL | {"DISTRIBUTION_QUALITY": True}
 
 
 def tiny_cfg(**fcos_keys):

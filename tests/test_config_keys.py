@@ -35,6 +35,12 @@ KEYS = {
     "REG_MAX": (
         7, {"BOX_ACTIVATION": "distribution"}, lambda m: m.head.bbox_pred.out_channels == 4 * 8,
     ),
+    "DISTRIBUTION_QUALITY": (
+        True,
+        {"BOX_ACTIVATION": "distribution", "QUALITY": "joint", "CLS_LOSS_TYPE": "varifocal",
+         "BOX_LOSS_WEIGHTING": "none"},
+        lambda m: m.head.box_quality is not None,
+    ),
     "QUALITY": (
         "iou",
         {"BOX_LOSS_WEIGHTING": "none"},

@@ -1,4 +1,4 @@
-"""Distances as distributions over bins (arXiv 2006.04388, section 3).
+"""Distances as distributions over bins (arXiv 2006.04388, section 3; 2011.12885).
 
 Shapes: N images, P positives, n REG_MAX. The bins of a side stand at 0, 1, ..., n bin widths from
 the location. Channels are side by side: the n + 1 bins of left, then of top, right and bottom.
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # A target at the last bin would need one beyond it; mmdetection keeps this far below, too.
 _BELOW_LAST = 0.1
@@ -26,6 +26,39 @@ def expected_distances(logits: Tensor) -> Tensor:
     probability = logits.unflatten(1, (4, -1)).softmax(dim=2)
     bins = torch.arange(probability.shape[2], device=logits.device, dtype=logits.dtype)
     return (probability * bins[:, None, None]).sum(dim=2)
+
+
+class DistributionQuality(nn.Module):
+    """How good a box is, from the shapes of its distributions (2011.12885, section 3).
+
+    A sharp distribution is that of a side that the head is sure of. The statistics of a side are
+    its highest probabilities and their mean; two layers make one logit of those of all sides.
+    """
+
+    def __init__(self, top_k: int = 4, channels: int = 64):
+        super().__init__()
+        self.top_k = top_k
+        self.layers = nn.Sequential(
+            nn.Conv2d(4 * (top_k + 1), channels, 1), nn.ReLU(), nn.Conv2d(channels, 1, 1)
+        )
+        for layer in (self.layers[0], self.layers[2]):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """(N, 1, Hi, Wi) logits of (N, 4 * (n + 1), Hi, Wi) logits of distributions."""
+        probability = logits.unflatten(1, (4, -1)).softmax(dim=2)
+        highest = probability.topk(self.top_k, dim=2).values
+        statistics = torch.cat([highest, highest.mean(dim=2, keepdim=True)], dim=2)
+        return self.layers(statistics.flatten(1, 2))
+
+
+def logit_of_product(a: Tensor, b: Tensor) -> Tensor:
+    """The logit of sigmoid(a) * sigmoid(b), for tensors whose shapes broadcast.
+
+    With 1 / p = (1 + e^-a) (1 + e^-b), it is -ln(1 / p - 1) = -ln(e^-a + e^-b + e^-(a + b)).
+    """
+    return -torch.logaddexp(torch.logaddexp(-a, -b), -(a + b))
 
 
 def distribution_focal_losses(logits: Tensor, distances: Tensor) -> Tensor:

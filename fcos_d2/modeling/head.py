@@ -14,7 +14,12 @@ from detectron2.layers import ShapeSpec, get_norm
 from torch import Tensor, nn
 
 from .deform_conv import SelfModulatedDeformConv
-from .distributions import Distributions, expected_distances
+from .distributions import (
+    DistributionQuality,
+    Distributions,
+    expected_distances,
+    logit_of_product,
+)
 from .validation import check_between, check_choice, check_count, values_of_keys
 
 # exp(20) is 5e8 pixels: no image is so large, and float32 still holds its square.
@@ -78,6 +83,7 @@ class FCOSHead(nn.Module):
         prior_prob: float = 0.01,
         box_activation: str = "relu",
         reg_max: int = 16,
+        distribution_quality: bool = False,
         quality: str = "centerness",
         quality_on: str = "box",
     ):
@@ -96,6 +102,14 @@ class FCOSHead(nn.Module):
         check_choice("QUALITY", quality, QUALITIES)
         check_choice("QUALITY_ON", quality_on, ("box", "cls"))
         check_count("REG_MAX", reg_max, 1)
+        if distribution_quality and (box_activation, quality) != ("distribution", "joint"):
+            raise ValueError(
+                "MODEL.FCOS.DISTRIBUTION_QUALITY reads the distributions, and is part of the class "
+                f"score: it needs BOX_ACTIVATION 'distribution', not {box_activation!r}, and "
+                f"QUALITY 'joint', not {quality!r}"
+            )
+        if distribution_quality:
+            check_count("REG_MAX", reg_max, 3)  # four bins at least
         check_count("NUM_CLASSES", num_classes, 1)
         check_count("NUM_CLS_CONVS", num_cls_convs, 0)
         check_count("NUM_BOX_CONVS", num_box_convs, 0)
@@ -130,14 +144,15 @@ class FCOSHead(nn.Module):
         self.scales = nn.ModuleList(Scale() for _ in input_shape) if use_scale else None
         units = self.strides if box_activation == "relu" else [1] * len(self.strides)
         self.register_buffer("units", torch.tensor(units, dtype=torch.float32), persistent=False)
+        self.box_quality = DistributionQuality() if distribution_quality else None
         nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior_prob) / prior_prob))
 
     @classmethod
     def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]) -> dict:
         values = values_of_keys(
             cfg, "NUM_CLASSES", "NUM_CLS_CONVS", "NUM_BOX_CONVS", "NUM_SHARE_CONVS", "NORM",
-            "USE_DEFORMABLE", "USE_SCALE", "PRIOR_PROB", "BOX_ACTIVATION", "REG_MAX", "QUALITY",
-            "QUALITY_ON",
+            "USE_DEFORMABLE", "USE_SCALE", "PRIOR_PROB", "BOX_ACTIVATION", "REG_MAX",
+            "DISTRIBUTION_QUALITY", "QUALITY", "QUALITY_ON",
         )  # fmt: skip
         return values | {"input_shape": input_shape}
 
@@ -153,6 +168,10 @@ class FCOSHead(nn.Module):
         distributions = quality_logits = None
         if self.box_activation == "distribution":
             distributions = Distributions(predicted, self.strides)
+        if self.box_quality is not None:
+            of_boxes = [self.box_quality(x).float() for x in predicted]
+            pairs = zip(class_logits, of_boxes, strict=True)
+            class_logits = [logit_of_product(x.float(), quality) for x, quality in pairs]
         if self.ctrness is not None:
             quality_features = box_features if self.quality_on == "box" else cls_features
             quality_logits = [self.ctrness(x) for x in quality_features]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GFL, make_detector, tiny_cfg
+from helpers import GFLV2, make_detector, tiny_cfg
 
 from fcos_d2.export import to_onnx
 
@@ -84,8 +84,8 @@ def raw(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gfl(tmp_path_factory):
-    """(model, file, difference): the class score is the quality, distances are distributions."""
-    return export(tmp_path_factory.mktemp("gfl"), tiny_cfg(**GFL, TOP_RELU=False))
+    """(model, file, difference): distributions, and a class score that knows their shapes."""
+    return export(tmp_path_factory.mktemp("gfl"), tiny_cfg(**GFLV2, TOP_RELU=False))
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from fcos_d2.modeling.distributions import distribution_focal_losses, expected_distances
+from fcos_d2.modeling.distributions import (
+    distribution_focal_losses,
+    expected_distances,
+    logit_of_product,
+)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -59,6 +63,21 @@ def test_gradcheck():
     assert gradcheck(lambda x: distribution_focal_losses(x, distances), logits)
     maps = torch.randn(2, 4 * 3, 2, 2, dtype=torch.float64, requires_grad=True)
     assert gradcheck(expected_distances, maps)
+
+
+def test_logit_of_a_product_of_probabilities():
+    a, b = torch.randn(2, 1000, dtype=torch.float64) * 4
+    expected = torch.logit(a.sigmoid() * b.sigmoid())
+    torch.testing.assert_close(logit_of_product(a, b), expected, rtol=1e-6, atol=1e-9)
+    a, b = (x[:20].requires_grad_() for x in (a, b))
+    assert gradcheck(logit_of_product, (a, b))
+    # With one probability near 1 the other is left; far out, in float32, it stays finite.
+    ends = torch.tensor([-500.0, -90.0, 0.0, 90.0, 500.0])
+    a, b = (x.clone().requires_grad_() for x in torch.meshgrid(ends, ends, indexing="ij"))
+    product = logit_of_product(a, b)
+    product.sum().backward()
+    assert product.isfinite().all() and a.grad.isfinite().all() and b.grad.isfinite().all()
+    torch.testing.assert_close(product[-1, :4], ends[:4])
 
 
 def test_no_positives_and_huge_logits():

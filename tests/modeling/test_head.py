@@ -70,6 +70,49 @@ def test_distances_as_distributions(training):
     assert make_head()(features()).distributions is None
 
 
+def test_quality_from_distributions_by_hand():
+    torch.manual_seed(0)
+    kinds = {"box_activation": "distribution", "quality": "joint", "reg_max": 5}
+    head = make_head(**kinds, distribution_quality=True)
+    nn.init.normal_(head.bbox_pred.weight, std=0.3)
+    for layer in head.box_quality.layers[::2]:
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+    plain = make_head(**kinds)
+    plain.load_state_dict(head.state_dict(), strict=False)
+    maps = features()
+    outputs, without = head(maps), plain(maps)
+    for level, (image, y, x) in enumerate([(1, 2, 3), (0, 1, 2)]):
+        place = image, slice(None), y, x
+        statistics = []
+        for of_side in outputs.distributions.logits[level][place].split(6):
+            probabilities = sorted(of_side.softmax(0).tolist())[::-1][:4]
+            statistics += [*probabilities, sum(probabilities) / 4]
+        first, _, second = head.box_quality.layers
+        hidden = (first.weight[:, :, 0, 0] @ torch.tensor(statistics) + first.bias).relu()
+        quality = (second.weight[0, :, 0, 0] @ hidden + second.bias).sigmoid()
+        expected = without.class_logits[level][place].sigmoid() * quality
+        torch.testing.assert_close(outputs.class_logits[level][place].sigmoid(), expected)
+    assert all(map(torch.equal, outputs.ltrb, without.ltrb))
+    # Classes teach the boxes how sure to be.
+    sum(x.sum() for x in outputs.class_logits).backward()
+    assert all(
+        p.grad is not None for p in (*head.bbox_tower.parameters(), *head.scales.parameters())
+    )
+
+
+def test_quality_from_distributions_needs_both_keys():
+    for kinds in ({"quality": "joint"}, {"box_activation": "distribution"}):
+        with pytest.raises(
+            ValueError, match=r"needs BOX_ACTIVATION 'distribution', .* QUALITY 'joint'"
+        ):
+            make_head(distribution_quality=True, **kinds)
+    kinds = {"box_activation": "distribution", "quality": "joint", "distribution_quality": True}
+    with pytest.raises(ValueError, match="REG_MAX must be a whole number >= 3, got 2"):
+        make_head(reg_max=2, **kinds)
+    assert make_head(reg_max=3, **kinds)(features()).class_logits[0].isfinite().all()
+
+
 def test_exp_of_a_huge_prediction_is_finite():
     head = make_head(box_activation="exp")
     nn.init.constant_(head.bbox_pred.bias, 1e6)
