@@ -142,7 +142,7 @@ def analyze_assignment(
     """Assign all boxes of a data set as the detector of a config would, and count.
 
     Every image is padded by itself. Padding to the largest of a batch, as training does, adds no
-    location inside a box.
+    location inside a box; with ASSIGNMENT "atss" it may add some to the nearest ones of a box.
 
     Args:
         cfg: with MODEL.META_ARCHITECTURE "FCOS".

@@ -35,8 +35,8 @@ def assign_by_loops(shapes, strides, boxes_per_image, offset=0.5, top_k=9):
                     for x in range(width):
                         px, py = (x + offset) * stride, (y + offset) * stride
                         distance = (px - (x0 + x1) / 2) ** 2 + (py - (y0 + y1) / 2) ** 2
-                        cells.append((distance, y, x))
-                for _, y, x in sorted(cells)[:top_k]:
+                        cells.append((distance, abs(py - (y0 + y1) / 2), y, x))
+                for *_, y, x in sorted(cells)[:top_k]:
                     px, py, half = (x + offset) * stride, (y + offset) * stride, 4 * stride
                     square = (px - half, py - half, px + half, py + half)
                     sides = np.float32([px - x0, py - y0, x1 - px, y1 - py])
@@ -59,12 +59,13 @@ def assign(boxes, shapes=((4, 4),), strides=(8,)):
 
 
 # The locations of a 4 x 4 grid of stride 8 are 4, 12, 20 and 28 on both axes, the squares have
-# sides of 64. Four cells are (4, 4) from the centre (16, 16), and eight are (4, 12) from it. Of
-# these the upper five count, then the left ones: (1, 0), (2, 0), (0, 1), (3, 1) and (0, 2).
-MIDDLE = (1, 2, 4, 5, 6, 7, 8, 9, 10)  # 4 y + x
+# sides of 64. Four cells are (4, 4) from the centre (16, 16), four (12, 4) and four (4, 12). Of the
+# last eight, five count: the four in the rows 1 and 2, which are nearer, and of the others (1, 0),
+# in the upper row on the left.
+MIDDLE = (1, 4, 5, 6, 7, 8, 9, 10, 11)  # 4 y + x
 
 
-def test_of_equally_near_locations_the_upper_then_the_left():
+def test_of_equally_near_locations_the_nearest_row_then_the_upper_then_the_left():
     # Each of the nine squares holds the box: all IoUs are 32² / 64² = 1/4, with a deviation of 0.
     assert assign([[0, 0, 32, 32]]) == {(0, 0, cell): 0 for cell in MIDDLE}
 

@@ -29,11 +29,12 @@ class ATSSAssigner(Assigner):
     strides around the location is at least the mean plus the standard deviation of these IoUs on
     all levels. Of several boxes, a location learns the one with the highest IoU.
 
-    Decided where the paper leaves it open: of equally near locations the upper one counts, then the
-    left one; the deviation is that of a sample (of n values it divides by n - 1), and 0 of a single
-    value; of equal IoUs, in float32, the first box wins. A box without a location, because none of
-    the nearest is inside or all are other boxes', is not learnt. One larger than the image is
-    treated as any other: its nearest locations are those around its centre, or at the border.
+    Decided where the paper leaves it open: of equally near locations those in the nearest row
+    count, of equally near rows the upper one, and in a row the left one; the deviation is that of a
+    sample (of n values it divides by n - 1), and 0 of a single value; of equal IoUs, in float32,
+    the first box wins. A box without a location, because none of the nearest is inside or all are
+    other boxes', is not learnt. One larger than the image is treated as any other: its nearest
+    locations are those around its centre, or at the border. Cells in the padding count, too.
     """
 
     @configurable
@@ -45,8 +46,8 @@ class ATSSAssigner(Assigner):
         check_count("ASSIGNMENT 'atss', top_k", top_k, 1)
         self.top_k = top_k
         # Pairs of a rank among columns and one among rows, for cells that can be among the nearest:
-        # (a + 1) (b + 1) cells are at most as far as that of the ranks a and b.
-        ranks = [(a, b) for a in range(top_k) for b in range(top_k) if (a + 1) * (b + 1) <= top_k]
+        # (a + 1) (b + 1) cells are at most as far as that of the ranks a and b. By row, for ties.
+        ranks = [(a, b) for b in range(top_k) for a in range(top_k) if (a + 1) * (b + 1) <= top_k]
         self._ranks = list(map(list, zip(*ranks, strict=True)))  # not on the device of the model
 
     @classmethod
@@ -107,12 +108,9 @@ class ATSSAssigner(Assigner):
             [values[:, :, axis].index_select(2, ranks[axis]) for axis in (0, 1)]
             for values in (line, far)
         )
-        square = far_x + far_y
-        # By distance; of equal ones the upper first, then the left.
-        order = (y * size[..., :1] + x).argsort(dim=2)
-        square, nearest = square.gather(2, order).sort(dim=2, stable=True)
-        order = order.gather(2, nearest[..., :k])
-        return x.gather(2, order), y.gather(2, order), square[..., :k].isfinite()
+        square, order = (far_x + far_y).sort(dim=2, stable=True)
+        square, order = square[..., :k], order[..., :k]
+        return x.gather(2, order), y.gather(2, order), square.isfinite()
 
 
 def _iou_with_squares(ltrb: Tensor, half: Tensor) -> Tensor:
