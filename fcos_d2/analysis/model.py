@@ -150,7 +150,7 @@ class _Network(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         features = self.backbone(image)
         maps, _ = flatten_to_tuple(self.head([features[f] for f in self.head_in_features]))
-        maps = tuple(x for x in maps if isinstance(x, Tensor))  # not what a branch lacks
+        maps = tuple(x for x in maps if isinstance(x, Tensor))  # a branch may not exist
         self.outputs = sum(int(x.numel()) for x in maps)
         return maps
 
