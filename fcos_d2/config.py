@@ -229,8 +229,8 @@ def _fcos_defaults() -> CN:
     # ---- Target assignment ----
     # Which locations learn a box: "location", those in a window around its centre on the levels of
     # its size (1904.01355, section 3.2; 2006.09214), or "atss", the nearest ones whose IoU with the
-    # box is high for this box (1912.02424). The latter reads neither
-    # REGRESSION_RANGES nor CENTER_SAMPLING_RADIUS.
+    # box is high for this box (1912.02424), which reads neither REGRESSION_RANGES nor
+    # CENTER_SAMPLING_RADIUS.
     fcos.ASSIGNMENT = "location"
     # Per level of IN_FEATURES: lower <= max(left, top, right, bottom) <= upper, in pixels
     # (1904.01355, section 3.2). `.inf` in a YAML means no upper bound.
@@ -244,7 +244,7 @@ def _fcos_defaults() -> CN:
 
     # ---- Losses ----
     # "focal" (1708.02002): the score of a present class is to be 1. "quality_focal" (2006.04388,
-    # eq. 4) and "varifocal" (2008.13367, section 3), with QUALITY "joint": it is to be the IoU.
+    # section 3) and "varifocal" (2008.13367, section 3), with QUALITY "joint": it is to be the IoU.
     fcos.CLS_LOSS_TYPE = "focal"
     # Present classes weigh FOCAL_LOSS_ALPHA, in "varifocal" 1, absent ones 1 - FOCAL_LOSS_ALPHA:
     # with 0.25 as in both papers. "quality_focal" has no such weights. The exponent is the beta of
