@@ -3,8 +3,9 @@
 The backbone returns fixed p3 to p7 maps, the towers have one layer. Few channels and no norm, so
 that the layers of the head, which are the same in both FCOS, do not hide the rest; for the ratios
 of whole models see end_to_end.py. All sides get the same boxes and run in turns; Detectron2's FCOS
-has the same weights too. Inference is the head, decoding and NMS, with class logits as of a trained
-detector. The maps come in the memory layout in which each side's own backbone returns them.
+has the same weights too. "ATSS" is ours with MODEL.FCOS.ASSIGNMENT "atss". Inference is the head,
+decoding and NMS, with class logits as of a trained detector. The maps come in the memory layout in
+which each side's own backbone returns them.
 
     python benchmarks/overhead.py [--modes training inference] [--boxes 20 1000] [--device cuda]
 """
@@ -40,7 +41,15 @@ from torchvision.models.detection.fcos import FCOSHead as TorchvisionHead
 from torchvision.models.detection.image_list import ImageList as TorchvisionImageList
 
 from fcos_d2.conversion import SOURCES
-from fcos_d2.modeling import FCOS, FCOSHead, FCOSLoss, FCOSPostProcessor, LocationAssigner
+from fcos_d2.modeling import (
+    FCOS,
+    Assigner,
+    ATSSAssigner,
+    FCOSHead,
+    FCOSLoss,
+    FCOSPostProcessor,
+    LocationAssigner,
+)
 
 SIZE, STRIDES, CHANNELS, CLASSES = (800, 1216), (8, 16, 32, 64, 128), 8, 80
 RANGES = [(0, 64), (64, 128), (128, 256), (256, 512), (512, float("inf"))]
@@ -70,7 +79,7 @@ class FixedMaps(Backbone):
         return {name: ShapeSpec(channels=CHANNELS, stride=s) for name, s in names}
 
 
-def build_ours(images: int, device: str, radius: float) -> nn.Module:
+def build_ours(images: int, device: str, assigner: Assigner) -> nn.Module:
     # Our backbone's maps are channels-last on CPU: the model's runtime makes its input so.
     layout = torch.channels_last if device == "cpu" else torch.contiguous_format
     backbone = FixedMaps(images, device, layout)
@@ -86,7 +95,7 @@ def build_ours(images: int, device: str, radius: float) -> nn.Module:
             use_scale=False,  # as in Detectron2's
         ),
         head_in_features=list(backbone.output_shape()),
-        assigner=LocationAssigner(RANGES, radius),
+        assigner=assigner,
         loss=FCOSLoss(),
         post_processor=FCOSPostProcessor(score_thresh=SCORE_THRESH, score_thresh_on="score"),
         num_classes=CLASSES,
@@ -204,10 +213,11 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = args.device
-    ours, detectrons = (
-        build(args.images, device, args.radius).to(device)
-        for build in (build_ours, build_detectrons)
+    ours, atss = (
+        build_ours(args.images, device, assigner).to(device)
+        for assigner in (LocationAssigner(RANGES, args.radius), ATSSAssigner())
     )
+    detectrons = build_detectrons(args.images, device, args.radius).to(device)
     same_weights(ours, detectrons)
     retinanet = build_retinanet(args.images, device).to(device)
     retinanet.num_images = args.images
@@ -216,7 +226,9 @@ def main() -> None:
     print(machine(device))
 
     if "training" in args.modes:
-        models = {"fcos_d2": ours, "Detectron2": detectrons, "RetinaNet": retinanet}
+        atss.load_state_dict(ours.state_dict())
+        models = {"fcos_d2": ours, "Detectron2": detectrons}
+        models |= {"RetinaNet": retinanet, "ATSS": atss}
         rows = []
         with EventStorage(1):
             for boxes in args.boxes:

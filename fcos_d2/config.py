@@ -194,6 +194,9 @@ def _fcos_defaults() -> CN:
     # BiFPN layers of build_fcos_resnet_bifpn_backbone (6 in AdelaiDet), which takes its levels,
     # channels and norms from MODEL.FPN.
     fcos.BIFPN_REPEATS = 6
+    # Whether there is a ReLU between P6 and P7, as in RetinaNet and FCOS. GFL of mmdetection has
+    # none.
+    fcos.TOP_RELU = True
 
     # ---- Head ----
     # 3x3 convolutions in the classification tower, the box tower, and shared before both.
@@ -210,16 +213,29 @@ def _fcos_defaults() -> CN:
     # Initial class probability of every location, as in RetinaNet.
     fcos.PRIOR_PROB = 0.01
     # How the box branch turns its output x into pixels: "relu" is relu(scale * x) * stride
-    # (2006.09214), "exp" is exp(scale * x) (1904.01355).
+    # (2006.09214), "exp" is exp(scale * x) (1904.01355), and "distribution" is the expected value
+    # of softmax(scale * x) over REG_MAX + 1 bins of one stride (2006.04388, section 3).
     fcos.BOX_ACTIVATION = "relu"
+    # The last bin of a distribution, in strides; 16 there. No distance is larger.
+    fcos.REG_MAX = 16
+    # Multiply the class scores by a quality that two small layers read off the distributions, which
+    # are sharp where the head is sure (GFLv2, 2011.12885). With QUALITY "joint".
+    fcos.DISTRIBUTION_QUALITY = False
     # What the third branch predicts: "centerness" (1904.01355, eq. 3) or "iou" (of the predicted
     # with the true box). Without a branch: "none", or "computed", centerness of the predicted
-    # distances themselves at test time (1904.01355, table 4).
+    # distances themselves at test time (1904.01355, table 4); or "joint": the class score itself is
+    # to be the IoU of the predicted box (2006.04388, section 3). Needs CLS_LOSS_TYPE
+    # "quality_focal" or "varifocal".
     fcos.QUALITY = "centerness"
     # The tower the quality branch stands on: "box" (2006.09214) or "cls" (1904.01355).
     fcos.QUALITY_ON = "box"
 
     # ---- Target assignment ----
+    # Which locations learn a box: "location", those in a window around its centre on the levels of
+    # its size (1904.01355, section 3.2; 2006.09214), or "atss", the nearest ones whose IoU with the
+    # box is high for this box (1912.02424), which reads neither REGRESSION_RANGES nor
+    # CENTER_SAMPLING_RADIUS.
+    fcos.ASSIGNMENT = "location"
     # Per level of IN_FEATURES: lower <= max(left, top, right, bottom) <= upper, in pixels
     # (1904.01355, section 3.2). `.inf` in a YAML means no upper bound.
     fcos.REGRESSION_RANGES = [[0, 64], [64, 128], [128, 256], [256, 512], [512, float("inf")]]
@@ -231,13 +247,21 @@ def _fcos_defaults() -> CN:
     fcos.CENTER_SAMPLING_RADIUS = 1.5
 
     # ---- Losses ----
+    # "focal" (1708.02002): the score of a present class is to be 1. "quality_focal" (2006.04388,
+    # section 3) and "varifocal" (2008.13367, section 3), with QUALITY "joint": it is to be the IoU.
+    fcos.CLS_LOSS_TYPE = "focal"
+    # Present classes weigh FOCAL_LOSS_ALPHA, in "varifocal" 1, absent ones 1 - FOCAL_LOSS_ALPHA:
+    # with 0.25 as in both papers. "quality_focal" has no such weights. The exponent is the beta of
+    # "quality_focal", 2 there too.
     fcos.FOCAL_LOSS_ALPHA = 0.25
     fcos.FOCAL_LOSS_GAMMA = 2.0
     # "iou" (-ln IoU, 1904.01355), "linear_iou" (1 - IoU), "giou" (2006.09214), "diou", "ciou".
     fcos.BOX_LOSS_TYPE = "giou"
     # "quality": weighted by the centerness target and divided by the sum of these weights (the
     # authors' code). "none": unweighted, divided by the number of positives (1904.01355, eq. 2);
-    # also what the authors' code does with QUALITY "iou".
+    # also what the authors' code does with QUALITY "iou". "score", with QUALITY "joint": weighted
+    # by the highest class score of the location, divided by the sum of these (2006.04388, as in
+    # mmdetection). Such weights are predictions, which SOLVER.ACCUMULATE cannot know in advance.
     fcos.BOX_LOSS_WEIGHTING = "quality"
     # What the losses that are not weighted are divided by: "fg", the number of positives in this
     # step, or "ema_fg", its moving average, steadier for few positives per step. Both are of the
@@ -246,6 +270,9 @@ def _fcos_defaults() -> CN:
     fcos.CLS_LOSS_WEIGHT = 1.0
     fcos.BOX_LOSS_WEIGHT = 1.0
     fcos.QUALITY_LOSS_WEIGHT = 1.0
+    # Of the distribution focal loss (2006.04388, section 3), with BOX_ACTIVATION "distribution". It
+    # is weighted and divided as the box losses are. 0.25 there, of the mean of the four sides.
+    fcos.DISTRIBUTION_LOSS_WEIGHT = 0.25
 
     # ---- Inference ----
     # Candidates are locations with a class probability above this, before quality is applied; or

@@ -28,6 +28,17 @@ LIGHT = (
 )
 
 
+# The keys of GFL: each value has a test of its own, and together they must work everywhere.
+GFL = {
+    "ASSIGNMENT": "atss",
+    "QUALITY": "joint",
+    "CLS_LOSS_TYPE": "quality_focal",
+    "BOX_ACTIVATION": "distribution",
+    "BOX_LOSS_WEIGHTING": "score",
+}
+GFLV2 = GFL | {"DISTRIBUTION_QUALITY": True}
+
+
 def tiny_cfg(**fcos_keys):
     """R-18 with 64 channels and towers of one layer, 3 classes; keyword arguments are FCOS keys."""
     cfg = fcos_d2.get_cfg()

@@ -22,6 +22,7 @@ KEYS = {
         lambda m: not hasattr(m.backbone.top_block, "p7"),
     ),
     "TOP_IN_FEATURE": ("res5", {}, lambda m: m.backbone.top_block.p6.in_channels == 512),
+    "TOP_RELU": (False, {}, lambda m: type(m.backbone.top_block).__name__ == "LinearP6P7"),
     "NUM_CLS_CONVS": (3, {}, lambda m: len(m.head.cls_tower) == 9),
     "NUM_BOX_CONVS": (3, {}, lambda m: len(m.head.bbox_tower) == 9),
     "NUM_SHARE_CONVS": (2, {}, lambda m: len(m.head.share_tower) == 6),
@@ -31,6 +32,15 @@ KEYS = {
     # ln(0.2 / 0.8) = -1.386
     "PRIOR_PROB": (0.2, {}, lambda m: abs(m.head.cls_logits.bias[0].item() + 1.386) < 1e-3),
     "BOX_ACTIVATION": ("exp", {}, lambda m: m.head.box_activation == "exp"),
+    "REG_MAX": (
+        7, {"BOX_ACTIVATION": "distribution"}, lambda m: m.head.bbox_pred.out_channels == 4 * 8,
+    ),
+    "DISTRIBUTION_QUALITY": (
+        True,
+        {"BOX_ACTIVATION": "distribution", "QUALITY": "joint", "CLS_LOSS_TYPE": "varifocal",
+         "BOX_LOSS_WEIGHTING": "none"},
+        lambda m: m.head.box_quality is not None,
+    ),
     "QUALITY": (
         "iou",
         {"BOX_LOSS_WEIGHTING": "none"},
@@ -41,10 +51,16 @@ KEYS = {
     "LOCATION_OFFSET": (0.0, {}, lambda m: m.levels.offset == 0),
     "SCORE_THRESH_ON": ("score", {}, lambda m: m.post_processor.score_thresh_on == "score"),
     "QUALITY_ON": ("cls", {}, lambda m: m.head.quality_on == "cls"),
+    "ASSIGNMENT": ("atss", {}, lambda m: type(m.assigner).__name__ == "ATSSAssigner"),
     "REGRESSION_RANGES": (
         [[0, 9]] * 5, {}, lambda m: m.assigner.regression_ranges == [(0.0, 9.0)] * 5,
     ),
     "CENTER_SAMPLING_RADIUS": (0.7, {}, lambda m: m.assigner.radius == 0.7),
+    "CLS_LOSS_TYPE": (
+        "varifocal",
+        {"QUALITY": "joint", "BOX_LOSS_WEIGHTING": "none"},
+        lambda m: m.loss.cls_loss_type == "varifocal",
+    ),
     "FOCAL_LOSS_ALPHA": (0.4, {}, lambda m: m.loss.focal_loss_alpha == 0.4),
     "FOCAL_LOSS_GAMMA": (1.5, {}, lambda m: m.loss.focal_loss_gamma == 1.5),
     "BOX_LOSS_TYPE": ("diou", {}, lambda m: m.loss.box_loss_type == "diou"),
@@ -53,6 +69,7 @@ KEYS = {
     "CLS_LOSS_WEIGHT": (2.0, {}, lambda m: m.loss.cls_loss_weight == 2.0),
     "BOX_LOSS_WEIGHT": (3.0, {}, lambda m: m.loss.box_loss_weight == 3.0),
     "QUALITY_LOSS_WEIGHT": (4.0, {}, lambda m: m.loss.quality_loss_weight == 4.0),
+    "DISTRIBUTION_LOSS_WEIGHT": (5.0, {}, lambda m: m.loss.distribution_loss_weight == 5.0),
     "SCORE_THRESH_TEST": (0.2, {}, lambda m: m.post_processor.score_thresh == 0.2),
     "TOPK_CANDIDATES_TEST": (50, {}, lambda m: m.post_processor.topk_candidates == 50),
     "NMS_THRESH_TEST": (0.5, {}, lambda m: m.post_processor.nms_thresh == 0.5),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -14,6 +15,7 @@ from helpers import make_input
 
 from fcos_d2 import model_zoo
 from fcos_d2.data import DatasetMapper
+from fcos_d2.modeling import ATSSAssigner
 from fcos_d2.runtime import FoldedConv2d
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +145,29 @@ def test_lazy_config_builds_the_model_of_the_yaml():
     lazy.head.quality = "iou"
     with pytest.raises(ValueError, match="the same quality, got head 'iou', loss 'centerness'"):
         instantiate(lazy)
+
+
+def test_lazy_config_changed_to_gfl_is_that_of_the_yaml():
+    lazy = model_zoo.get_config("common/models/fcos.py").model
+    lazy.assigner = L(ATSSAssigner)()
+    lazy.head.update(box_activation="distribution", quality="joint")
+    lazy.loss.update(
+        quality="joint", cls_loss_type="quality_focal", box_loss_weighting="score",
+        box_loss_weight=2.0,
+    )  # fmt: skip
+    lazy.post_processor.quality = "joint"
+    lazy.location_offset = 0.0
+    cfg = model_zoo.get_config("Successors/gfl_R_50_FPN_1x.yaml")
+    cfg.MODEL.DEVICE, cfg.MODEL.FCOS.TOP_RELU = "cpu", True
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = True
+    ours, yaml = instantiate(lazy), build_model(cfg)
+    ours.load_state_dict(yaml.state_dict())
+    ours.pixel_mean, ours.pixel_std = yaml.pixel_mean, yaml.pixel_std
+    batch = [make_input(size=(64, 64))]
+    found = ours.train()(batch)
+    assert set(found) == {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_dfl"}
+    for key, value in yaml.train()(batch).items():
+        torch.testing.assert_close(found[key], value)
 
 
 COMPLETE = ["COCO-Detection/fcos_R_50_FPN_1x", "quick_schedules/fcos_R_18_FPN_shapes"]

@@ -17,8 +17,8 @@ HEAD = f"""\
 
 <!-- Made from fcos_d2/zoo/published.yaml by tools/model_zoo.py: change that file, and run it. -->
 
-Checkpoints of FCOS on COCO that others have trained and published, by name. Each is fetched once
-from where its makers keep it, checked, and converted:
+Checkpoints of FCOS, and of its [successors](successors.md), on COCO that others have trained and
+published, by name. Each is fetched once from where its makers keep it, checked, and converted:
 
 ```
 python -m fcos_d2.predict --model fcos_R_50_FPN_1x --input photo.jpg --output detections

@@ -31,6 +31,7 @@ from fcos_d2.analysis.score_quality import read_record_image, scores_figure
 from fcos_d2.command_line import config_parser, exit_on_error
 from fcos_d2.data import check_names_of_detector, check_num_classes, find_record, load_dataset
 from fcos_d2.data.image_files import read_image
+from fcos_d2.modeling.head import WITHOUT_FACTOR
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,14 +100,15 @@ def _draw_image(
     image = read_image(file, "BGR") if record is None else read_record_image(record, file)
     inspection = inspect_image(predictor, image)
     print(_table(inspection, args.threshold))
+    quality = cfg.MODEL.FCOS.QUALITY
     figures = {
         "classes": class_figure(inspection),
         "detections": origins_figure(inspection, args.threshold),
     }
     if inspection.quality is None:
-        print("No quality.png: MODEL.FCOS.QUALITY is 'none', so the detector has no quality.")
+        print(f"No quality.png: MODEL.FCOS.QUALITY is {quality!r}: class probabilities are all.")
     else:
-        figures["quality"] = quality_figure(inspection, cfg.MODEL.FCOS.QUALITY)
+        figures["quality"] = quality_figure(inspection, quality)
     if record is not None:
         positives = locate_positives(cfg, predictor.model, record)
         figures["positives"] = positives_figure(inspection, positives)
@@ -118,8 +120,8 @@ def _draw_scores(
 ) -> None:
     points = scores_and_ious(predictor, cfg, records, progress=True)
     quality, fusion = cfg.MODEL.FCOS.QUALITY, cfg.MODEL.FCOS.SCORE_FUSION
-    if quality == "none":
-        print("MODEL.FCOS.QUALITY is 'none': scores.png shows class probability alone.")
+    if quality in WITHOUT_FACTOR:
+        print(f"MODEL.FCOS.QUALITY is {quality!r}: scores.png shows class probability alone.")
     _save({"scores": scores_figure(points, quality, fusion)}, args.output)
 
 

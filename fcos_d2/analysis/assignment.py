@@ -142,7 +142,7 @@ def analyze_assignment(
     """Assign all boxes of a data set as the detector of a config would, and count.
 
     Every image is padded by itself. Padding to the largest of a batch, as training does, adds no
-    location inside a box.
+    location inside a box; with ASSIGNMENT "atss" it may add some to the nearest ones of a box.
 
     Args:
         cfg: with MODEL.META_ARCHITECTURE "FCOS".
@@ -218,13 +218,10 @@ def check_is_fcos(cfg: CfgNode) -> None:
 
 
 def _settings(cfg: CfgNode, detector: FCOS) -> dict:
-    """What the numbers depend on, with None for an infinite range: JSON has no infinity."""
+    """What the numbers depend on."""
     return {
-        "regression_ranges": [
-            [low, None if high == float("inf") else high]
-            for low, high in detector.assigner.regression_ranges
-        ],
-        "center_sampling_radius": detector.assigner.radius,
+        "assignment": cfg.MODEL.FCOS.ASSIGNMENT,
+        **detector.assigner.settings,
         "location_offset": detector.levels.offset,
         "min_size_test": cfg.INPUT.MIN_SIZE_TEST,
         "max_size_test": cfg.INPUT.MAX_SIZE_TEST,

@@ -20,7 +20,7 @@ def quality_figure(inspection: Inspection, kind: str) -> Figure:
         ValueError: if the detector has no quality.
     """
     if inspection.quality is None:
-        raise ValueError("There is no heat map of quality: MODEL.FCOS.QUALITY is 'none'")
+        raise ValueError(f"There is no heat map of quality: MODEL.FCOS.QUALITY is {kind!r}")
     label = {"centerness": "centerness", "iou": "predicted IoU"}.get(kind, f"quality ({kind})")
     figure = _heat_figure(inspection, {"": inspection.quality}, label)
     found, scale = inspection.candidates, inspection.scale

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..inference import Predictor
 from ..modeling import FCOS, HeadOutputs, Levels
+from ..modeling.head import WITHOUT_FACTOR
 from ..modeling.points import centerness
 
 
@@ -29,7 +30,8 @@ class Inspection:
     level_names: tuple[str, ...]  # as in MODEL.FCOS.IN_FEATURES
     levels: Levels  # in pixels of the network input
     class_probability: list[Tensor]  # (K, Hi, Wi) for each level
-    # (Hi, Wi) in [0, 1] for each level, NaN where it is undefined; None with QUALITY "none".
+    # (Hi, Wi) in [0, 1] for each level, NaN where it is undefined; None where the scores have no
+    # factor of quality.
     quality: list[Tensor] | None
     detections: Instances  # best first, in pixels of the image
     candidates: Instances  # before top-k, NMS and clipping, in pixels of the network input
@@ -87,7 +89,7 @@ def inspect_image(predictor: Predictor, image: np.ndarray) -> Inspection:
 
 def _quality_maps(outputs: HeadOutputs, quality: str) -> list[Tensor] | None:
     """(Hi, Wi) on each level, of the first image of a batch."""
-    if quality == "none":
+    if quality in WITHOUT_FACTOR:
         return None
     if quality == "computed":
         return [centerness(x[:1].float())[0].cpu() for x in outputs.ltrb]

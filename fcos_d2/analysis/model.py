@@ -154,7 +154,7 @@ class _Network(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         features = self.backbone(image)
         maps, _ = flatten_to_tuple(self.head([features[f] for f in self.head_in_features]))
-        maps = tuple(x for x in maps if x is not None)  # a branch that does not exist
+        maps = tuple(x for x in maps if isinstance(x, Tensor))  # a branch may not exist
         self.outputs = sum(int(x.numel()) for x in maps)
         return maps
 

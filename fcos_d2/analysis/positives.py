@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..data.mapper import with_float_coordinates
 from ..modeling import FCOS, Levels
-from ..modeling.assignment.candidates import Positives, cell_numbers
+from ..modeling.assignment.candidates import Positives, cell_numbers, lowest_cost_wins
 from ..modeling.backbone import padded_size
 from .inspection import image_scale
 
@@ -91,7 +91,7 @@ def assign(model: FCOS, image: Instances) -> tuple[Positives, Tensor, Tensor]:
     boxes, classes = [image.gt_boxes.tensor], image.gt_classes
     shapes = level_shapes(model.backbone, model.levels, *image.image_size)
     candidates = model.assigner.candidates(model.levels, shapes, boxes)
-    positives = model.assigner.resolve(candidates, shapes, boxes)
+    positives = lowest_cost_wins(candidates, shapes, 1)
     # For each candidate the positive at its location, and the box that owns it.
     cell, order = cell_numbers(positives, shapes, 1).sort()
     at = order[torch.searchsorted(cell, cell_numbers(candidates, shapes, 1))]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..data.image_files import read_image
 from ..inference import Predictor
+from ..modeling.head import WITHOUT_FACTOR
 from .charts import new_figure
 from .inspection import inspect_image
 from .positives import boxes_at_test_resize
@@ -25,7 +26,7 @@ class ScoresAndIoUs:
 
     images: int
     class_probability: Tensor  # (C,)
-    quality: Tensor  # (C,) in [0, 1]; 1 with QUALITY "none"
+    quality: Tensor  # (C,) in [0, 1]; 1 with QUALITY "none" and "joint"
     score: Tensor  # (C,) fused from both (SCORE_FUSION)
     iou: Tensor  # (C,) the highest with a ground-truth box of the candidate's class; 0 without one
 
@@ -67,11 +68,11 @@ def scores_figure(points: ScoresAndIoUs, quality: str, score_fusion: str) -> Fig
     """Scores of candidates against the IoU of their boxes, without and with quality.
 
     Args:
-        quality, score_fusion: the keys of MODEL.FCOS. With QUALITY "none" there is one panel, with
-            SCORE_FUSION "sqrt" a third one, of the detector's own scores.
+        quality, score_fusion: the keys of MODEL.FCOS. With QUALITY "none" or "joint" there is one
+            panel, with SCORE_FUSION "sqrt" a third one, of the detector's own scores.
     """
     panels = {"class probability": points.class_probability}
-    if quality != "none":
+    if quality not in WITHOUT_FACTOR:
         panels["class probability · quality"] = points.product
         if score_fusion == "sqrt":
             panels["score: sqrt(class probability · quality)"] = points.score

@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from .source import ORIGINAL_SETTINGS
-from .sources import SOURCES
+from .sources import REFUSED, SOURCES
 
 
 def convert(
@@ -23,7 +23,8 @@ def convert(
         state_dict: maps the names in the checkpoint to tensors or arrays. May be wrapped in
             ``{"model": ...}`` or ``{"state_dict": ...}``, and its names may have the prefix
             ``module.`` of DistributedDataParallel.
-        source: "adelaidet", "fcos" (tianzhi0549/FCOS), "detectron2", "torchvision" or "mmdet".
+        source: "adelaidet", "fcos" (tianzhi0549/FCOS), "detectron2", "torchvision", "mmdet" or
+            "mmdet-gfl".
         cfg: gives what the checkpoint does not show: the backbone, the numbers of classes and
             convolutions, and the keys that :data:`SOURCES` lists as ``not_in_file``.
         opts: ``[key, value, ...]`` that override ``cfg`` and the source's settings, for a
@@ -34,9 +35,9 @@ def convert(
         input; and ``cfg`` with the keys that reproduce the source's arithmetic at inference.
 
     Raises:
-        ValueError: for an unknown source, for a checkpoint of another source, and for one that does
-            not fit the config, with all names that have no place in the model, are missing, or
-            differ in shape.
+        ValueError: for an unknown source, for a checkpoint of another source or of a detector that
+            predicts something else, and for one that does not fit the config, with all names that
+            have no place in the model, are missing, or differ in shape.
     """
     if source not in SOURCES:
         raise ValueError(f"source must be one of {list(SOURCES)}, got {source!r}")
@@ -114,6 +115,9 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_source(tensors: Mapping[str, Tensor], source: str) -> None:
+    for pattern, what in REFUSED.items():
+        if any(re.match(pattern, name) for name in tensors):
+            raise ValueError(f"This is a checkpoint of {what}: it cannot be converted")
     matching = [
         other
         for other, layout in SOURCES.items()

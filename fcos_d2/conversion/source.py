@@ -16,7 +16,10 @@ Rules = Sequence[tuple[str, str]]
 
 # BatchNorm uses this counter only if its momentum is None, which no source has. Detectron2 before
 # version 0.6 saves a box per level, centred on the location; LOCATION_OFFSET takes its place.
-_IGNORED = r".*\.num_batches_tracked|anchor_generator\.cell_anchors\.\d+"
+# mmdetection's GFL saves the numbers of the bins.
+_IGNORED = (
+    r".*\.num_batches_tracked|anchor_generator\.cell_anchors\.\d+|bbox_head\.integral\.project"
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def fpn_rules(lateral: str, output: str, first: int = 0) -> Rules:
 
 # The settings of the original code, and the defaults of all sources.
 ORIGINAL_SETTINGS = {
+    "MODEL.FCOS.TOP_RELU": True,
     "MODEL.FCOS.LOCATION_OFFSET": 0.5,
     "MODEL.FCOS.SCORE_FUSION": "sqrt",
     "MODEL.FCOS.CLIP_BOXES": "before_nms",

@@ -213,18 +213,22 @@ def _add_biases(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
         tensors.update(biases)
 
 
+_MMDET_RULES: Rules = [
+    *fpn_rules(r"neck\.lateral_convs\.{}\.conv", r"neck\.fpn_convs\.{}\.conv"),
+    (r"neck\.fpn_convs\.3\.conv", "backbone.top_block.p6"),
+    (r"neck\.fpn_convs\.4\.conv", "backbone.top_block.p7"),
+    (r"bbox_head\.scales", "head.scales"),
+    (r"data_preprocessor\.(mean|std)", r"pixel_\1"),
+]
+
 MMDET = Source(
-    signature=r"bbox_head\.((conv|fcos)_(cls|centerness)|cls_convs)\.",
+    signature=r"bbox_head\.(conv|fcos)_(cls|reg|centerness)\.",
     rules=[
-        *fpn_rules(r"neck\.lateral_convs\.{}\.conv", r"neck\.fpn_convs\.{}\.conv"),
-        (r"neck\.fpn_convs\.3\.conv", "backbone.top_block.p6"),
-        (r"neck\.fpn_convs\.4\.conv", "backbone.top_block.p7"),
+        *_MMDET_RULES,
         # Before version 2.1, the names were fcos_cls, fcos_reg and fcos_centerness.
         (r"bbox_head\.(conv|fcos)_cls", "head.cls_logits"),
         (r"bbox_head\.(conv|fcos)_reg", "head.bbox_pred"),
         (r"bbox_head\.(conv|fcos)_centerness", "head.ctrness"),
-        (r"bbox_head\.scales", "head.scales"),
-        (r"data_preprocessor\.(mean|std)", r"pixel_\1"),
     ],
     tower_rules=_mmdet_tower_rules,
     cfg={"MODEL.FCOS.QUALITY": "centerness", "MODEL.FCOS.SCORE_FUSION": "product"},
@@ -244,10 +248,46 @@ MMDET = Source(
     adapt=_add_biases,
 )
 
+MMDET_GFL = Source(
+    signature=r"bbox_head\.gfl_(cls|reg)\.",
+    rules=[
+        *_MMDET_RULES,
+        (r"bbox_head\.gfl_cls", "head.cls_logits"),
+        (r"bbox_head\.gfl_reg", "head.bbox_pred"),
+    ],
+    tower_rules=_mmdet_tower_rules,
+    cfg={
+        # Of all its GFL configs.
+        "INPUT.FORMAT": "RGB",
+        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+        "MODEL.FCOS.TOP_RELU": False,
+        "MODEL.FCOS.LOCATION_OFFSET": 0.0,
+        "MODEL.FCOS.BOX_ACTIVATION": "distribution",
+        "MODEL.FCOS.QUALITY": "joint",
+        "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
+        # What goes with a joint quality, for a config of FCOS.
+        "MODEL.FCOS.CLS_LOSS_TYPE": "quality_focal",
+        "MODEL.FCOS.BOX_LOSS_WEIGHTING": "score",
+    },
+    resnet=r"backbone\.",
+    adapt=_add_biases,
+)
+
 SOURCES: dict[str, Source] = {
     "adelaidet": ADELAIDET,
     "fcos": ORIGINAL_FCOS,
     "detectron2": DETECTRON2,
     "torchvision": TORCHVISION,
     "mmdet": MMDET,
+    "mmdet-gfl": MMDET_GFL,
+}
+
+# Patterns of names whose checkpoints look alike, but predict something else.
+REFUSED: dict[str, str] = {
+    r"bbox_head\.atss_": "ATSS of mmdetection, which predicts offsets from anchors in place of the "
+    "distances from a location to the sides of a box",
+    r"bbox_head\.vfnet_": "VFNet of mmdetection, which refines its boxes and scores with "
+    "star-shaped convolutions",
 }

@@ -1,7 +1,7 @@
 """The detector, one stage a file, in the order of the data flow."""
 
+from .assignment import Assigner, ATSSAssigner, LocationAssigner
 from .assignment.candidates import Candidates, Positives, Targets
-from .assignment.location import LocationAssigner
 from .backbone import (
     TimmBackbone,
     build_fcos_resnet_bifpn_backbone,
@@ -19,6 +19,8 @@ from .test_time_augmentation import FCOSWithTTA
 
 __all__ = [
     "FCOS",
+    "ATSSAssigner",
+    "Assigner",
     "BiFPN",
     "Candidates",
     "FCOSHead",

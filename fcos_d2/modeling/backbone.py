@@ -43,13 +43,22 @@ class LastLevelP6(nn.Module):
         return [self.p6(x)]
 
 
+class LinearP6P7(LastLevelP6P7):
+    """P6 and P7 without the ReLU that Detectron2's LastLevelP6P7 has between them."""
+
+    def forward(self, c5: Tensor) -> list[Tensor]:
+        p6 = self.p6(c5)
+        return [p6, self.p7(p6)]
+
+
 @BACKBONE_REGISTRY.register()
 def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """FPN on a ResNet of Detectron2's builder, with ``MODEL.FCOS.TOP_LEVELS`` extra levels.
 
     Raises:
-        ValueError: if TOP_LEVELS is not 0, 1 or 2, if the backbone does not make TOP_IN_FEATURE, or
-            if it makes a level that neither IN_FEATURES names nor a finer level needs.
+        ValueError: if TOP_LEVELS is not 0, 1 or 2, if TOP_RELU is False without a P7, if the
+            backbone does not make TOP_IN_FEATURE, or if it makes a level that neither IN_FEATURES
+            names nor a finer level needs.
     """
     return _build_fpn(cfg, _build_resnet(cfg, input_shape))
 
@@ -105,6 +114,11 @@ def _build_fpn(cfg, bottom_up: Backbone) -> FPN:
     top_levels, top_in_feature = cfg.MODEL.FCOS.TOP_LEVELS, cfg.MODEL.FCOS.TOP_IN_FEATURE
     if top_levels not in (0, 1, 2):
         raise ValueError(f"MODEL.FCOS.TOP_LEVELS must be 0, 1 or 2, got {top_levels}")
+    if top_levels != 2 and not cfg.MODEL.FCOS.TOP_RELU:
+        raise ValueError(
+            f"MODEL.FCOS.TOP_RELU False leaves out the ReLU before P7, which TOP_LEVELS "
+            f"{top_levels} does not make: set TOP_LEVELS 2, or TOP_RELU True"
+        )
     top_block = None
     if top_levels > 0:
         if in_features[-1] != "res5" or top_in_feature not in ("p5", "res5"):
@@ -116,7 +130,8 @@ def _build_fpn(cfg, bottom_up: Backbone) -> FPN:
         in_channels = out_channels
         if top_in_feature == "res5":
             in_channels = bottom_up.output_shape()["res5"].channels
-        top_class = LastLevelP6P7 if top_levels == 2 else LastLevelP6
+        p6_p7 = LastLevelP6P7 if cfg.MODEL.FCOS.TOP_RELU else LinearP6P7
+        top_class = p6_p7 if top_levels == 2 else LastLevelP6
         top_block = top_class(in_channels, out_channels, top_in_feature)
     fpn = FPN(
         bottom_up=bottom_up,

@@ -11,11 +11,12 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
 from ..runtime import Runtime, inference_parts, to_device
+from .assignment import Assigner, build_assigner
 from .assignment.candidates import Targets, check_classes, make_targets
-from .assignment.location import LocationAssigner
 from .head import FCOSHead, HeadOutputs, select_levels
 from .images import checked_images
-from .losses import FCOSLoss, Normalizers
+from .losses import FCOSLoss
+from .normalizers import Normalizers
 from .points import Levels
 from .post_processing import FCOSPostProcessor
 from .validation import check_same, values_of_keys
@@ -38,7 +39,7 @@ class FCOS(DenseDetector):
         backbone: Backbone,
         head: FCOSHead,
         head_in_features: Sequence[str],
-        assigner: LocationAssigner,
+        assigner: Assigner,
         loss: FCOSLoss,
         post_processor: FCOSPostProcessor,
         num_classes: int,
@@ -85,13 +86,14 @@ class FCOS(DenseDetector):
     @classmethod
     def from_config(cls, cfg) -> dict:
         backbone = build_backbone(cfg)
-        fcos = cfg.MODEL.FCOS
+        fcos, loss = cfg.MODEL.FCOS, FCOSLoss(cfg)
+        loss.check_parts(cfg.SOLVER.ACCUMULATE)
         return values_of_keys(cfg, "NUM_CLASSES", "LOCATION_OFFSET") | {
             "backbone": backbone,
             "head": FCOSHead(cfg, select_levels(backbone.output_shape(), fcos.IN_FEATURES)),
             "head_in_features": fcos.IN_FEATURES,
-            "assigner": LocationAssigner(cfg),
-            "loss": FCOSLoss(cfg),
+            "assigner": build_assigner(cfg),
+            "loss": loss,
             "post_processor": FCOSPostProcessor(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -129,8 +131,8 @@ class FCOS(DenseDetector):
         """What the losses of each part of this process's images are divided by.
 
         With it, the mean of the losses of all parts is the loss of one large batch. All processes
-        must call it together, once a step. It runs before the backbone, so neither the assignment
-        nor the weights of the losses may read predictions. For errors see :meth:`forward`.
+        must call it together, once a step. It runs before the backbone: where the weights of the
+        losses are predictions, there is a ValueError. For others see :meth:`forward`.
 
         Args:
             parts: training inputs, as for as many calls of :meth:`forward`.

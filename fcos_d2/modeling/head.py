@@ -14,13 +14,21 @@ from detectron2.layers import ShapeSpec, get_norm
 from torch import Tensor, nn
 
 from .deform_conv import SelfModulatedDeformConv
+from .distributions import (
+    DistributionQuality,
+    Distributions,
+    expected_distances,
+    logit_of_product,
+)
 from .validation import check_between, check_choice, check_count, values_of_keys
 
 # exp(20) is 5e8 pixels: no image is so large, and float32 still holds its square.
 _MAX_EXPONENT = 20.0
 
-# The values of QUALITY. The head has a branch for the first two.
-QUALITIES = ("centerness", "iou", "computed", "none")
+# The values of QUALITY. The head has a branch for the first two. With the last two, the scores have
+# no factor of quality.
+QUALITIES = ("centerness", "iou", "computed", "none", "joint")
+WITH_BRANCH, WITHOUT_FACTOR = QUALITIES[:2], QUALITIES[3:]
 
 
 class HeadOutputs(NamedTuple):
@@ -29,6 +37,7 @@ class HeadOutputs(NamedTuple):
     class_logits: list[Tensor]  # (N, K, Hi, Wi)
     ltrb: list[Tensor]  # (N, 4, Hi, Wi) float32 pixels, never negative
     quality_logits: list[Tensor] | None  # (N, 1, Hi, Wi); None without a quality branch
+    distributions: Distributions | None = None  # what ltrb are the expected values of
 
 
 class PerLevelNorm(nn.ModuleList):
@@ -73,6 +82,8 @@ class FCOSHead(nn.Module):
         use_scale: bool = True,
         prior_prob: float = 0.01,
         box_activation: str = "relu",
+        reg_max: int = 16,
+        distribution_quality: bool = False,
         quality: str = "centerness",
         quality_on: str = "box",
     ):
@@ -87,9 +98,18 @@ class FCOSHead(nn.Module):
         """
         super().__init__()
         check_choice("NORM", norm, ("GN", "BN", "SyncBN", ""))
-        check_choice("BOX_ACTIVATION", box_activation, ("relu", "exp"))
+        check_choice("BOX_ACTIVATION", box_activation, ("relu", "exp", "distribution"))
         check_choice("QUALITY", quality, QUALITIES)
         check_choice("QUALITY_ON", quality_on, ("box", "cls"))
+        check_count("REG_MAX", reg_max, 1)
+        if distribution_quality and (box_activation, quality) != ("distribution", "joint"):
+            raise ValueError(
+                "MODEL.FCOS.DISTRIBUTION_QUALITY reads the distributions, and is part of the class "
+                f"score: it needs BOX_ACTIVATION 'distribution', not {box_activation!r}, and "
+                f"QUALITY 'joint', not {quality!r}"
+            )
+        if distribution_quality:
+            check_count("REG_MAX", reg_max, 3)  # four bins at least
         check_count("NUM_CLASSES", num_classes, 1)
         check_count("NUM_CLS_CONVS", num_cls_convs, 0)
         check_count("NUM_BOX_CONVS", num_box_convs, 0)
@@ -118,18 +138,21 @@ class FCOSHead(nn.Module):
         self.cls_tower = tower(num_cls_convs, use_deformable)
         self.bbox_tower = tower(num_box_convs, use_deformable)
         self.cls_logits = _conv3x3(channels, num_classes)
-        self.bbox_pred = _conv3x3(channels, 4)
-        self.ctrness = _conv3x3(channels, 1) if quality in ("centerness", "iou") else None
+        bins = reg_max + 1 if box_activation == "distribution" else 1
+        self.bbox_pred = _conv3x3(channels, 4 * bins)
+        self.ctrness = _conv3x3(channels, 1) if quality in WITH_BRANCH else None
         self.scales = nn.ModuleList(Scale() for _ in input_shape) if use_scale else None
         units = self.strides if box_activation == "relu" else [1] * len(self.strides)
         self.register_buffer("units", torch.tensor(units, dtype=torch.float32), persistent=False)
+        self.box_quality = DistributionQuality() if distribution_quality else None
         nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior_prob) / prior_prob))
 
     @classmethod
     def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]) -> dict:
         values = values_of_keys(
             cfg, "NUM_CLASSES", "NUM_CLS_CONVS", "NUM_BOX_CONVS", "NUM_SHARE_CONVS", "NORM",
-            "USE_DEFORMABLE", "USE_SCALE", "PRIOR_PROB", "BOX_ACTIVATION", "QUALITY", "QUALITY_ON",
+            "USE_DEFORMABLE", "USE_SCALE", "PRIOR_PROB", "BOX_ACTIVATION", "REG_MAX",
+            "DISTRIBUTION_QUALITY", "QUALITY", "QUALITY_ON",
         )  # fmt: skip
         return values | {"input_shape": input_shape}
 
@@ -140,24 +163,33 @@ class FCOSHead(nn.Module):
         box_features = self.bbox_tower(features)
         class_logits = [self.cls_logits(x) for x in cls_features]
         pairs = zip(box_features, self._factors(), strict=True)
-        ltrb = [self._to_pixels(self.bbox_pred(x), factor) for x, factor in pairs]
-        if self.ctrness is None:
-            return HeadOutputs(class_logits, ltrb, None)
-        quality_features = box_features if self.quality_on == "box" else cls_features
-        return HeadOutputs(class_logits, ltrb, [self.ctrness(x) for x in quality_features])
+        predicted = [self.bbox_pred(x).float() * factor for x, factor in pairs]
+        ltrb = [self._to_pixels(*x) for x in zip(predicted, self.strides, strict=True)]
+        distributions = quality_logits = None
+        if self.box_activation == "distribution":
+            distributions = Distributions(predicted, self.strides)
+        if self.box_quality is not None:
+            of_boxes = [self.box_quality(x).float() for x in predicted]
+            pairs = zip(class_logits, of_boxes, strict=True)
+            class_logits = [logit_of_product(x.float(), quality) for x, quality in pairs]
+        if self.ctrness is not None:
+            quality_features = box_features if self.quality_on == "box" else cls_features
+            quality_logits = [self.ctrness(x) for x in quality_features]
+        return HeadOutputs(class_logits, ltrb, quality_logits, distributions)
 
     def _factors(self) -> Sequence[Tensor]:
-        """(1,) what the predicted distances of each level are multiplied by."""
+        """(1,) what the output of the box predictor is multiplied by, for each level."""
         if self.scales is None:
             return self.units.split(1)
         # For all levels at once, and with the stride: a GPU launches fewer kernels.
         return (torch.cat([s.scale for s in self.scales]) * self.units).split(1)
 
-    def _to_pixels(self, x: Tensor, factor: Tensor) -> Tensor:
-        x = x.float() * factor
+    def _to_pixels(self, x: Tensor, stride: int) -> Tensor:
         if self.box_activation == "exp":
             return x.clamp(max=_MAX_EXPONENT).exp()
-        return x.relu()
+        if self.box_activation == "distribution":
+            return expected_distances(x) * stride
+        return x.relu()  # the stride is in the factor
 
 
 def _common_channels(input_shape: Sequence[ShapeSpec], norm: str) -> int:

@@ -21,7 +21,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from .head import QUALITIES, HeadOutputs
+from .head import QUALITIES, WITH_BRANCH, WITHOUT_FACTOR, HeadOutputs
 from .points import Levels, centerness, clip, has_area, ltrb_to_boxes
 from .validation import check_between, check_choice, check_count, values_of_keys
 
@@ -34,7 +34,7 @@ class _Cells(NamedTuple):
     locations: Tensor  # (S, 2) pixels
     class_logits: Tensor  # (S, K)
     ltrb: Tensor  # (S, 4) pixels
-    quality: Tensor  # (S,) in [0, 1], or NaN; all 1 with QUALITY "none"
+    quality: Tensor  # (S,) in [0, 1], or NaN; all 1 without a factor of quality
 
 
 class FCOSPostProcessor:
@@ -122,9 +122,9 @@ class FCOSPostProcessor:
             for each image, with the fields of the call; boxes may reach beyond the image. With
             ``with_cells`` also ``level`` (C,) int64, ``rank`` (C,) int64 in its level from 0,
             ``locations`` (C, 2) and ``ltrb`` (C, 4) in pixels, ``class_probability`` (C,), and
-            ``quality`` (C,), 1 with QUALITY "none".
+            ``quality`` (C,), 1 with QUALITY "none" and "joint".
         """
-        if (outputs.quality_logits is not None) != (self.quality in ("centerness", "iou")):
+        if (outputs.quality_logits is not None) != (self.quality in WITH_BRANCH):
             raise ValueError(f"The head's outputs do not fit the quality {self.quality!r}")
         # 1. Threshold.
         cells = self._select_cells(outputs, levels)
@@ -213,13 +213,13 @@ class FCOSPostProcessor:
         image, level, x, y, logits, ltrb, *quality = map(torch.cat, zip(*selected, strict=True))
         if self.quality == "computed":
             quality = [centerness(ltrb)]  # NaN, and no candidate, for a box without extent
-        elif self.quality == "none":
+        elif self.quality in WITHOUT_FACTOR:
             quality = [torch.ones_like(ltrb[:, 0])]
         return _Cells(image, level, levels.locations(level, x, y), logits.float(), ltrb, *quality)
 
     def score(self, class_probability: Tensor, quality: Tensor) -> Tensor:
         """Scores of candidates, from tensors whose shapes broadcast."""
-        if self.quality == "none":
+        if self.quality in WITHOUT_FACTOR:
             return class_probability
         scores = class_probability * quality
         return scores.sqrt() if self.score_fusion == "sqrt" else scores

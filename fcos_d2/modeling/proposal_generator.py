@@ -11,8 +11,8 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from .assignment import Assigner, build_assigner
 from .assignment.candidates import Targets, check_classes, make_targets
-from .assignment.location import LocationAssigner
 from .head import FCOSHead, HeadOutputs, select_levels
 from .losses import FCOSLoss
 from .points import Levels, ltrb_to_boxes
@@ -38,7 +38,7 @@ class FCOSProposalGenerator(nn.Module):
         *,
         head: FCOSHead,
         in_features: Sequence[str],
-        assigner: LocationAssigner,
+        assigner: Assigner,
         loss: FCOSLoss,
         num_classes: int = 1,
         location_offset: float = 0.5,
@@ -87,7 +87,7 @@ class FCOSProposalGenerator(nn.Module):
         shapes = select_levels(input_shape, fcos.IN_FEATURES)
         return values_of_keys(cfg, "IN_FEATURES", "LOCATION_OFFSET", "SCORE_FUSION") | {
             "head": FCOSHead(cfg, shapes, num_classes=fcos.PROPOSAL_NUM_CLASSES),
-            "assigner": LocationAssigner(cfg),
+            "assigner": build_assigner(cfg),
             "loss": FCOSLoss(cfg),
             "num_classes": fcos.PROPOSAL_NUM_CLASSES,
             "pre_nms_topk": (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),

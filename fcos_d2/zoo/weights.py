@@ -24,7 +24,7 @@ class _Handler(PathHandler):
 
     def _get_supported_prefixes(self) -> list[str]:
         # Other names of torchvision are those of backbones.
-        return ["adelaidet://", "fcos://", "mmdet://", "torchvision://FCOS_"]
+        return ["adelaidet://", "fcos://", "mmdet://", "mmdet-gfl://", "torchvision://FCOS_"]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
         return local_file(find(path))

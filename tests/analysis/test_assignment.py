@@ -105,6 +105,9 @@ def test_sizes_are_those_of_the_original_image():
         # Locations at 0 and 32: of these only (32, 32) is inside.
         ("LOCATION_OFFSET", 0.0, 1),
         # The farthest side is 48 pixels away.
+        # The box lies in the squares of 8 strides around the nine nearest locations: all IoUs are
+        # the same, and four of the locations are inside.
+        ("ASSIGNMENT", "atss", 4),
         ("REGRESSION_RANGES", [[0, 48]], 4),
         ("REGRESSION_RANGES", [[0, 47]], 0),
     ],

@@ -75,7 +75,21 @@ ARITHMETIC = {
         "MODEL.FCOS.BOX_ACTIVATION": None,
         "MODEL.FCOS.QUALITY_ON": None,
     },
+    "mmdet-gfl": {
+        "INPUT.FORMAT": "RGB",
+        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+        "MODEL.FCOS.LOCATION_OFFSET": 0.0,
+        "MODEL.FCOS.SCORE_THRESH_ON": "class",
+        "MODEL.FCOS.SCORE_THRESH_TEST": 0.05,
+        "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
+        "MODEL.FCOS.USE_SCALE": True,
+        "MODEL.FCOS.BOX_ACTIVATION": "distribution",
+    },
 }
+for source, keys in ARITHMETIC.items():
+    keys["MODEL.FCOS.TOP_RELU"] = source != "mmdet-gfl"
 # Wrong values for the keys, so that only the source can have set the right ones.
 UNLIKELY = {
     "INPUT.FORMAT": "L",
@@ -87,10 +101,11 @@ UNLIKELY = {
 }
 OPPOSITE = {
     "MODEL.RESNETS.STRIDE_IN_1X1": {True: False, False: True},
+    "MODEL.FCOS.TOP_RELU": {True: False, False: True},
     "MODEL.FCOS.USE_SCALE": {True: False, False: True},
     "MODEL.FCOS.SCORE_THRESH_ON": {"class": "score", "score": "class"},
     "MODEL.FCOS.SCORE_FUSION": {"sqrt": "product", "product": "sqrt"},
-    "MODEL.FCOS.BOX_ACTIVATION": {"relu": "exp", "exp": "relu", None: "exp"},
+    "MODEL.FCOS.BOX_ACTIVATION": {"relu": "exp", "distribution": "exp", None: "exp"},
     "MODEL.FCOS.QUALITY_ON": {"box": "cls", "cls": "box", None: "cls"},
 }
 
@@ -126,7 +141,7 @@ def test_config_reproduces_the_sources_arithmetic(source):
 def test_only_adelaidet_can_have_iou_for_quality(source):
     cfg = make_cfg(QUALITY="iou", BOX_LOSS_WEIGHTING="none")
     _, converted = convert(numbered(PLAIN[source][1]), source, cfg)
-    expected = "iou" if source == "adelaidet" else "centerness"
+    expected = {"adelaidet": "iou", "mmdet-gfl": "joint"}.get(source, "centerness")
     assert expected == converted.MODEL.FCOS.QUALITY
 
 

@@ -92,6 +92,19 @@ def test_unknown_sources_and_contents():
         convert({"conv1.weight": torch.zeros(1), "epoch": 3, "names": []}, "fcos", make_cfg())
 
 
+@pytest.mark.parametrize(
+    "name, reason", [("atss", "predicts offsets from anchors"), ("vfnet", "star-shaped")]
+)
+def test_detectors_that_predict_something_else_are_named(name, reason):
+    """Their towers have the names of FCOS's."""
+    state_dict = {
+        k.replace("bbox_head.conv_", f"bbox_head.{name}_"): x for k, x in numbered(mmdet()).items()
+    }
+    for source in ("mmdet", "mmdet-gfl"):
+        with pytest.raises(ValueError, match=f"of mmdetection, which .*{reason}.*: it cannot be"):
+            convert(state_dict, source, make_cfg())
+
+
 def test_two_names_for_one_tensor_are_an_error():
     rows = mmdet()
     both_names = {**numbered(rows), "bbox_head.fcos_cls.bias": torch.zeros(80)}

@@ -191,6 +191,16 @@ def mmdet(dcn=False, bias=True, top_channels=C, predictor="conv", offset="{}.con
     ]
 
 
+def mmdet_gfl(bins=17):
+    """As the FCOS of mmdetection, with 0 to 16 strides for each distance, and no third branch."""
+    rows = [row for row in mmdet(bias=False) if "bbox_head.conv_" not in row[0]]
+    return [
+        *rows,
+        *conv("bbox_head.gfl_cls", "head.cls_logits", 80, C, 3),
+        *conv("bbox_head.gfl_reg", "head.bbox_pred", 4 * bins, C, 3),
+    ]
+
+
 def detectron2():
     return [
         *(row for row in detectron2_resnet50() if "_offset" not in row[0]),
@@ -235,6 +245,7 @@ LAYOUTS = {
     "torchvision": ("torchvision", torchvision(), R50, {"USE_SCALE": False}),
     "torchvision-0.12": ("torchvision", torchvision(fpn_suffix=""), R50, {"USE_SCALE": False}),
     "mmdet": ("mmdet", mmdet(), R50, {}),
+    "mmdet-gfl": ("mmdet-gfl", mmdet_gfl(), R50, {"TOP_RELU": False}),
     "mmdet-1": ("mmdet", mmdet(predictor="fcos"), R50, {}),
     "mmdet-no-bias": ("mmdet", mmdet(bias=False), R50, {}),
     "mmdet-c5": ("mmdet", mmdet(top_channels=2048), R50, {"TOP_IN_FEATURE": "res5"}),
@@ -261,7 +272,7 @@ def test_every_tensor_lands_where_it_belongs(layout):
             assert (tensor / n - 1).abs().max() < 1e-5, theirs  # scaled for the epsilon
         else:
             assert (tensor == n).all(), theirs
-    if layout == "mmdet-no-bias":
+    if layout in ("mmdet-no-bias", "mmdet-gfl"):
         assert len(converted) == 8
         for name in list(converted):
             assert re.fullmatch(r"head\.(cls|bbox)_tower\.[0369]\.bias", name)
@@ -273,7 +284,29 @@ def test_every_tensor_lands_where_it_belongs(layout):
     assert (config == DCN) == cfg.MODEL.FCOS.USE_DEFORMABLE
 
 
-@pytest.mark.parametrize("layout", ["fcos-dcn", "mmdet-no-bias", "torchvision"])
+def test_numbers_of_the_bins_are_no_weights():
+    state_dict = numbered(mmdet_gfl()) | {"bbox_head.integral.project": torch.arange(17.0)}
+    expected, _ = convert(numbered(mmdet_gfl()), "mmdet-gfl", make_cfg())
+    converted, _ = convert(state_dict, "mmdet-gfl", make_cfg())
+    assert converted.keys() == expected.keys()
+    with pytest.raises(
+        ValueError, match=r"gfl_reg\.weight: \(36, 256, 3, 3\), the model has \(68, "
+    ):
+        convert(numbered(mmdet_gfl(bins=9)), "mmdet-gfl", make_cfg())
+    opts = ["MODEL.FCOS.REG_MAX", 8]
+    _, cfg = convert(numbered(mmdet_gfl(bins=9)), "mmdet-gfl", make_cfg(), opts)
+    assert cfg.MODEL.FCOS.REG_MAX == 8
+
+
+@pytest.mark.parametrize("name", ["Successors/gfl_R_50_FPN_1x.yaml", R50])
+def test_the_config_of_gfl_is_right_for_its_checkpoints(name):
+    _, cfg = convert(numbered(mmdet_gfl()), "mmdet-gfl", make_cfg(name))
+    fcos, right = cfg.MODEL.FCOS, make_cfg("Successors/gfl_R_50_FPN_1x.yaml").MODEL.FCOS
+    training = {"ASSIGNMENT", "BOX_LOSS_WEIGHT"} if name == R50 else set()
+    assert {k for k in right if fcos[k] != right[k]} == training
+
+
+@pytest.mark.parametrize("layout", ["fcos-dcn", "mmdet-no-bias", "mmdet-gfl", "torchvision"])
 def test_the_model_of_the_config_loads_all_tensors(layout):
     source, rows, config, _ = LAYOUTS[layout]
     converted, cfg = convert(numbered(rows), source, make_cfg(config))

@@ -15,6 +15,7 @@ from fcos_d2.engine.step_trainer import StepTrainer
 KEYS = {
     "centerness": {},
     "moving average": {"LOSS_NORMALIZER": "ema_fg"},
+    "joint": {"QUALITY": "joint", "CLS_LOSS_TYPE": "varifocal", "BOX_LOSS_WEIGHTING": "none"},
     "iou": {"LOSS_NORMALIZER": "ema_fg", "QUALITY": "iou", "BOX_LOSS_WEIGHTING": "none"},
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_detector, tiny_cfg
+from helpers import GFLV2, make_detector, tiny_cfg
 
 from fcos_d2.export import to_onnx
 
@@ -80,6 +80,12 @@ def raw(tmp_path_factory):
     difference = to_onnx(model.train(), folder / "model.onnx", raw=True)
     assert model.training and all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
     return model.eval(), folder / "model.onnx", difference
+
+
+@pytest.fixture(scope="session")
+def gfl(tmp_path_factory):
+    """(model, file, difference): distributions, and a class score that knows their shapes."""
+    return export(tmp_path_factory.mktemp("gfl"), tiny_cfg(**GFLV2, TOP_RELU=False))
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,13 @@ def test_deformable_and_computed_quality(deformable):
     assert onnx.load(file).opset_import[0].version == 19
 
 
+def test_joint_score_and_distributions(gfl):
+    model, file, difference = gfl
+    assert difference < 1e-3
+    counts = compare(model, file, SHAPES, torch.float32)
+    assert max(counts) > 10 and len(set(counts)) > 3
+
+
 def test_images_of_a_batch_do_not_touch_one_another(command):
     _, _, file, _ = command
     images = torch.stack([make_input(size=(150, 201), seed=i)["image"] for i in range(2)]).float()

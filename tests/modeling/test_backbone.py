@@ -50,6 +50,15 @@ def test_p6_starts_from_p5_or_res5(source, channels):
     assert (backbone.fpn_output5.weight.grad is not None) == (source == "p5")
 
 
+@pytest.mark.parametrize("relu", [True, False])
+def test_relu_before_p7(relu):
+    backbone = build_backbone(tiny_cfg(TOP_RELU=relu))
+    maps = backbone(torch.randn(1, 3, 64, 64))
+    p6 = maps["p6"].relu() if relu else maps["p6"]
+    assert (maps["p6"] < 0).any()
+    torch.testing.assert_close(maps["p7"], backbone.top_block.p7(p6))
+
+
 def test_one_level_alone():
     cfg = tiny_cfg(TOP_LEVELS=0, IN_FEATURES=["p4"])
     cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res4"]
@@ -57,6 +66,10 @@ def test_one_level_alone():
 
 
 def test_errors_say_what_to_set():
+    with pytest.raises(
+        ValueError, match=r"TOP_RELU False .* TOP_LEVELS 1 .*: set TOP_LEVELS 2, or"
+    ):
+        build_backbone(tiny_cfg(TOP_LEVELS=1, TOP_RELU=False))
     with pytest.raises(ValueError, match="TOP_LEVELS must be 0, 1 or 2, got 3"):
         build_backbone(tiny_cfg(TOP_LEVELS=3))
     with pytest.raises(ValueError, match=r"TOP_LEVELS makes the level p[67], but .* leaves"):

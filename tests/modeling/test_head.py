@@ -20,7 +20,7 @@ def features(images=2):
 
 
 def test_shapes_and_units():
-    class_logits, ltrb, quality_logits = make_head()(features())
+    class_logits, ltrb, quality_logits, _ = make_head()(features())
     assert [tuple(x.shape) for x in class_logits] == [(2, 5, 6, 8), (2, 5, 3, 4)]
     assert [tuple(x.shape) for x in ltrb] == [(2, 4, 6, 8), (2, 4, 3, 4)]
     assert [tuple(x.shape) for x in quality_logits] == [(2, 1, 6, 8), (2, 1, 3, 4)]
@@ -44,6 +44,73 @@ def test_distances_in_pixels(use_scale, training):
                 nn.init.constant_(scale.scale, value)
         for x, value in zip(head(features())[1], expected, strict=True):
             torch.testing.assert_close(x, torch.full_like(x, value))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_distances_as_distributions(training):
+    # The bins stand at 0, 1 and 2 strides. The predictor's bias is ln 2 for the second bin of left
+    # and top; with a scale of 3 the logits are 0, 3 ln 2, 0, and the probabilities 0.1, 0.8, 0.1:
+    # the expected value is 1 stride. For the third bin, of right and bottom, it is 0.1 + 2 * 0.8.
+    head = make_head(box_activation="distribution", reg_max=2).train(training)
+    assert head.bbox_pred.out_channels == 12
+    nn.init.zeros_(head.bbox_pred.weight)
+    nn.init.zeros_(head.bbox_pred.bias)
+    for scale in head.scales:
+        nn.init.constant_(scale.scale, 3.0)
+    with torch.no_grad():
+        head.bbox_pred.bias[[1, 4, 8, 11]] = math.log(2)  # left and top, right and bottom
+    outputs = head(features())
+    for x, stride, (height, width) in zip(outputs.ltrb, (8, 16), ((6, 8), (3, 4)), strict=True):
+        expected = torch.tensor([1.0, 1.0, 1.7, 1.7])[:, None, None] * stride
+        torch.testing.assert_close(x, expected.expand(2, 4, height, width))
+    assert outputs.distributions.bin_widths == (8, 16)
+    logits = 3 * math.log(2) * torch.tensor([0.0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1])
+    for x in outputs.distributions.logits:
+        torch.testing.assert_close(x, logits[:, None, None].expand_as(x))
+    assert make_head()(features()).distributions is None
+
+
+def test_quality_from_distributions_by_hand():
+    torch.manual_seed(0)
+    kinds = {"box_activation": "distribution", "quality": "joint", "reg_max": 5}
+    head = make_head(**kinds, distribution_quality=True)
+    nn.init.normal_(head.bbox_pred.weight, std=0.3)
+    for layer in head.box_quality.layers[::2]:
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+    plain = make_head(**kinds)
+    plain.load_state_dict(head.state_dict(), strict=False)
+    maps = features()
+    outputs, without = head(maps), plain(maps)
+    for level, (image, y, x) in enumerate([(1, 2, 3), (0, 1, 2)]):
+        place = image, slice(None), y, x
+        statistics = []
+        for of_side in outputs.distributions.logits[level][place].split(6):
+            probabilities = sorted(of_side.softmax(0).tolist())[::-1][:4]
+            statistics += [*probabilities, sum(probabilities) / 4]
+        first, _, second = head.box_quality.layers
+        hidden = (first.weight[:, :, 0, 0] @ torch.tensor(statistics) + first.bias).relu()
+        quality = (second.weight[0, :, 0, 0] @ hidden + second.bias).sigmoid()
+        expected = without.class_logits[level][place].sigmoid() * quality
+        torch.testing.assert_close(outputs.class_logits[level][place].sigmoid(), expected)
+    assert all(map(torch.equal, outputs.ltrb, without.ltrb))
+    # Classes teach the boxes how sure to be.
+    sum(x.sum() for x in outputs.class_logits).backward()
+    assert all(
+        p.grad is not None for p in (*head.bbox_tower.parameters(), *head.scales.parameters())
+    )
+
+
+def test_quality_from_distributions_needs_both_keys():
+    for kinds in ({"quality": "joint"}, {"box_activation": "distribution"}):
+        with pytest.raises(
+            ValueError, match=r"needs BOX_ACTIVATION 'distribution', .* QUALITY 'joint'"
+        ):
+            make_head(distribution_quality=True, **kinds)
+    kinds = {"box_activation": "distribution", "quality": "joint", "distribution_quality": True}
+    with pytest.raises(ValueError, match="REG_MAX must be a whole number >= 3, got 2"):
+        make_head(reg_max=2, **kinds)
+    assert make_head(reg_max=3, **kinds)(features()).class_logits[0].isfinite().all()
 
 
 def test_exp_of_a_huge_prediction_is_finite():
@@ -117,7 +184,7 @@ def test_deformable_layer_is_the_last_of_both_towers_and_starts_as_a_convolution
     torch.testing.assert_close(
         layer(x), plain + layer.conv.bias[:, None, None], rtol=1e-4, atol=1e-5
     )
-    sum(x.sum() for m in head(features()) for x in m).backward()
+    sum(x.sum() for m in head(features())[:3] for x in m).backward()
     assert all(p.grad is not None for p in head.parameters())
 
 
@@ -146,6 +213,7 @@ def test_deformable_head_in_half_precision(dtype):
         ({"num_cls_convs": -1}, r"NUM_CLS_CONVS must be a whole number >= 0, got -1"),
         ({"num_box_convs": 1.5}, r"NUM_BOX_CONVS must be a whole number >= 0, got 1\.5"),
         ({"num_share_convs": "2"}, r"NUM_SHARE_CONVS must be a whole number >= 0, got '2'"),
+        ({"reg_max": 0}, r"REG_MAX must be a whole number >= 1, got 0"),
         ({"num_classes": 0}, r"NUM_CLASSES must be a whole number >= 1, got 0"),
     ],
 )

@@ -1,19 +1,22 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ciou_loss, diou_loss
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import EventStorage
 from fvcore.nn import giou_loss, sigmoid_focal_loss
-from helpers import LEVELS, RANGES, level_shapes, make_instances
+from helpers import LEVELS, RANGES, STRIDES, level_shapes, make_instances, tiny_cfg
 from torch.autograd import gradcheck
 
 from fcos_d2.modeling import FCOSLoss, HeadOutputs, LocationAssigner
 from fcos_d2.modeling.assignment.candidates import Targets, make_targets
 from fcos_d2.modeling.box_losses import box_losses, iou_of_ltrb
+from fcos_d2.modeling.distributions import Distributions
 from fcos_d2.modeling.losses import gather
 from fcos_d2.modeling.points import centerness
 
@@ -132,12 +135,120 @@ def test_iou_as_quality():
     assert all(x.grad is None for x in outputs.ltrb)  # the target is no path for the gradient
 
 
+def dense_quality_focal(outputs, targets, scores):
+    """2006.04388, section 3, with beta 2, on dense targets."""
+    total = 0
+    for level, x in enumerate(outputs.class_logits):
+        y, here = torch.zeros_like(x), levels_of(targets) == level
+        place = targets.image[here], targets.classes[here], targets.y[here], targets.x[here]
+        y[place] = scores[here]
+        cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+        total += ((y - x.sigmoid()) ** 2 * cross_entropy).sum()
+    return total
+
+
+def test_joint_quality_by_definition():
+    outputs, targets = make_case()
+    outputs = outputs._replace(quality_logits=None)
+    keys = {"quality": "joint", "cls_loss_type": "quality_focal", "box_loss_weight": 2.0}
+    losses = FCOSLoss(box_loss_weighting="score", **keys)(outputs, targets)
+    assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc"}
+    predicted = gather(outputs.ltrb, targets)
+    iou = iou_of_ltrb(predicted, targets.ltrb).detach()
+    expected = dense_quality_focal(outputs, targets, iou) / len(targets)
+    assert losses["loss_fcos_cls"].item() == pytest.approx(expected.item(), rel=1e-5)
+    giou = box_losses(predicted, targets.ltrb, "giou")
+    weights = gather(outputs.class_logits, targets).sigmoid().amax(dim=1)
+    expected = 2 * (giou * weights).sum() / weights.sum()
+    assert losses["loss_fcos_loc"].item() == pytest.approx(expected.item(), rel=1e-5)
+    # Neither the IoU nor the weights are paths for the gradient.
+    losses["loss_fcos_cls"].backward(retain_graph=True)
+    assert all(x.grad is None for x in outputs.ltrb)
+    before = [x.grad.clone() for x in outputs.class_logits]
+    losses["loss_fcos_loc"].backward()
+    assert all(torch.equal(x.grad, b) for x, b in zip(outputs.class_logits, before, strict=True))
+
+    unweighted = FCOSLoss(box_loss_weighting="none", **keys)(outputs, targets)
+    assert unweighted["loss_fcos_loc"].item() == pytest.approx(2 * giou.mean().item(), rel=1e-5)
+
+
+def with_distributions(outputs, bins=5):
+    """The same maps, with distributions over few bins: true distances are beyond some."""
+    shapes = [(len(x), 4 * bins, *x.shape[2:]) for x in outputs.ltrb]
+    logits = [torch.randn(shape).requires_grad_() for shape in shapes]
+    return outputs._replace(distributions=Distributions(logits, STRIDES))
+
+
+@pytest.mark.parametrize("weighting", ["quality", "none"])
+def test_distribution_loss_by_definition(weighting):
+    outputs, targets = make_case()
+    outputs, bins = with_distributions(outputs), 5
+    loss = FCOSLoss(box_loss_weighting=weighting, distribution_loss_weight=3.0)
+    losses = loss(outputs, targets)
+    total = weights = beyond = 0.0
+    for i, level in enumerate(levels_of(targets).tolist()):
+        place = targets.image[i], slice(None), targets.y[i], targets.x[i]
+        logits = outputs.distributions.logits[level][place].tolist()
+        quality = centerness(targets.ltrb[i : i + 1]).item() if weighting == "quality" else 1.0
+        weights += quality
+        for side in range(4):
+            of_side = logits[side * bins : (side + 1) * bins]
+            log_sum = math.log(sum(map(math.exp, of_side)))
+            distance = targets.ltrb[i, side].item() / STRIDES[level]
+            beyond += distance > bins - 1
+            distance = min(distance, bins - 1 - 0.1)
+            low = math.floor(distance)
+            for bin, share in ((low, low + 1 - distance), (low + 1, distance - low)):
+                total += quality / 4 * share * (log_sum - of_side[bin])
+    assert beyond > 5 and len(targets) > 10
+    assert losses["loss_fcos_dfl"].item() == pytest.approx(3 * total / weights, rel=1e-5)
+    others = FCOSLoss(box_loss_weighting=weighting)(outputs._replace(distributions=None), targets)
+    assert {k: v for k, v in losses.items() if k != "loss_fcos_dfl"} == others
+
+
+def test_distribution_loss_without_positives_and_in_evaluation_mode():
+    outputs, targets = make_case(objects=False)
+    outputs = with_distributions(outputs)
+    loss = FCOSLoss()(outputs, targets)["loss_fcos_dfl"]
+    assert loss == 0
+    loss.backward()
+    assert all((x.grad == 0).all() for x in outputs.distributions.logits)
+
+    outputs, targets = make_case()
+    outputs = with_distributions(outputs)
+    mean, sums = FCOSLoss()(outputs, targets), FCOSLoss().eval()(outputs, targets)
+    for name, value in mean.items():
+        assert (sums[name] / sums[f"{name}/divisor"]).item() == pytest.approx(value.item())
+
+
+def test_scores_of_the_assignment_multiply_the_iou():
+    outputs, targets = make_case()
+    scores = torch.rand(len(targets))
+    targets = dataclasses.replace(targets, scores=scores)
+    loss = FCOSLoss(quality="joint", cls_loss_type="quality_focal", box_loss_weighting="none")
+    loss = loss(outputs._replace(quality_logits=None), targets)["loss_fcos_cls"]
+    iou = iou_of_ltrb(gather(outputs.ltrb, targets), targets.ltrb).detach()
+    expected = dense_quality_focal(outputs, targets, scores * iou) / len(targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_no_quality_branch():
     outputs, targets = make_case()
     for quality in ("none", "computed"):
         loss = FCOSLoss(quality=quality, box_loss_weighting="none")
         losses = loss(outputs._replace(quality_logits=None), targets)
         assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc"}
+
+
+@pytest.mark.parametrize("name", ["quality_focal", "varifocal"])
+@pytest.mark.parametrize("weighting", ["score", "none"])
+def test_joint_quality_without_positives(name, weighting):
+    outputs, targets = make_case(objects=False)
+    loss = FCOSLoss(quality="joint", cls_loss_type=name, box_loss_weighting=weighting)
+    losses = loss(outputs._replace(quality_logits=None), targets)
+    assert losses["loss_fcos_cls"] > 0 and losses["loss_fcos_loc"] == 0
+    sum(losses.values()).backward()
+    assert all(x.grad.isfinite().all() for x in (*outputs.class_logits, *outputs.ltrb))
 
 
 @pytest.mark.parametrize("quality", ["centerness", "iou"])
@@ -170,7 +281,7 @@ def test_half_precision_maps_give_float32_losses(dtype, objects):
     outputs, targets = make_case(objects=objects, dtype=dtype)
     losses = FCOSLoss()(outputs, targets)
     assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
-    exact = HeadOutputs(*([x.detach().float() for x in m] for m in outputs))
+    exact = HeadOutputs(*([x.detach().float() for x in m] for m in outputs[:3]))
     exact = FCOSLoss()(exact, targets)
     for key, value in losses.items():
         torch.testing.assert_close(value, exact[key], rtol=1e-5, atol=1e-6)
@@ -224,6 +335,7 @@ def test_logged_centerness_loss_by_hand():
         y=torch.tensor([0, 0]),
         classes=torch.tensor([0, 1]),
         ltrb=torch.tensor([[2.0, 3, 8, 12], [5, 5, 5, 5]]),
+        scores=torch.ones(2),
         per_level=[2],
     )
     outputs = HeadOutputs(*([torch.zeros(1, c, 1, 2)] for c in (NUM_CLASSES, 4, 1)))
@@ -240,6 +352,37 @@ def test_errors_name_key_and_choices():
     for quality in ("none", "iou"):
         with pytest.raises(ValueError, match="set BOX_LOSS_WEIGHTING 'none'"):
             FCOSLoss(quality=quality)
+    with pytest.raises(ValueError, match="'joint': set BOX_LOSS_WEIGHTING 'score' or 'none'"):
+        FCOSLoss(quality="joint", cls_loss_type="varifocal")
+    with pytest.raises(
+        ValueError, match="QUALITY is 'centerness': set QUALITY 'joint', or another"
+    ):
+        FCOSLoss(box_loss_weighting="score")
+    for keys in (
+        {"quality": "joint", "box_loss_weighting": "none"},
+        {"cls_loss_type": "varifocal"},
+    ):
+        with pytest.raises(ValueError, match=r"CLS_LOSS_TYPE '.*' and QUALITY '.*' do not go"):
+            FCOSLoss(**keys)
+    joint = {"quality": "joint", "box_loss_weighting": "none", "cls_loss_type": "quality_focal"}
+    with pytest.raises(
+        ValueError, match=r"FOCAL_LOSS_GAMMA must be a number from 1 to .* got 0\.5"
+    ):
+        FCOSLoss(focal_loss_gamma=0.5, **joint)
+
+
+def test_weights_that_are_predictions_refuse_parts():
+    keys = {"quality": "joint", "cls_loss_type": "quality_focal"}
+    loss = FCOSLoss(box_loss_weighting="score", **keys)
+    message = r"ACCUMULATE 2 .*\.BOX_LOSS_WEIGHTING 'score' .*: set SOLVER\.ACCUMULATE 1, or"
+    with pytest.raises(ValueError, match=message):
+        loss.normalizers(torch.ones(3, 4), parts=2)
+    assert loss.normalizers(torch.ones(3, 4), parts=1).num_positives == 3
+    cfg = tiny_cfg(QUALITY="joint", CLS_LOSS_TYPE="quality_focal", BOX_LOSS_WEIGHTING="score")
+    build_model(cfg)
+    cfg.SOLVER.ACCUMULATE = 2
+    with pytest.raises(ValueError, match=message):
+        build_model(cfg)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +394,7 @@ def test_errors_name_key_and_choices():
         ("box_loss_weight", math.nan),
         ("quality_loss_weight", math.inf),
         ("quality_loss_weight", "1"),
+        ("distribution_loss_weight", -1),
     ],
 )
 def test_values_are_checked(key, value):
@@ -261,7 +405,7 @@ def test_values_are_checked(key, value):
 def test_in_evaluation_mode_nothing_is_shared_or_moved(monkeypatch):
     """The sums of two parts, over the sums of their divisors, are the losses of the whole."""
     outputs, targets = make_case(images=1)
-    twice = HeadOutputs(*([torch.cat([x, x]) for x in maps] for maps in outputs))
+    twice = HeadOutputs(*([torch.cat([x, x]) for x in maps] for maps in outputs[:3]))
     _, targets_twice = make_case(images=2)
     whole = FCOSLoss()(twice, targets_twice)
     loss = FCOSLoss(loss_normalizer="ema_fg").eval()

@@ -4,16 +4,16 @@ import torch
 from detectron2.layers import batched_nms
 from detectron2.modeling import DatasetMapperTTA, build_model
 from fvcore.transforms.transform import ScaleTransform, TransformList
-from helpers import make_input, tiny_cfg
+from helpers import GFL, make_input, tiny_cfg
 
 from fcos_d2 import model_zoo
 from fcos_d2.modeling import FCOSWithTTA
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[{}, GFL], ids=["FCOS", "GFL"])
+def model(request):
     torch.manual_seed(0)
-    model = build_model(tiny_cfg()).eval()
+    model = build_model(tiny_cfg(**request.param)).eval()
     torch.nn.init.normal_(model.head.cls_logits.weight, std=0.3)
     torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.3)
     return model

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from detectron2.export import TracingAdapter
-from helpers import make_detector, make_input
+from helpers import GFLV2, make_detector, make_input
 from torch.export import Dim
 
 from fcos_d2.modeling import HeadOutputs
@@ -45,6 +45,7 @@ def assert_same_detections(model, traced, image):
         {"QUALITY": "none", "BOX_LOSS_WEIGHTING": "none", "TOPK_CANDIDATES_TEST": 20},
         {"BOX_ACTIVATION": "exp", "NORM": "BN", "USE_DEFORMABLE": True},
         {"CLIP_BOXES": "after_nms"},
+        GFLV2 | {"SCORE_THRESH_TEST": 0.02, "NMS_THRESH_TEST": 0.9},
     ],
 )
 def test_traced_on_one_image_right_on_twenty_of_other_sizes(keys):

@@ -3,7 +3,8 @@
 Shapes: C candidates, P positives, K classes.
 
 Candidate: a location and a box that it may learn. A rule of assignment says which there are.
-Positive: a candidate that won its location. All other locations are background.
+Positive: a candidate that won its location, the one with the lowest cost. All other locations are
+background.
 Target: what a positive learns.
 """
 
@@ -28,6 +29,7 @@ class Candidates:
         x, y: (C,) int64 column and row of the cell on its level.
         gt: (C,) int64 index of the box, into the boxes of all images concatenated.
         ltrb: (C, 4) float32 distances from the location to the sides of the box, in pixels.
+        cost: (C,) float32, finite. Of several boxes a location learns the one with the lowest.
     """
 
     image: Tensor
@@ -36,6 +38,7 @@ class Candidates:
     y: Tensor
     gt: Tensor
     ltrb: Tensor
+    cost: Tensor
 
     def __len__(self) -> int:
         return len(self.gt)
@@ -57,6 +60,7 @@ class Targets:
         image, x, y: (P,) int64 image, column and row of each positive.
         classes: (P,) int64 in [0, K).
         ltrb: (P, 4) float32 distances in pixels, all > 0.
+        scores: (P,) float32 in [0, 1], what the score of the class is to be; 1 in FCOS.
         per_level: number of positives on each level, a list: reading it waits for no GPU.
     """
 
@@ -65,6 +69,7 @@ class Targets:
     y: Tensor
     classes: Tensor
     ltrb: Tensor
+    scores: Tensor
     per_level: list[int]
 
     def __len__(self) -> int:
@@ -76,29 +81,27 @@ class Targets:
         return zip(*(field.split(self.per_level) for field in fields), strict=True)
 
     def to(self, device: torch.device) -> "Targets":
-        tensors = (self.image, self.x, self.y, self.classes, self.ltrb)
+        tensors = (self.image, self.x, self.y, self.classes, self.ltrb, self.scores)
         return Targets(*(to_device(x, device) for x in tensors), self.per_level)
 
 
 @torch.no_grad()
-def smallest_wins(
-    candidates: Candidates, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
+def lowest_cost_wins(
+    candidates: Candidates, level_shapes: Sequence[tuple[int, int]], num_images: int
 ) -> Positives:
-    """The positives: for each location, its pair with the smallest float32 area.
+    """The positives: for each location, its pair with the lowest cost.
 
-    Of equal areas the first box wins. Arguments are those of the call that gave the candidates.
+    Of equal costs the first box wins.
     """
-    cell = cell_numbers(candidates, level_shapes, len(boxes))
-    # As integers, the bits of non-negative float32 numbers have the order of the numbers, so area
-    # and box number make one exact key.
-    all_boxes = torch.cat(list(boxes)).float()
-    size = all_boxes[:, 2:] - all_boxes[:, :2]
-    area = (size[:, 0] * size[:, 1])[candidates.gt]
-    key = (area.view(torch.int32).long() << 32) | candidates.gt
-    num_cells = len(boxes) * sum(height * width for height, width in level_shapes)
-    smallest = torch.full((num_cells,), torch.iinfo(torch.int64).max, device=cell.device)
-    smallest.scatter_reduce_(0, cell, key, reduce="amin")
-    return Positives(**vars(candidates[smallest[cell] == key]))
+    cell = cell_numbers(candidates, level_shapes, num_images)
+    # As integers, the bits of non-negative float32 numbers have the order of the numbers, and those
+    # of negative ones the opposite order. So cost and box number make one exact key.
+    bits = candidates.cost.view(torch.int32).long()
+    key = (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | candidates.gt
+    num_cells = num_images * sum(height * width for height, width in level_shapes)
+    lowest = torch.full((num_cells,), torch.iinfo(torch.int64).max, device=cell.device)
+    lowest.scatter_reduce_(0, cell, key, reduce="amin")
+    return Positives(**vars(candidates[lowest[cell] == key]))
 
 
 def cell_numbers(
@@ -122,7 +125,7 @@ def make_targets(
     """The targets of a batch, on the device of its instances.
 
     Args:
-        assigner: of levels, level_shapes and the boxes of each image, as LocationAssigner.
+        assigner: of levels, level_shapes and the boxes of each image; see Assigner.
         instances: of each image, with ``gt_boxes`` and ``gt_classes``.
     """
     positives = assigner(levels, level_shapes, [x.gt_boxes.tensor for x in instances])
@@ -132,6 +135,7 @@ def make_targets(
         y=positives.y,
         classes=torch.cat([x.gt_classes for x in instances])[positives.gt],
         ltrb=positives.ltrb,
+        scores=torch.ones_like(positives.cost),
         per_level=torch.bincount(positives.level, minlength=len(levels)).tolist(),
     )
 

@@ -17,19 +17,21 @@ from torch import Tensor
 
 from ..points import Levels, boxes_to_ltrb
 from ..validation import values_of_keys
-from .candidates import Candidates, Positives, smallest_wins
+from .assigner import Assigner, boxes_of_batch
+from .candidates import Candidates
 
 # In cells. Rounding must not lose a cell at the edge of a window; the exact test in _may_learn
 # rejects those that the wider window adds.
 _WINDOW_MARGIN = 0.01
 
 
-class LocationAssigner:
+class LocationAssigner(Assigner):
     """Location-based assignment (1904.01355, section 3.2; 2006.09214, section 3).
 
     A location may learn a box if it is strictly inside, if the largest of its distances to the
     four sides is in the regression range of its level (bounds included), and, with centre
-    sampling, if it is less than ``radius * stride`` from the box centre on both axes.
+    sampling, if it is less than ``radius * stride`` from the box centre on both axes. Of several
+    boxes it learns the one with the smallest area.
     """
 
     @configurable
@@ -62,27 +64,23 @@ class LocationAssigner:
                 f"{list(levels)}: IN_FEATURES and REGRESSION_RANGES must be as many"
             )
 
-    # Who wins where a location may learn several boxes.
-    resolve = staticmethod(smallest_wins)
-
-    def __call__(
-        self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
-    ) -> Positives:
-        """Assign the boxes of a batch, on their device; see :meth:`candidates`."""
-        return self.resolve(self.candidates(levels, level_shapes, boxes), level_shapes, boxes)
+    @property
+    def settings(self) -> dict:
+        """See :class:`Assigner`; None for an infinite bound: JSON has no infinity."""
+        return {
+            "regression_ranges": [
+                [low, None if high == math.inf else high] for low, high in self.regression_ranges
+            ],
+            "center_sampling_radius": self.radius,
+        }
 
     @torch.no_grad()
     def candidates(
         self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Sequence[Tensor]
     ) -> Candidates:
-        """All pairs of a location and a box that it may learn.
+        """All pairs of a location and a box that it may learn; the cost is the area of the box.
 
-        An ambiguous location has a pair for each of its boxes.
-
-        Args:
-            levels: the geometry of the levels.
-            level_shapes: (height, width) in cells of each level.
-            boxes: for each image (Mi, 4) as x0, y0, x1, y1 in pixels of the network input.
+        For arguments see :meth:`Assigner.candidates`.
 
         Raises:
             ValueError: if there are not as many levels as regression ranges, or if a box is not
@@ -90,21 +88,14 @@ class LocationAssigner:
         """
         self.check_levels(levels.strides)
         self.check_levels(level_shapes)
-        all_boxes = torch.cat(list(boxes)).float()
-        device = all_boxes.device
-        boxes_per_image = torch.tensor([len(b) for b in boxes], device=device)
-        image_of_box = torch.arange(len(boxes), device=device).repeat_interleave(boxes_per_image)
-        bad = ~torch.isfinite(all_boxes).all(dim=1)
-        if bad.any():
-            raise ValueError(
-                "Ground-truth boxes must be finite; not so in the image(s) number "
-                f"{image_of_box[bad].unique().tolist()} of the batch: {all_boxes[bad].tolist()}"
-            )
+        all_boxes, image_of_box = boxes_of_batch(boxes)
         level, gt, x, y = self._propose(levels, level_shapes, all_boxes)
         locations = levels.locations(level, x, y)
         ltrb = boxes_to_ltrb(locations, all_boxes[gt])
         may_learn = self._may_learn(levels, level, locations, all_boxes[gt], ltrb)
-        return Candidates(image_of_box[gt], level, x, y, gt, ltrb)[may_learn]
+        size = all_boxes[:, 2:] - all_boxes[:, :2]
+        area = (size[:, 0] * size[:, 1])[gt]
+        return Candidates(image_of_box[gt], level, x, y, gt, ltrb, area)[may_learn]
 
     def _propose(
         self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Tensor
