@@ -44,6 +44,7 @@ setup(
         "pycocotools",
         "opencv-python",
         "jinja2",
+        "hotcoco>=1.3",  # the report: pycocotools' numbers, without its minutes
     ],
     extras_require={
         "onnx": ONNX,

@@ -133,7 +133,7 @@ def _paths(folder: Path, split: str) -> tuple[str, str]:
 def measure(folder: Path, way: str, out: str) -> None:
     """Write the seconds, those of the processor, and the peak memory in MB of this process."""
     torch.set_num_threads(1)
-    memory = _megabytes("VmRSS")
+    memory = megabytes("VmRSS")
     comm.synchronize()
     begin, begin_cpu = time.perf_counter(), time.process_time()
     if way == "detectron2":
@@ -142,11 +142,11 @@ def measure(folder: Path, way: str, out: str) -> None:
         build_ours(folder, way)
     cpu = time.process_time() - begin_cpu
     comm.synchronize()  # a training begins when the last process is ready
-    numbers = time.perf_counter() - begin, cpu, _megabytes("VmHWM") - memory
+    numbers = time.perf_counter() - begin, cpu, megabytes("VmHWM") - memory
     Path(f"{out}_{comm.get_rank()}").write_text(json.dumps(numbers))
 
 
-def _megabytes(key: str) -> float:
+def megabytes(key: str) -> float:
     # Not getrusage: its maximum is inherited from the process that started this one.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(x.split()[1]) for x in lines if x.startswith(key)) / 1024

@@ -1,4 +1,4 @@
-"""What a detector confuses, and its largest errors: COCOeval's matches, read image by image."""
+"""What a detector confuses, and its largest errors: by the matches of detections and boxes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import numpy as np
 from pycocotools.mask import iou
 
 from .evaluation import MATCH_IOU, BoxEvaluation
+from .matching import Matches
 
 _POOR_IOU = 0.1  # with a smaller IoU a detection counts as background
 # A false positive is of the first kind that is true of it.
@@ -45,16 +46,16 @@ def confusion_matrix(evaluation: BoxEvaluation, threshold: float) -> np.ndarray:
     background = len(numbers)
     matrix = np.zeros((background + 1, background + 1), dtype=np.int64)
     truth, detections = evaluation.truth.anns, evaluation.detections.anns
-    for image in evaluation.agnostic_matches():
-        row_of = dict.fromkeys(_counted(image, threshold), background)
-        for i, detection, ignored in _boxes(image):
-            row = numbers[truth[i]["category_id"]]
-            if detection in row_of:
-                row_of[detection] = row
-            elif not ignored:
-                matrix[row, background] += 1
-        for detection, row in row_of.items():
-            matrix[row, numbers[detections[detection]["category_id"]]] += 1
+    matches = evaluation.agnostic_matches
+    row_of = dict.fromkeys(_counted(matches, threshold), background)
+    for i, detection, ignored in _boxes(matches):
+        row = numbers[truth[i]["category_id"]]
+        if detection in row_of:
+            row_of[detection] = row
+        elif not ignored:
+            matrix[row, background] += 1
+    for detection, row in row_of.items():
+        matrix[row, numbers[detections[detection]["category_id"]]] += 1
     return matrix
 
 
@@ -64,33 +65,28 @@ def find_errors(evaluation: BoxEvaluation, threshold: float) -> list[Error]:
     Args:
         threshold: detections with a smaller score are left out.
     """
-    wrong, missed = set(), set()
-    for image in evaluation.matches():
-        counted = set(_counted(image, threshold))
-        wrong |= counted
-        for i, detection, ignored in _boxes(image):
-            wrong.discard(detection)
-            if not ignored and detection not in counted:
-                missed.add(i)
+    matches = evaluation.matches()
+    counted = set(_counted(matches, threshold))
+    wrong = counted - set(matches.found_by.tolist())
+    missed = {
+        i for i, detection, ignored in _boxes(matches) if not ignored and detection not in counted
+    }
     errors = []
     for image_id in evaluation.truth.getImgIds():
         errors += _errors_of_image(evaluation, image_id, threshold, wrong, missed)
     return sorted(errors, key=_badness, reverse=True)
 
 
-def _counted(image: dict, threshold: float) -> list[int]:
+def _counted(matches: Matches, threshold: float) -> list[int]:
     """The ids of detections that are right or wrong: in crowds they are neither."""
-    counted = np.asarray(image["dtScores"]) >= threshold
-    return np.asarray(image["dtIds"])[counted & ~image["dtIgnore"][0].astype(bool)].tolist()
+    counted = (matches.scores >= threshold) & ~matches.detection_ignored
+    return matches.detections[counted].tolist()
 
 
-def _boxes(image: dict) -> Iterator[tuple[int, int, bool]]:
-    """The id of each box, the id of the detection that found it or 0, and if it is ignored.
-
-    ``dtMatches``, the other way round, rounds large ids of boxes; its 0 may be an id.
-    """
-    found_by = image["gtMatches"][0].astype(int).tolist()
-    return zip(image["gtIds"], found_by, map(bool, image["gtIgnore"]), strict=True)
+def _boxes(matches: Matches) -> Iterator[tuple[int, int, bool]]:
+    """The id of each box, the id of the detection that found it or 0, and if it is ignored."""
+    columns = matches.boxes, matches.found_by, matches.box_ignored
+    return zip(*(column.tolist() for column in columns), strict=True)
 
 
 def _errors_of_image(

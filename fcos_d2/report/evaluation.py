@@ -1,18 +1,19 @@
-"""COCOeval of the boxes of a run, and precision, recall and F1 at each of S scores."""
+"""AP and curves of the boxes of a run, and precision, recall and F1 at each of S scores."""
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+
+from .matching import Matches, copy_sides, evaluate, join, matches
 
 CURVE_IOUS = (0.5, 0.75, 0.9)  # of figures 4 to 6 of 1904.01355
 MATCH_IOU = 0.5
 AREAS = ("all", "small", "medium", "large")
-_EVERY_AREA, _MOST_DETECTIONS = 0, -1  # indices of COCOeval's parameters
+_DETECTIONS = 100  # of an image, in curves and AP; by class, of an image and class
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,12 @@ class ScoreCurve:
 
 
 class BoxEvaluation:
-    """Detections of a run, matched with the ground truth by COCOeval.
+    """Detections of a run, matched with the ground truth by the rules of COCO.
 
     Attributes:
         truth, detections: the two sides, as pycocotools has them.
         class_names: by category id, in the order of the ids.
-        by_class: COCOeval as evaluators run it: a detection finds boxes of its class.
-        agnostic: the same without classes, at ``CURVE_IOUS``.
+        agnostic_matches: at ``MATCH_IOU``, where a detection may find a box of any class.
     """
 
     def __init__(self, truth: COCO, results: Sequence[dict]):
@@ -73,8 +73,23 @@ class BoxEvaluation:
         self.truth = truth
         self.class_names = {c["id"]: c["name"] for c in truth.loadCats(sorted(categories))}
         self.detections = _load_results(truth, results)
-        self.by_class = _evaluate(self.truth, self.detections, by_class=True)
-        self.agnostic = _evaluate(self.truth, self.detections, by_class=False)
+        sides = copy_sides(truth, self.detections)
+        by_class = evaluate(sides, maxDets=[_DETECTIONS])
+        # (IoU thresholds, recalls, categories, areas, 1)
+        self._precision, self._ious = by_class.eval["precision"], by_class.params.iouThrs
+        every_area = {"areaRng": by_class.params.areaRng[:1], "areaRngLbl": AREAS[:1]}
+        of_class = {"iouThrs": [MATCH_IOU], "maxDets": [_DETECTIONS], **every_area}
+        self._matches = {
+            category: matches(evaluate(sides, catIds=[number], **of_class))
+            for number, category in enumerate(self.class_names)
+        }
+        # Curves are of COCO's 100 detections, but matches of all: it takes 100 of each class.
+        most = max(map(len, self.detections.imgToAnns.values()), default=0)
+        most = [_DETECTIONS, max(_DETECTIONS, most)]
+        agnostic = evaluate(sides, useCats=0, iouThrs=CURVE_IOUS, maxDets=most, **every_area)
+        self._recalls = np.array(agnostic.params.recThrs)
+        self._curves = agnostic.eval["precision"][:, :, 0, 0, 0].clip(0)
+        self.agnostic_matches = matches(agnostic)
 
     def average_precision(
         self, iou: float | None = None, area: str = "all", category: int | None = None
@@ -86,11 +101,9 @@ class BoxEvaluation:
             area: "all", "small", "medium" or "large".
             category: the id of one, or None for the mean over those with boxes.
         """
-        # (IoU thresholds, recalls, categories, areas, numbers of detections)
-        precision = self.by_class.eval["precision"]
-        precision = precision[:, :, :, AREAS.index(area), _MOST_DETECTIONS]
+        precision = self._precision[:, :, :, AREAS.index(area)]
         if iou is not None:
-            precision = precision[np.isclose(self.by_class.params.iouThrs, iou)]
+            precision = precision[np.isclose(self._ious, iou)]
         if category is not None:
             precision = precision[:, :, [list(self.class_names).index(category)]]
         precision = precision[precision > -1]
@@ -101,18 +114,14 @@ class BoxEvaluation:
 
         As in figures 4 to 6 of 1904.01355. The mean of the precision is the curve's AP.
         """
-        of_iou = self.agnostic.eval["precision"][CURVE_IOUS.index(iou)]
-        return self.agnostic.params.recThrs, of_iou[:, 0, _EVERY_AREA, 0].clip(0)
+        return self._recalls, self._curves[CURVE_IOUS.index(iou)]
 
     def score_curve(self, category: int | None = None) -> ScoreCurve:
         """Of a category, or of all together, at an IoU of ``MATCH_IOU``."""
-        boxes, scores, right = 0, [np.zeros(0)], [np.zeros(0, dtype=bool)]
-        for image in self.matches(category):
-            boxes += int((image["gtIgnore"] == 0).sum())
-            counted = ~image["dtIgnore"][0].astype(bool)
-            scores.append(np.asarray(image["dtScores"])[counted])
-            right.append(image["dtMatches"][0][counted] != 0)
-        scores, right = np.concatenate(scores), np.concatenate(right)
+        of_class = self.matches(category)
+        boxes = int((~of_class.box_ignored).sum())
+        counted = ~of_class.detection_ignored
+        scores, right = of_class.scores[counted], of_class.right[counted]
         order = (-scores).argsort(kind="stable")
         scores, found = scores[order], right[order].cumsum()
         # Detections with equal scores are kept or dropped together.
@@ -126,21 +135,9 @@ class BoxEvaluation:
             f1=2 * found / (last + 1 + boxes),
         )
 
-    def matches(self, category: int | None = None) -> Iterator[dict]:
-        """COCOeval's result of each image and class, or of one class, for boxes of all sizes.
-
-        The first row of its arrays is for an IoU of ``MATCH_IOU``.
-        """
-        images = len(self.by_class.params.imgIds)
-        matches = self.by_class.evalImgs
-        if category is not None:
-            begin = images * list(self.class_names).index(category)
-            matches = matches[begin : begin + images]
-        return filter(None, matches)
-
-    def agnostic_matches(self) -> Iterator[dict]:
-        """The same of each image, without classes."""
-        return filter(None, self.agnostic.evalImgs)
+    def matches(self, category: int | None = None) -> Matches:
+        """Of a category, or of all: each detection finds boxes of its class, at ``MATCH_IOU``."""
+        return join(self._matches.values()) if category is None else self._matches[category]
 
 
 def _load_results(truth: COCO, results: Sequence[dict]) -> COCO:
@@ -153,27 +150,3 @@ def _load_results(truth: COCO, results: Sequence[dict]) -> COCO:
         empty.dataset = {**truth.dataset, "annotations": []}
         empty.createIndex()
         return empty
-
-
-def _evaluate(truth: COCO, detections: COCO, by_class: bool) -> COCOeval:
-    evaluation = COCOeval(truth, detections, "bbox")
-    if not by_class:
-        evaluation.params.useCats = 0
-        # Curves are of COCO's 100 detections, but matches of all: it takes 100 of each class.
-        most = max(map(len, detections.imgToAnns.values()), default=0)
-        evaluation.params.maxDets = [100, max(100, most)]
-        evaluation.params.iouThrs = np.array(CURVE_IOUS)
-        evaluation.params.areaRng = evaluation.params.areaRng[: _EVERY_AREA + 1]
-        evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[: _EVERY_AREA + 1]
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.evaluate()
-        evaluation.accumulate()
-    # The list goes class by class, area by area, image by image. The other areas, which take most
-    # of the memory, are in the accumulated numbers.
-    images, areas = len(evaluation.params.imgIds), len(evaluation.params.areaRng)
-    evaluation.evalImgs = [
-        match
-        for number, match in enumerate(evaluation.evalImgs)
-        if number // images % areas == _EVERY_AREA
-    ]
-    return evaluation

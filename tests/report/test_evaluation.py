@@ -131,16 +131,6 @@ def test_score_curves_are_a_recount_at_each_score(case):
     assert every.precision[-1] == pytest.approx(right / found)
 
 
-def test_matches_of_a_class_are_those_that_name_it(case):
-    ours = BoxEvaluation(*case)
-    every = list(ours.matches())
-    assert all(match["aRng"] == [0, 1e10] for match in every)
-    for category in ours.class_names:
-        expected = [match for match in every if match["category_id"] == category]
-        assert list(map(id, ours.matches(category))) == list(map(id, expected))
-    assert {match["category_id"] for match in ours.agnostic_matches()} <= {-1}
-
-
 def test_the_best_threshold_keeps_the_best_detections():
     # F1 after each detection: 2·1/(1+3), 2·2/(2+3) = 0.8, 2·2/(3+3), 2·2/(4+3)
     truth = make_truth([(0, 10, x, 0, 10, 10, False) for x in (0, 20, 40)])
