@@ -10,18 +10,15 @@
 
 import argparse
 import contextlib
-import glob
 import json
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -31,21 +28,20 @@ from tqdm import tqdm
 from ..checkpoint import read_checkpoint
 from ..command_line import config_parser
 from ..config import load_cfg
-from ..data.image_files import IMAGE_SUFFIXES, images_in, read_image
 from ..engine import launch, leave_group
 from ..zoo import DEFAULT, PUBLISHED, find
 from .drawing import draw_instances
+from .inputs import find_source, read_images
 from .predictor import Predictor
-from .results import ResultFile, common_folder, ids_of_annotations
-
-_VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+from .results import ResultFile, ids_of_annotations
+from .writers import ImageWriter, VideoWriter
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_intermixed_args(argv)
     _take_keys_from_input(args)
     try:
-        args.source, args.skipped = _source(args.input)
+        args.source, args.skipped = find_source(args.input)
     except ValueError as error:
         raise SystemExit(f"Nothing was detected. {error}") from error
     launch(run, args)
@@ -76,11 +72,11 @@ def run(args: argparse.Namespace) -> None:
             files = [file for file in source if file not in done][rank::world]
             read: list[str] = []
             failed: list[str] = []
-            writer = _ImageWriter(output, source)
-            detected = predictor.pairs(_readable(files, read, failed), "BGR")
+            writer = ImageWriter(output, source)
+            detected = predictor.pairs(read_images(files, read, failed), "BGR")
         else:
             read, failed, files = [], [], None
-            writer = _VideoWriter(output, source)
+            writer = VideoWriter(output, source)
             detected = predictor.video(source)
     except (ValueError, OSError) as error:
         raise SystemExit(f"Nothing was detected. {error}") from error
@@ -242,101 +238,3 @@ def _threshold(text: str, class_names: Sequence[str] | None) -> float | list[flo
             f"--threshold {text} has no scores of the classes {class_names}, which are those of "
             f"the weights: {error!r}. A report writes such a file, thresholds.json"
         ) from error
-
-
-def _source(names: Sequence[str]) -> tuple[list[str] | str | int, list[str]]:
-    """Image files, a video, or the number of a camera; and the files of folders that are skipped.
-
-    Raises:
-        ValueError: if there is nothing of a name, and for a video beside others.
-    """
-    if len(names) == 1 and (video := _video(names[0])) is not None:
-        return video, []
-    files, skipped = [], []
-    for name in names:
-        found = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-        if os.path.isdir(name):
-            found = images_in(name)
-            others = (os.path.join(name, x) for x in sorted(os.listdir(name)) if x[0] != ".")
-            skipped += [x for x in others if os.path.isfile(x) and x not in set(found)]
-        elif os.path.isfile(name):  # also one whose name is a pattern
-            found = [name]
-        if not found:
-            raise ValueError(
-                f"There is no image at --input {name!r}. It takes files, folders with files that "
-                f"end with {', '.join(IMAGE_SUFFIXES)}, patterns, a video or a camera's number"
-            )
-        if video := next(filter(_is_video, found), None):
-            raise ValueError(f"--input takes one video alone, got {video} and others")
-        files += found
-    return list(dict.fromkeys(files)), skipped
-
-
-def _video(name: str) -> str | int | None:
-    if os.path.isfile(name):
-        return name if _is_video(name) else None
-    if name.isdecimal() and not os.path.isdir(name):
-        return int(name)
-    return name if "://" in name else None  # a stream
-
-
-def _is_video(name: str) -> bool:
-    return name.lower().endswith(_VIDEO_SUFFIXES)
-
-
-def _readable(files: Sequence[str], read: list[str], failed: list[str]) -> Iterator[np.ndarray]:
-    """The images, BGR, of the files, which go into ``read`` or, with the reason, ``failed``."""
-    for file in files:
-        try:
-            image = read_image(file, "BGR")
-        except Exception as error:  # PIL raises many kinds
-            failed.append(f"{file}: {error}")
-        else:
-            read.append(file)
-            yield image
-
-
-class _ImageWriter:
-    """Writes pictures under their files' paths, relative to the folder that all share."""
-
-    def __init__(self, output: Path, files: Sequence[str]):
-        self.output, self.total = output, len(files)
-        self.root = common_folder(files)
-
-    def write(self, file: str, picture: np.ndarray) -> None:
-        target = self.output / os.path.relpath(os.path.abspath(file), self.root)
-        if target.resolve() == Path(file).resolve():
-            raise SystemExit(f"The picture would be written over {file}: choose another --output")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not cv2.imwrite(str(target), picture):
-            raise SystemExit(f"OpenCV cannot write {target}")
-
-    def close(self) -> None:
-        pass
-
-
-class _VideoWriter:
-    """Writes frames to an MP4 file."""
-
-    def __init__(self, output: Path, source: str | int):
-        name = f"camera_{source}" if isinstance(source, int) else Path(source).stem
-        self.file = output / f"{name}.mp4"
-        capture = cv2.VideoCapture(source)
-        self.frames_a_second = capture.get(cv2.CAP_PROP_FPS) or 25
-        frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        self.total = frames if frames > 0 else None
-        capture.release()
-        if not isinstance(source, int) and self.file.resolve() == Path(source).resolve():
-            raise SystemExit(f"The video would be written over {source}: choose another --output")
-        self.writer = cv2.VideoWriter()  # opened when the size of the frames is known
-
-    def write(self, number: int, picture: np.ndarray) -> None:
-        if not self.writer.isOpened():
-            height, width = picture.shape[:2]
-            code = cv2.VideoWriter_fourcc(*"mp4v")
-            if not self.writer.open(str(self.file), code, self.frames_a_second, (width, height)):
-                raise SystemExit(f"OpenCV cannot write the video {self.file}")
-        self.writer.write(picture)
-
-    def close(self) -> None:
-        self.writer.release()

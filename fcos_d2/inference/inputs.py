@@ -1,0 +1,63 @@
+"""What a prediction reads: image files, a video, or a camera."""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ..data.image_files import IMAGE_SUFFIXES, images_in, read_image
+
+_VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+def find_source(names: Sequence[str]) -> tuple[list[str] | str | int, list[str]]:
+    """Image files, a video, or the number of a camera; and the files of folders that are skipped.
+
+    Raises:
+        ValueError: if there is nothing of a name, and for a video beside others.
+    """
+    if len(names) == 1 and (video := _video(names[0])) is not None:
+        return video, []
+    files, skipped = [], []
+    for name in names:
+        found = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+        if os.path.isdir(name):
+            found = images_in(name)
+            others = (os.path.join(name, x) for x in sorted(os.listdir(name)) if x[0] != ".")
+            skipped += [x for x in others if os.path.isfile(x) and x not in set(found)]
+        elif os.path.isfile(name):  # also one whose name is a pattern
+            found = [name]
+        if not found:
+            raise ValueError(
+                f"There is no image at --input {name!r}. It takes files, folders with files that "
+                f"end with {', '.join(IMAGE_SUFFIXES)}, patterns, a video or a camera's number"
+            )
+        if video := next(filter(_is_video, found), None):
+            raise ValueError(f"--input takes one video alone, got {video} and others")
+        files += found
+    return list(dict.fromkeys(files)), skipped
+
+
+def _video(name: str) -> str | int | None:
+    if os.path.isfile(name):
+        return name if _is_video(name) else None
+    if name.isdecimal() and not os.path.isdir(name):
+        return int(name)
+    return name if "://" in name else None  # a stream
+
+
+def _is_video(name: str) -> bool:
+    return name.lower().endswith(_VIDEO_SUFFIXES)
+
+
+def read_images(files: Sequence[str], read: list[str], failed: list[str]) -> Iterator[np.ndarray]:
+    """The images, BGR, of the files, which go into ``read`` or, with the reason, ``failed``."""
+    for file in files:
+        try:
+            image = read_image(file, "BGR")
+        except Exception as error:  # PIL raises many kinds
+            failed.append(f"{file}: {error}")
+        else:
+            read.append(file)
+            yield image
