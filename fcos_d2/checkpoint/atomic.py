@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -58,6 +59,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
             file.write(last_filename_basename)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load as Detectron2 does. It is an OSError if weights cannot be fetched."""
+        try:
+            return super().load(path, *args, **kwargs)
+        except URLError as error:
+            raise OSError(
+                f"{path} cannot be fetched ({error.reason}). On a machine without a network, take "
+                "weights that lie on it: MODEL.WEIGHTS FILE, for an ImageNet backbone also "
+                "torchvision:///path/to/resnet50.pth (docs/results.md), or '' to start at random"
+            ) from error
 
     def has_checkpoint(self) -> bool:
         return super().has_checkpoint() or bool(self.checkpoints_of_run())

@@ -170,3 +170,12 @@ def test_damage_anywhere_is_noticed(tmp_path):
             assert torch.equal(torch.load(file)["model"]["weight"], expected["model"]["weight"])
         assert checkpointer.get_checkpoint_file()
     assert unnoticed < 150
+
+
+def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    address = "http://127.0.0.1:9/R-50.pkl"  # nobody listens
+    with pytest.raises(
+        OSError, match=r"R-50\.pkl cannot be fetched \(.*refused\).*torchvision:///"
+    ):
+        AtomicCheckpointer(nn.Linear(1, 1)).load(address)
