@@ -8,8 +8,9 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.engine import default_setup
-from detectron2.utils.visualizer import ColorMode, Visualizer
+from detectron2.structures import Instances
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
@@ -47,8 +48,10 @@ def predictions_figure(cfg: CfgNode, dataset_name: str) -> Figure:
     images = [read_image(record["file_name"], "BGR") for record in shown]
     detected = Predictor(cfg).pairs(images)
     for axes, record, (image, output) in zip(pairs, shown, detected, strict=True):
-        truth = Visualizer(image[:, :, ::-1], metadata, 2.0, ColorMode.SEGMENTATION)
-        axes[0].imshow(truth.draw_dataset_dict(record).get_image())
+        truth = annotations_to_instances(record["annotations"], image.shape[:2])
+        boxes = {"pred_boxes": truth.gt_boxes, "pred_classes": truth.gt_classes}
+        truth = Instances(truth.image_size, **boxes)
+        axes[0].imshow(draw_instances(image, truth, metadata, scale=2.0)[:, :, ::-1])
         axes[0].set_title(f"ground truth: {len(record['annotations'])}")
         found = output["instances"]
         axes[1].imshow(draw_instances(image, found, metadata, _SHOWN_SCORE, 2.0)[:, :, ::-1])
