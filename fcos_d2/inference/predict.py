@@ -38,7 +38,12 @@ from .writers import ImageWriter, VideoWriter
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _parser().parse_intermixed_args(argv)
+    parser = _parser()
+    args = parser.parse_intermixed_args(argv)
+    if (args.resume or args.annotations) and not args.json:
+        parser.error("--resume and --annotations are about results.json: add --json")
+    if not (args.json or args.pictures):
+        parser.error("--no-pictures without --json leaves nothing to write")
     _take_keys_from_input(args)
     try:
         args.source, args.skipped = find_source(args.input)

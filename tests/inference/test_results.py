@@ -209,6 +209,20 @@ def test_kills_and_other_numbers_of_processes_lose_nothing(weights, shapes_folde
     assert len(detections(output)[0]) == 90
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume"], "results.json: add --json"),
+        (["--annotations", "x"], "results.json: add --json"),
+        (["--no-pictures"], "leaves nothing to write"),
+    ],
+)
+def test_options_that_need_others(options, message, capsys):
+    with pytest.raises(SystemExit):
+        predict.main(["--input", "a.png", "--output", "out", *options])
+    assert message in capsys.readouterr().err
+
+
 def test_several_inputs_and_what_is_skipped(weights, shapes_folder, tmp_path, capsys):
     source = sorted((shapes_folder / "shapes" / "val").iterdir())[:4]
     folder = tmp_path / "folder"
