@@ -115,9 +115,9 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_source(tensors: Mapping[str, Tensor], source: str) -> None:
-    for pattern, what in REFUSED.items():
+    for pattern, reason in REFUSED.items():
         if any(re.match(pattern, name) for name in tensors):
-            raise ValueError(f"This is a checkpoint of {what}: it cannot be converted")
+            raise ValueError(reason)
     matching = [
         other
         for other, layout in SOURCES.items()

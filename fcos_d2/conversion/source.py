@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -35,7 +35,6 @@ class Source:
             from its checkpoints. The user chooses a config with the right values.
         resnet: a pattern of the prefix of its ResNet, if that has torchvision's names.
         unused: a pattern of names that its own model does not read.
-        refused: patterns of names that only models have which we cannot express, with the reason.
         tower_rules: returns rules that depend on all names of a checkpoint.
         adapt: changes the renamed tensors in place, so that our model computes the same.
     """
@@ -46,19 +45,11 @@ class Source:
     not_in_file: Sequence[str] = ()
     resnet: str | None = None
     unused: str | None = None
-    refused: Mapping[str, str] = field(default_factory=dict)
     tower_rules: Callable[[Collection[str]], Rules] = lambda names: []
     adapt: Callable[[dict[str, Tensor], CfgNode], None] = lambda tensors, cfg: None
 
     def our_names(self, names: Collection[str]) -> dict[str, str | None]:
-        """Our name for each name that our model may need, or None where we have none.
-
-        Raises:
-            ValueError: for names that are ``refused``.
-        """
-        for pattern, reason in self.refused.items():
-            if any(re.match(pattern, name) for name in names):
-                raise ValueError(reason)
+        """Our name for each name that our model may need, or None where we have none."""
         ignored = f"{_IGNORED}|{self.unused}" if self.unused else _IGNORED
         rules = [*self.rules, *self.tower_rules(names)]
         return {n: self._our_name(n, rules) for n in names if not re.fullmatch(ignored, n)}

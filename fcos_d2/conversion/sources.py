@@ -10,6 +10,15 @@ from torch import Tensor
 
 from .source import DETECTRON2_BACKBONE, Rules, Source, fpn_rules
 
+# What a ResNet with torchvision's ImageNet weights expects.
+_TORCHVISION_RESNET = {
+    "INPUT.FORMAT": "RGB",
+    # 255 times its 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 for images in [0, 1].
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+}
+
 # ---- AdelaiDet, whose names are ours but for the prefix of the head ----
 
 _ADELAIDET_HEAD = r"proposal_generator\.fcos_head\."
@@ -38,20 +47,9 @@ ADELAIDET = Source(
     not_in_file=("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1"),
     # Of the levels of DLA-34 with two trees; only the trees' own projections are read.
     unused=r"backbone\.bottom_up\.level[34]\.project\..*",
-    refused={
-        r"backbone\.bottom_up\.stage\d\.OSA": (
-            "AdelaiDet's VoVNets have an attention (eSE) in every block, and timm's in the last "
-            "block of each stage only: the checkpoint has weights that no model here has"
-        )
-    },
 )
 
 # ---- The authors' original code, tianzhi0549/FCOS, built on maskrcnn-benchmark ----
-
-_HRFPN = (
-    "Models on HRNet have its own feature pyramid (HRFPN), which joins all maps and pools them: no "
-    "model here has it"
-)
 
 
 def _mobilenet_v2_rules() -> Rules:
@@ -105,7 +103,6 @@ ORIGINAL_FCOS = Source(
         "MODEL.RESNETS.STRIDE_IN_1X1",
     ),
     resnet=r"backbone\.body\.(stem\.)?",
-    refused={r"backbone\.fpn\.reduction_conv": _HRFPN},  # HRNet/HRNet-FCOS, a fork
     adapt=_scale_norms,
 )
 
@@ -166,11 +163,7 @@ TORCHVISION = Source(
         (r"head\.regression_head\.bbox_ctrness", "head.ctrness"),
     ],
     cfg={
-        "INPUT.FORMAT": "RGB",
-        # 255 times its 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 for images in [0, 1].
-        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+        **_TORCHVISION_RESNET,
         "MODEL.FCOS.LOCATION_OFFSET": 0.0,
         "MODEL.FCOS.USE_SCALE": False,
         "MODEL.FCOS.BOX_ACTIVATION": "relu",
@@ -244,7 +237,6 @@ MMDET = Source(
         "MODEL.RESNETS.STRIDE_IN_1X1",
     ),
     resnet=r"backbone\.",
-    refused={r"neck\.reduction_conv": _HRFPN},
     adapt=_add_biases,
 )
 
@@ -257,11 +249,7 @@ MMDET_GFL = Source(
     ],
     tower_rules=_mmdet_tower_rules,
     cfg={
-        # Of all its GFL configs.
-        "INPUT.FORMAT": "RGB",
-        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+        **_TORCHVISION_RESNET,  # in all its GFL configs
         "MODEL.FCOS.TOP_RELU": False,
         "MODEL.FCOS.LOCATION_OFFSET": 0.0,
         "MODEL.FCOS.BOX_ACTIVATION": "distribution",
@@ -284,10 +272,23 @@ SOURCES: dict[str, Source] = {
     "mmdet-gfl": MMDET_GFL,
 }
 
-# Patterns of names whose checkpoints look alike, but predict something else.
+# Patterns of names that only models have which we cannot express, of any source, with the reason.
 REFUSED: dict[str, str] = {
-    r"bbox_head\.atss_": "ATSS of mmdetection, which predicts offsets from anchors in place of the "
-    "distances from a location to the sides of a box",
-    r"bbox_head\.vfnet_": "VFNet of mmdetection, which refines its boxes and scores with "
-    "star-shaped convolutions",
+    r"backbone\.bottom_up\.stage\d\.OSA": (
+        "AdelaiDet's VoVNets have an attention (eSE) in every block, and timm's in the last block "
+        "of each stage only: the checkpoint has weights that no model here has"
+    ),
+    # HRNet/HRNet-FCOS, a fork of the original, and mmdetection.
+    r"(backbone\.fpn|neck)\.reduction_conv": (
+        "Models on HRNet have its own feature pyramid (HRFPN), which joins all maps and pools "
+        "them: no model here has it"
+    ),
+    r"bbox_head\.atss_": (
+        "This is a checkpoint of ATSS of mmdetection, which predicts offsets from anchors in place "
+        "of the distances from a location to the sides of a box: it cannot be converted"
+    ),
+    r"bbox_head\.vfnet_": (
+        "This is a checkpoint of VFNet of mmdetection, which refines its boxes and scores with "
+        "star-shaped convolutions: it cannot be converted"
+    ),
 }
