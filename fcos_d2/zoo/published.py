@@ -1,8 +1,10 @@
 """The table of published checkpoints, and what each needs of a config."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
@@ -63,14 +65,18 @@ class Published:
     @property
     def opts(self) -> list:
         """``keys`` as ``[key, value, ...]``."""
-        return [x for item in self.keys.items() for x in item]
+        return _as_opts(self.keys)
 
     def cfg(self) -> CfgNode:
         """The config that the checkpoint is right with. Its MODEL.WEIGHTS is the address."""
         cfg = load_cfg(get_config_file(self.config))
-        cfg.merge_from_list([x for item in settings_of(self.source).items() for x in item])
-        cfg.merge_from_list([*self.opts, "MODEL.WEIGHTS", self.address])
+        settings = settings_of(self.source) | self.keys | {"MODEL.WEIGHTS": self.address}
+        cfg.merge_from_list(_as_opts(settings))
         return cfg
+
+
+def _as_opts(settings: Mapping[str, Any]) -> list:
+    return [x for item in settings.items() for x in item]
 
 
 def _read_table() -> dict[str, Published]:
@@ -101,7 +107,8 @@ def find(name: str) -> Published:
     stem = Path(name).name.removesuffix(".yaml")
     rows = [row for row in PUBLISHED.values() if stem in (row.name, Path(row.config).stem)]
     if not rows:
-        raise ValueError(f"No published checkpoint is called {name!r}. There are {_listed()}")
+        listed = ", ".join(PUBLISHED)
+        raise ValueError(f"No published checkpoint is called {name!r}. There are {listed}")
     return min(rows, key=lambda row: (row.non_commercial, -row.ap))
 
 
@@ -120,7 +127,3 @@ def check_fits(cfg: CfgNode) -> None:
             f"{row.address} would give wrong detections with this config:{listed}\nAdd to the "
             f"command: {change}"
         )
-
-
-def _listed() -> str:
-    return ", ".join(PUBLISHED)

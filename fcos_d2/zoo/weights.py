@@ -14,7 +14,7 @@ from ..checkpoint import read_checkpoint, replacing
 from ..config import load_cfg
 from ..config_files import get_config_file
 from ..conversion import as_checkpoint, convert
-from .published import Published, find
+from .published import PUBLISHED, Published, find
 
 _CONVERSION = 1  # to be raised when a conversion gives other tensors or keys than before
 
@@ -23,8 +23,9 @@ class _Handler(PathHandler):
     """Resolves the address of a published checkpoint to a file in this project's format."""
 
     def _get_supported_prefixes(self) -> list[str]:
+        sources = {row.source for row in PUBLISHED.values()} - {"torchvision"}
         # Other names of torchvision are those of backbones.
-        return ["adelaidet://", "fcos://", "mmdet://", "mmdet-gfl://", "torchvision://FCOS_"]
+        return [*(f"{source}://" for source in sources), "torchvision://FCOS_"]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
         return local_file(find(path))
