@@ -11,6 +11,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from hypothesis import strategies as st
 
 import fcos_d2
 from fcos_d2.modeling import Levels
@@ -147,6 +148,14 @@ def assign_by_loops(shapes, strides, ranges, radius, boxes_per_image, offset=0.5
                             owners[image, level, y * width + x] = number
                         number += 1
     return owners
+
+
+@st.composite
+def box(draw, coordinate):
+    """A box as [x0, y0, x1, y1], from a strategy for coordinates."""
+    x0, x1 = sorted((draw(coordinate), draw(coordinate)))
+    y0, y1 = sorted((draw(coordinate), draw(coordinate)))
+    return [x0, y0, x1, y1]
 
 
 def as_dict(positives, shapes):

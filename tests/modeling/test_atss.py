@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import LEVELS, STRIDES, as_dict, level_shapes, make_input, tiny_cfg
+from helpers import LEVELS, STRIDES, as_dict, box, level_shapes, make_input, tiny_cfg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -118,16 +118,9 @@ coordinate = st.one_of(
 )
 
 
-@st.composite
-def box(draw):
-    x0, x1 = sorted((draw(coordinate), draw(coordinate)))
-    y0, y1 = sorted((draw(coordinate), draw(coordinate)))
-    return [x0, y0, x1, y1]
-
-
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.lists(box(), max_size=3), min_size=1, max_size=2),
+    st.lists(st.lists(box(coordinate), max_size=3), min_size=1, max_size=2),
     st.sampled_from([(100, 140), (64, 256), (257, 90), (8, 200)]),
     st.sampled_from([0.5, 0.0, 0.25]),
     st.sampled_from([9, 1, 4, 12]),

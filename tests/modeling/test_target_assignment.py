@@ -4,7 +4,16 @@ import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.fcos import FCOS as DetectronFCOS
-from helpers import LEVELS, RANGES, STRIDES, as_dict, assign_by_loops, level_shapes, make_instances
+from helpers import (
+    LEVELS,
+    RANGES,
+    STRIDES,
+    as_dict,
+    assign_by_loops,
+    box,
+    level_shapes,
+    make_instances,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,16 +114,9 @@ coordinate = st.one_of(
 )
 
 
-@st.composite
-def box(draw):
-    x0, x1 = sorted((draw(coordinate), draw(coordinate)))
-    y0, y1 = sorted((draw(coordinate), draw(coordinate)))
-    return [x0, y0, x1, y1]
-
-
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.lists(box(), max_size=5), min_size=1, max_size=2),
+    st.lists(st.lists(box(coordinate), max_size=5), min_size=1, max_size=2),
     st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.7]),
     st.sampled_from([(100, 140), (64, 256), (257, 90)]),
     st.sampled_from([0.5, 0.0, 0.25]),
