@@ -12,7 +12,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..checkpoint import replacing
 from ..data import TrainingLoader, class_names
-from ..inference.drawing import class_colors, draw_boxes, label_font, printable
+from ..inference.drawing import (
+    class_colors,
+    class_labels,
+    draw_boxes,
+    label_font,
+    printable,
+)
 
 _IMAGES, _COLUMNS = 10, 5
 _CELL, _CAPTION, _GAP = 320, 20, 6  # pixels: the sides of a cell, the line below it, the margin
@@ -93,7 +99,7 @@ def _cell(
     instances = element["instances"]
     classes = instances.gt_classes.tolist()
     colors = class_colors(max(len(names), *classes, 0) + 1)
-    labels = [names[number] if number < len(names) else str(number) for number in classes]
     boxes = (instances.gt_boxes.tensor * scale).tolist()
-    draw_boxes(cell, boxes, labels, [colors[number] for number in classes], font)
+    of_classes = class_labels(classes, names), [colors[number] for number in classes]
+    draw_boxes(cell, boxes, *of_classes, font)
     return cell

@@ -101,8 +101,8 @@ def training_cfg(args: argparse.Namespace, cfg: CfgNode | None) -> CfgNode:
     base = get_config_file("Base-FCOS.yaml")
     cfg = load_cfg(base, args.opts) if cfg is None else cfg.clone()
     if args.data is not None:
-        use_data(cfg, args.data)
-        register_custom_datasets(cfg)
+        _, read = use_data(cfg, args.data)
+        register_custom_datasets(cfg, read)
     elif args.dataset:
         cfg.DATASETS.TRAIN = tuple(args.dataset)
     check_augmentation(cfg)

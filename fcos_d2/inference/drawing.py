@@ -52,7 +52,7 @@ def draw_instances(
     if colors is None:
         colors = class_colors(len(names) or 1 + max(classes, default=0))
     colors = [tuple(colors[number]) for number in classes]
-    labels = [names[number] if number < len(names) else str(number) for number in classes]
+    labels = class_labels(classes, names)
     if scores is not None:
         labels = [f"{x} {score:.0%}" for x, score in zip(labels, scores, strict=True)]
     picture = np.ascontiguousarray(image[:, :, ::-1])
@@ -108,6 +108,11 @@ def plain_text(name: str) -> str:
     """
     text = name.encode(errors="replace").decode().replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
+
+
+def class_labels(classes: Sequence[int], names: Sequence[str]) -> list[str]:
+    """The name of each class, or its number where it has none."""
+    return [names[number] if number < len(names) else str(number) for number in classes]
 
 
 def class_colors(num_classes: int) -> list[Color]:
