@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..data.image_files import IMAGE_SUFFIXES, images_in, read_image
+from .background import in_background
 
 _VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+_READERS = 4  # threads
 
 
 def find_source(names: Sequence[str]) -> tuple[list[str] | str | int, list[str]]:
@@ -51,13 +53,25 @@ def _is_video(name: str) -> bool:
     return name.lower().endswith(_VIDEO_SUFFIXES)
 
 
-def read_images(files: Sequence[str], read: list[str], failed: list[str]) -> Iterator[np.ndarray]:
-    """The images, BGR, of the files, which go into ``read`` or, with the reason, ``failed``."""
-    for file in files:
-        try:
-            image = read_image(file, "BGR")
-        except Exception as error:  # PIL raises many kinds
-            failed.append(f"{file}: {error}")
+def read_images(
+    files: Sequence[str], read: list[str], failed: list[str], ahead: int
+) -> Iterator[np.ndarray]:
+    """The images, BGR, of the files, which go into ``read`` or, with the reason, ``failed``.
+
+    Args:
+        ahead: images that threads read beforehand.
+    """
+    images = in_background(_image_or_error, files, ahead, _READERS)
+    for file, image in zip(files, images, strict=True):
+        if isinstance(image, Exception):
+            failed.append(f"{file}: {image}")
         else:
             read.append(file)
             yield image
+
+
+def _image_or_error(file: str) -> np.ndarray | Exception:
+    try:
+        return read_image(file, "BGR")
+    except Exception as error:  # PIL raises many kinds
+        return error

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -30,11 +31,14 @@ from ..command_line import config_parser
 from ..config import load_cfg
 from ..engine import launch, leave_group
 from ..zoo import DEFAULT, PUBLISHED, find
+from .background import in_background
 from .drawing import draw_instances
 from .inputs import find_source, read_images
 from .predictor import Predictor
 from .results import ResultFile, ids_of_annotations
 from .writers import ImageWriter, VideoWriter
+
+_INTERRUPTED = 130  # the exit code, as of a shell
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
             read: list[str] = []
             failed: list[str] = []
             writer = ImageWriter(output, source)
-            detected = predictor.pairs(read_images(files, read, failed), "BGR")
+            images = read_images(files, read, failed, batch_size)
+            detected = predictor.pairs(images, "BGR", ahead=batch_size)
         else:
             read, failed, files = [], [], None
             writer = VideoWriter(output, source)
@@ -91,18 +96,22 @@ def run(args: argparse.Namespace) -> None:
     if done and rank == 0:
         print(f"{len(done)} images were done before")
 
+    def write(numbered: tuple[int, tuple[np.ndarray, dict]]) -> None:
+        number, (image, outputs) = numbered
+        name = read[number] if read else number
+        instances = outputs["instances"].to("cpu")
+        if args.pictures:
+            writer.write(name, draw_instances(image, instances, predictor.metadata, threshold))
+        if results:
+            results.write(name, instances)
+
     count, begin = 0, time.perf_counter()
     total = writer.total if files is None else len(files)
+    written = in_background(write, enumerate(detected), ahead=batch_size)
     try:
-        for image, outputs in tqdm(detected, total=total, unit=" images", disable=rank > 0):
-            name = read[count] if read else count
-            count += 1
-            instances = outputs["instances"].to("cpu")
-            if args.pictures:
-                picture = draw_instances(image, instances, predictor.metadata, threshold)
-                writer.write(name, picture)
-            if results:
-                results.write(name, instances)
+        with contextlib.closing(written):
+            for _ in tqdm(written, total=total, unit=" images", disable=rank > 0):
+                count += 1
         comm.synchronize()
         if results and rank == 0:
             results.merge(ids, source if files is not None else ())
@@ -114,6 +123,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"It is in {results.lines}; --resume goes on.")
         if world > 1:  # the others would wait for this one
             raise
+        if files is not None:
+            sys.exit(_INTERRUPTED)
     finally:
         writer.close()
         if results:

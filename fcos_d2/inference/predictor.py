@@ -17,6 +17,7 @@ from ..data import category_ids, class_names
 from ..data.image_files import IMAGE_SUFFIXES, images_in, read_image
 from ..modeling.backbone import padded_size
 from ..zoo import check_fits
+from .background import in_background
 from .batches import run_in_batches
 from .onnx_predictor import ImagePredictor, check_image
 
@@ -58,21 +59,26 @@ class Predictor(ImagePredictor):
     def stream(self, images: Iterable) -> Iterator[dict]:
         return (detections for _, detections in self.pairs(images))
 
-    def pairs(self, images: Iterable, channels: str | None = None) -> Iterator[tuple[Any, dict]]:
+    def pairs(
+        self, images: Iterable, channels: str | None = None, ahead: int = 0
+    ) -> Iterator[tuple[Any, dict]]:
         """Each file or array of :meth:`stream` with its detections.
 
         A few batches of images are held at a time.
 
         Args:
             channels: of arrays, in place of the predictor's own.
+            ahead: images that a thread reads and resizes while the network runs, for sources that
+                are not live.
         """
 
-        def model_input(index: int, item: np.ndarray | str | os.PathLike) -> dict:
+        def with_input(numbered: tuple[int, Any]) -> tuple[Any, dict]:
+            index, item = numbered
             if isinstance(item, str | os.PathLike):
-                return self.model_input(read_image(os.fspath(item), "BGR"), "BGR", index)
-            return self.model_input(item, channels or self.channels, index)
+                return item, self.model_input(read_image(os.fspath(item), "BGR"), "BGR", index)
+            return item, self.model_input(item, channels or self.channels, index)
 
-        inputs = ((item, model_input(index, item)) for index, item in enumerate(images))
+        inputs = in_background(with_input, enumerate(images), ahead)
         results = run_in_batches(
             inputs,
             kind_of=lambda pair: self._padded_size(pair[1]["image"]),

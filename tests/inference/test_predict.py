@@ -215,3 +215,28 @@ def test_drawing_without_names_and_without_detections():
     assert draw_instances(image, one, Metadata()).any()
     assert not draw_instances(image, one, Metadata(), threshold=0.6).any()
     assert draw_instances(image, one, Metadata(), scale=2).shape == (100, 120, 3)
+
+
+def test_ctrl_c_keeps_what_is_done_and_does_not_look_like_success(
+    weights, images, tmp_path, monkeypatch, capsys
+):
+    drawn = []
+
+    def stopped_at_the_second(image, *args):
+        drawn.append(image)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return image
+
+    monkeypatch.setattr(predict, "draw_instances", stopped_at_the_second)
+    args = ["--weights", weights, "--input", str(images), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        predict.main([*args, "--json"])
+    assert stopped.value.code == 130
+    assert "--resume goes on" in capsys.readouterr().out
+    lines = (tmp_path / "out" / "results.0.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["name"].endswith("0001.png")
+    monkeypatch.undo()
+    predict.main([*args, "--json", "--resume"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [x["id"] for x in results["images"]] == [1, 2, 3]
