@@ -120,7 +120,8 @@ def follow_epochs(cfg: CfgNode, images: float, given: Collection[str]) -> list[R
         "SOLVER.CHECKPOINT_PERIOD": (period, of_period),
         "TEST.EVAL_PERIOD": (period, of_period),
     }
-    return [_derived(cfg, given, key, *value) for key, value in wanted.items()]
+    rate = "SOLVER.BASE_LR", solver.BASE_LR, f"for {solver.IMS_PER_BATCH} images a batch"
+    return [rate, *(_derived(cfg, given, key, *value) for key, value in wanted.items())]
 
 
 def check_epochs(epochs: int, given: Collection[str]) -> None:
