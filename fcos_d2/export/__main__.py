@@ -4,12 +4,17 @@
         --output model.onnx MODEL.WEIGHTS output/model_final.pth
 
 The file takes pixels and gives boxes, scores and classes. It is compared with PyTorch before it is
-kept. docs/export.md says how to run it.
+kept. docs/export.md says how to run it. With --int8 its convolutions have 8 bits, for CPUs:
+
+    python -m fcos_d2.export --config-file output/config.yaml --output model.onnx --int8 \\
+        MODEL.WEIGHTS output/model_final.pth
 """
 
 import argparse
+import os
+import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -18,9 +23,11 @@ from detectron2.modeling import build_model
 from ..checkpoint import AtomicCheckpointer
 from ..command_line import config_parser, exit_on_error
 from ..config import load_cfg
-from ..data import category_ids, class_names
+from ..data import category_ids, class_names, load_dataset
+from ..data.image_files import images_in
 from ..modeling import FCOS
 from ..zoo import check_fits
+from .int8 import LEAST_AGREEMENT, quantize
 from .onnx import LIMIT, ExportError, check_model, to_onnx
 
 
@@ -42,7 +49,48 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="of ONNX (default: 18; with deformable convolutions 19)",
     )
-    return parser.parse_intermixed_args(argv)
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="convolutions of 8 bits, calibrated with images of DATASETS.TRAIN",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="DATA",
+        help="with --int8: a folder of images or a registered data set, in place of DATASETS.TRAIN",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=200,
+        metavar="N",
+        help="with --int8: how many images of the data to calibrate with, evenly taken (200)",
+    )
+    args = parser.parse_intermixed_args(argv)
+    if args.int8 and args.raw:
+        parser.error("--int8 compares detections, which a --raw file does not give: choose one")
+    if args.calibrate and not args.int8:
+        parser.error("--calibrate is for --int8: add it")
+    if args.images < 1:
+        parser.error(f"--images must be at least 1, got {args.images}")
+    return args
+
+
+def calibration_images(cfg: CfgNode, data: str | None, most: int) -> list[str]:
+    """Evenly taken image files of a folder, of a data set, or of those of DATASETS.TRAIN.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if data is not None and os.path.isdir(data):
+        files = images_in(data)
+    else:
+        names = cfg.DATASETS.TRAIN if data is None else [data]
+        files = [x["file_name"] for name in names for x in load_dataset(cfg, name)]
+    if not files:
+        where = "DATASETS.TRAIN" if data is None else data
+        raise ValueError(f"{where} has no image: name a folder of images with --calibrate")
+    return [files[i * len(files) // most] for i in range(most)] if len(files) > most else files
 
 
 def load_model(cfg: CfgNode) -> tuple[FCOS, list[str] | None, list[int] | None]:
@@ -87,12 +135,16 @@ def _names_of_data(cfg: CfgNode) -> list[str] | None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     # Detectron2 refuses weights that do not exist by AssertionError.
-    with exit_on_error(AssertionError, ExportError, ImportError):
+    with exit_on_error(AssertionError, ExportError, ImportError), ExitStack() as stack:
         cfg = load_cfg(args.config_file, args.opts)
+        # Before the export: what is missing is said at once.
+        images = calibration_images(cfg, args.calibrate, args.images) if args.int8 else []
         model, names, ids = load_model(cfg)
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        exact = os.path.join(folder, "float32.onnx") if args.int8 else args.output
         difference = to_onnx(
             model,
-            args.output,
+            exact,
             raw=args.raw,
             input_type=args.input_type,
             opset=args.opset,
@@ -101,9 +153,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             min_size=cfg.INPUT.MIN_SIZE_TEST,
             max_size=cfg.INPUT.MAX_SIZE_TEST,
         )
+        if args.int8:
+            print(f"Calibrating with {len(images)} images", flush=True)
+            check = quantize(exact, args.output, images)
     print(f"Exported to {args.output}")
     print(f"Class names: {', '.join(names) if names else 'none'}")
-    print(f"Largest difference to PyTorch in ONNX Runtime: {difference:.1e} (limit {LIMIT})")
+    of_what = " of float32" if args.int8 else ""
+    print(
+        f"Largest difference{of_what} to PyTorch in ONNX Runtime: {difference:.1e} (limit {LIMIT})"
+    )
+    if args.int8:
+        print(
+            f"INT8 beside float32, on {check.images} of the images: {check.speed:.1f} times as "
+            f"fast; AP {check.agreement:.1f} where float32's better detections are the truth "
+            f"(limit {LEAST_AGREEMENT:g})"
+        )
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def to_onnx(
             f"{len(category_ids)} category ids, but the model has {model.num_classes} classes"
         )
     opset = _check_opset(model, opset)
-    _check_packages()
+    check_packages()
     file = os.path.abspath(file)
     if os.path.isdir(file):
         raise IsADirectoryError(f"{file} is a folder: name the file to write, such as model.onnx")
@@ -149,7 +149,8 @@ def _check_opset(model: FCOS, opset: int | None) -> int:
     return opset
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Raise an ImportError without the packages of the extra "onnx"."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -164,12 +165,13 @@ def _check_packages() -> None:
 def _export(graph: RawGraph, dtype: torch.dtype, opset: int):
     """The onnx.ModelProto of a graph."""
     images = torch.zeros(_TRACED_SHAPE, dtype=dtype)
-    logger = logging.getLogger("onnx_ir")
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
     with torch.no_grad(), warnings.catch_warnings(), ExitStack() as end:
         # The exporter's warnings are about its own parts.
         warnings.simplefilter("ignore")
-        end.callback(logger.setLevel, logger.level)
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            end.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
         program = torch.onnx.export(
             graph,
             (images,),

@@ -116,7 +116,7 @@ class OnnxPredictor(ImagePredictor):
         batch = []
         for index, image in enumerate(images):
             try:
-                pixels, size = self._prepare(image, index)
+                pixels, size = self.network_input(image, index)
             except Exception:
                 yield from self._detect(batch)
                 raise
@@ -129,8 +129,13 @@ class OnnxPredictor(ImagePredictor):
                 batch = []
         yield from self._detect(batch)
 
-    def _prepare(self, image, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """The network's pixels, (3, h, w), and (height, width) of the image."""
+    def network_input(self, image, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """The network's pixels, (3, h, w), of an image, and its (height, width).
+
+        Args:
+            image: an array or a file, as in the call.
+            index: the image's number, for errors.
+        """
         channels = self.channels
         if isinstance(image, str | os.PathLike):
             image, channels = _read(image), "RGB"
