@@ -1,6 +1,8 @@
 # make demo    set up, make the built-in data set, train on it, evaluate, draw the predictions
 # make test    set up, then the test suite, the linter and the format check
 # make setup   only set up, in .venv
+# make docs    build the site in build/site, in a virtual environment of its own
+# make pictures  make the README's pictures anew, by the demo
 #
 # What can be set, e.g. `make test PYTHON=python3.12`:
 #   PYTHON      the Python (3.10 or newer) that makes the virtual environment
@@ -32,7 +34,7 @@ DETECTRON2_KEY := $(shell { $(PYTHON) --version; echo '$(DETECTRON2) $(TORCH) $(
 DETECTRON2_STAMP = $(VENV)/.detectron2-$(DETECTRON2_KEY)
 STAMP = $(VENV)/.setup-complete
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test lint format docs pictures clean
 
 setup: $(STAMP)
 
@@ -58,6 +60,9 @@ $(STAMP): $(DETECTRON2_STAMP) setup.py pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m fcos_d2.demo --output $(DEMO_DIR)
 
+pictures: demo
+	$(BIN)/python tools/readme_pictures.py $(DEMO_DIR) docs/pictures
+
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 	$(MAKE) --no-print-directory lint
@@ -70,5 +75,26 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The reference is read from the sources: neither PyTorch nor Detectron2 is needed.
+DOCS_VENV = build/docs_venv
+PAGES = build/pages
+IN_SITE = README.md CHANGELOG.md CONTRIBUTING.md CITATION.cff benchmarks configs docs
+
+$(DOCS_VENV)/.complete: docs/site/requirements.txt constraints.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement $<
+	@touch $@
+
+docs: $(DOCS_VENV)/.complete
+	@rm -rf $(PAGES) && mkdir -p $(PAGES)/api
+	@cp -R $(IN_SITE) $(PAGES)
+	@for name in `sed -n 's|.*- api/\(fcos_d2.*\)\.md|\1|p' mkdocs.yml`; do \
+	  printf '# %s\n\n::: %s\n' $$name $$name >$(PAGES)/api/$$name.md; done
+	@{ printf -- '---\nhide: [toc]\n---\n# Config keys\n\n```python\n'; cat fcos_d2/config.py; \
+	  echo '```'; } >$(PAGES)/api/keys.md
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@echo "The site: build/site/index.html. Its search needs a server:" \
+	  "python3 -m http.server --directory build/site"
+
 clean:
-	rm -rf $(VENV) $(DEMO_DIR)
+	rm -rf $(VENV) $(DEMO_DIR) build

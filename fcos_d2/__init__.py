@@ -12,6 +12,8 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
+__all__ = ["Predictor", "add_fcos_config", "get_cfg", "load_cfg", "model_zoo"]
+
 _detectron2 = find_spec("detectron2")
 if _detectron2 is None or _detectron2.origin is None:  # no origin: a folder, not a package
     _requirement = (Path(__file__).parent / "detectron2.txt").read_text().strip()
@@ -33,5 +35,5 @@ else:
             model_zoo,
             modeling,
         )
-        from .config import add_fcos_config, get_cfg, load_cfg  # noqa: F401
-        from .inference import Predictor  # noqa: F401
+        from .config import add_fcos_config, get_cfg, load_cfg
+        from .inference import Predictor
