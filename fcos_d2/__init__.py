@@ -1,8 +1,8 @@
 """FCOS (arXiv 1904.01355, 2006.09214) as a Detectron2 extension.
 
 Importing this package registers the meta architecture ``"FCOS"`` and the backbone builders
-``"build_fcos_resnet_fpn_backbone"``, ``"build_fcos_resnet_bifpn_backbone"`` and
-``"build_fcos_timm_fpn_backbone"`` with Detectron2.
+``"build_fcos_resnet_fpn_backbone"``, ``"build_fcos_resnet_bifpn_backbone"``,
+``"build_fcos_timm_fpn_backbone"`` and ``"build_fcos_timm_hrfpn_backbone"`` with Detectron2.
 """
 
 import sys

@@ -186,7 +186,8 @@ def _fcos_defaults() -> CN:
 
     # ---- Backbone (build_fcos_resnet_fpn_backbone, build_fcos_timm_fpn_backbone) ----
     # Levels that stride-2 convolutions add on top of the FPN: 2 (P6, P7), 1 (P6) or 0. Max pooling
-    # does so for build_fcos_resnet_bifpn_backbone, from the backbone's last map.
+    # does so for build_fcos_resnet_bifpn_backbone, from the backbone's last map. The keys here are
+    # not read by build_fcos_timm_hrfpn_backbone: it pools the levels of IN_FEATURES, from P2 or P3.
     fcos.TOP_LEVELS = 2
     # What these convolutions start from: "p5" (1904.01355, section 4: fewer parameters, slightly
     # better) or "res5" (as in RetinaNet).
@@ -307,10 +308,11 @@ def _fcos_defaults() -> CN:
 
 
 def _timm_defaults() -> CN:
-    """The backbone of build_fcos_timm_fpn_backbone; all of it is trained, whatever FREEZE_AT."""
+    """The backbone below an FPN or HRFPN on timm; all of it is trained, whatever FREEZE_AT."""
     timm = CN()
     # Any model of timm (https://huggingface.co/docs/timm) that makes maps of the strides 8, 16 and
-    # 32. In MODEL.FPN.IN_FEATURES they are called as those of a ResNet: res3, res4, res5.
+    # 32. In MODEL.FPN.IN_FEATURES they are called as those of a ResNet: res3, res4, res5. HRFPN was
+    # made for an HRNet, and takes res2, too.
     timm.NAME = "mobilenetv3_large_100"
     # Start from timm's weights, which are downloaded. Only where MODEL.WEIGHTS is empty: a
     # checkpoint of the detector has the backbone, too.

@@ -50,9 +50,9 @@ def page() -> str:
     for source in dict.fromkeys(row.source for row in PUBLISHED.values()):
         rows = [row for row in PUBLISHED.values() if row.source == source]
         first = rows[0]
+        pages = " and ".join(f"[here]({page})" for page in dict.fromkeys(r.ap_from for r in rows))
         parts.append(
-            f"\n## {first.title}\n\n{first.licence}. AP on {first.ap_split}, from "
-            f"[here]({first.ap_from}).\n\n"
+            f"\n## {first.title}\n\n{first.licence}. AP on {first.ap_split}, from {pages}.\n\n"
             "| `MODEL.WEIGHTS` | config | box AP | parameters (M) | GFLOPs | file |\n"
             "| --- | --- | --- | --- | --- | --- |\n"
         )

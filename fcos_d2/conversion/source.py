@@ -36,6 +36,7 @@ class Source:
         resnet: a pattern of the prefix of its ResNet, if that has torchvision's names.
         unused: a pattern of names that its own model does not read.
         tower_rules: returns rules that depend on all names of a checkpoint.
+        hrnet: rules that come first for its models on an HRNet, see :func:`hrnet_rules`.
         adapt: changes the renamed tensors in place, so that our model computes the same.
     """
 
@@ -46,12 +47,15 @@ class Source:
     resnet: str | None = None
     unused: str | None = None
     tower_rules: Callable[[Collection[str]], Rules] = lambda names: []
+    hrnet: Rules = ()
     adapt: Callable[[dict[str, Tensor], CfgNode], None] = lambda tensors, cfg: None
 
     def our_names(self, names: Collection[str]) -> dict[str, str | None]:
         """Our name for each name that our model may need, or None where we have none."""
         ignored = f"{_IGNORED}|{self.unused}" if self.unused else _IGNORED
         rules = [*self.rules, *self.tower_rules(names)]
+        if self.hrnet and any(re.match(self.hrnet[0][0], name) for name in names):
+            rules = [*self.hrnet, *rules]
         return {n: self._our_name(n, rules) for n in names if not re.fullmatch(ignored, n)}
 
     def _our_name(self, name: str, rules: Rules) -> str | None:
@@ -91,6 +95,19 @@ def fpn_rules(lateral: str, output: str, first: int = 0) -> Rules:
         (pattern.format(first + i), f"backbone.fpn_{kind}{i + 3}")
         for kind, pattern in (("lateral", lateral), ("output", output))
         for i in range(3)
+    ]
+
+
+def hrnet_rules(reduction: str, output: str, body: str) -> Rules:
+    """Of an HRNet, which is that of timm, and its HRFPN.
+
+    They tell such models by the reduction, which no other neck has. An FPN has the same names as
+    the outputs in mmdetection.
+    """
+    return [
+        (reduction, "backbone.reduction"),
+        (output, r"backbone.outputs.\1"),
+        (body, "backbone.bottom_up.model"),
     ]
 
 

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import Tensor
 
-from .source import DETECTRON2_BACKBONE, Rules, Source, fpn_rules
+from .source import DETECTRON2_BACKBONE, Rules, Source, fpn_rules, hrnet_rules
 
 # What a ResNet with torchvision's ImageNet weights expects.
 _TORCHVISION_RESNET = {
@@ -71,7 +71,7 @@ def _mobilenet_v2_rules() -> Rules:
 def _scale_norms(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
     """Ours divide by sqrt(variance + 1e-5), the frozen ones of its ResNets by sqrt(variance).
 
-    Those of its MobileNetV2, with other names, are PyTorch's, which add 1e-5, too.
+    Those of MobileNetV2 and HRNet, with other names, are PyTorch's, which add 1e-5, too.
     """
     for name in [n for n in tensors if n.endswith(".norm.weight")]:
         weight, variance = tensors[name], tensors.get(name.replace(".weight", ".running_var"))
@@ -103,6 +103,10 @@ ORIGINAL_FCOS = Source(
         "MODEL.RESNETS.STRIDE_IN_1X1",
     ),
     resnet=r"backbone\.body\.(stem\.)?",
+    # Of HRNet/HRNet-FCOS, a fork.
+    hrnet=hrnet_rules(
+        r"backbone\.fpn\.reduction_conv\.0", r"backbone\.fpn\.fpn_conv\.(\d+)", r"backbone\.body"
+    ),
     adapt=_scale_norms,
 )
 
@@ -237,6 +241,7 @@ MMDET = Source(
         "MODEL.RESNETS.STRIDE_IN_1X1",
     ),
     resnet=r"backbone\.",
+    hrnet=hrnet_rules(r"neck\.reduction_conv\.conv", r"neck\.fpn_convs\.(\d+)\.conv", "backbone"),
     adapt=_add_biases,
 )
 
@@ -277,11 +282,6 @@ REFUSED: dict[str, str] = {
     r"backbone\.bottom_up\.stage\d\.OSA": (
         "AdelaiDet's VoVNets have an attention (eSE) in every block, and timm's in the last block "
         "of each stage only: the checkpoint has weights that no model here has"
-    ),
-    # HRNet/HRNet-FCOS, a fork of the original, and mmdetection.
-    r"(backbone\.fpn|neck)\.reduction_conv": (
-        "Models on HRNet have its own feature pyramid (HRFPN), which joins all maps and pools "
-        "them: no model here has it"
     ),
     r"bbox_head\.atss_": (
         "This is a checkpoint of ATSS of mmdetection, which predicts offsets from anchors in place "

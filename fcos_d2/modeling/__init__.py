@@ -7,10 +7,12 @@ from .backbone import (
     build_fcos_resnet_bifpn_backbone,
     build_fcos_resnet_fpn_backbone,
     build_fcos_timm_fpn_backbone,
+    build_fcos_timm_hrfpn_backbone,
 )
 from .bifpn import BiFPN
 from .fcos import FCOS
 from .head import FCOSHead, HeadOutputs
+from .hrfpn import HRFPN
 from .losses import FCOSLoss
 from .points import Levels
 from .post_processing import FCOSPostProcessor
@@ -19,6 +21,7 @@ from .test_time_augmentation import FCOSWithTTA
 
 __all__ = [
     "FCOS",
+    "HRFPN",
     "ATSSAssigner",
     "Assigner",
     "BiFPN",
@@ -37,4 +40,5 @@ __all__ = [
     "build_fcos_resnet_bifpn_backbone",
     "build_fcos_resnet_fpn_backbone",
     "build_fcos_timm_fpn_backbone",
+    "build_fcos_timm_hrfpn_backbone",
 ]

@@ -1,9 +1,10 @@
 """FPN on a ResNet or a timm model, with the extra levels of FCOS: P6 and P7, P6, or none.
 
-Or BiFPN on a ResNet.
+Or BiFPN on a ResNet, or HRFPN on an HRNet of timm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.layers import CNNBlockBase, ShapeSpec
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..runtime import fold_norms
 from .bifpn import BiFPN
 from .deform_conv import use_portable_deform_convs
+from .hrfpn import HRFPN
 from .timm_backbone import TimmBackbone
 
 
@@ -66,15 +68,23 @@ def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
 @BACKBONE_REGISTRY.register()
 def build_fcos_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """FPN on the timm model ``MODEL.TIMM.NAME``, with the same extra levels and errors."""
-    timm = cfg.MODEL.TIMM
-    bottom_up = TimmBackbone(
-        timm.NAME,
-        pretrained=timm.PRETRAINED and not cfg.MODEL.WEIGHTS,
-        norm=timm.NORM,
-        out_features=cfg.MODEL.FPN.IN_FEATURES,
-        in_channels=input_shape.channels,
+    return _build_fpn(cfg, _build_timm(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_timm_hrfpn_backbone(cfg, input_shape: ShapeSpec) -> HRFPN:
+    """HRFPN on the timm model ``MODEL.TIMM.NAME``, with the levels of ``MODEL.FCOS.IN_FEATURES``.
+
+    For errors see :class:`HRFPN` and :class:`TimmBackbone`.
+    """
+    # Without the layers for classification, which timm puts on the maps of its HRNets otherwise.
+    options = {"feature_location": ""} if "hrnet" in cfg.MODEL.TIMM.NAME else {}
+    return HRFPN(
+        _build_timm(cfg, input_shape, options),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        levels=cfg.MODEL.FCOS.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
     )
-    return _build_fpn(cfg, bottom_up)
 
 
 @BACKBONE_REGISTRY.register()
@@ -107,6 +117,20 @@ def _build_resnet(cfg, input_shape: ShapeSpec) -> ResNet:
     use_portable_deform_convs(bottom_up)
     fold_norms(bottom_up)
     return bottom_up
+
+
+def _build_timm(
+    cfg, input_shape: ShapeSpec, model_options: Mapping[str, Any] | None = None
+) -> TimmBackbone:
+    timm = cfg.MODEL.TIMM
+    return TimmBackbone(
+        timm.NAME,
+        pretrained=timm.PRETRAINED and not cfg.MODEL.WEIGHTS,
+        norm=timm.NORM,
+        out_features=cfg.MODEL.FPN.IN_FEATURES,
+        in_channels=input_shape.channels,
+        model_options=model_options,
+    )
 
 
 def _build_fpn(cfg, bottom_up: Backbone) -> FPN:

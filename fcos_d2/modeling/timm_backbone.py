@@ -1,7 +1,8 @@
 """Backbones of timm (https://huggingface.co/docs/timm), which is imported only to build one."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.modeling import Backbone
@@ -24,6 +25,7 @@ class TimmBackbone(Backbone):
         norm: str,
         out_features: Sequence[str],
         in_channels: int = 3,
+        model_options: Mapping[str, Any] | None = None,
     ):
         """
         Args:
@@ -32,6 +34,7 @@ class TimmBackbone(Backbone):
             norm: "BN", "SyncBN" or "FrozenBN", for the batch norms of the model.
             out_features: the maps to return, finest first.
             in_channels: of the images.
+            model_options: further arguments of the model in timm.
 
         Raises:
             ImportError: if timm is not installed.
@@ -46,15 +49,16 @@ class TimmBackbone(Backbone):
             import timm
         except ImportError as error:
             raise ImportError(
-                "MODEL.BACKBONE.NAME 'build_fcos_timm_fpn_backbone' needs timm: pip install timm"
+                f"The backbone of MODEL.TIMM.NAME {name!r} needs timm: pip install timm"
             ) from error
         strides = [_stride_of(feature) for feature in out_features]
+        options = {"features_only": True, **(model_options or {})}
         model = timm.create_model(
             name,
             pretrained=pretrained,
-            features_only=True,
-            out_indices=_numbers_of_maps(name, strides),
+            out_indices=_numbers_of_maps(name, strides, options),
             in_chans=in_channels,
+            **options,
         )
         if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC"):
             raise ValueError(
@@ -85,12 +89,12 @@ def _stride_of(feature: str) -> int:
     return 2 ** int(number)
 
 
-def _numbers_of_maps(name: str, strides: list[int]) -> list[int]:
+def _numbers_of_maps(name: str, strides: list[int], options: Mapping[str, Any]) -> list[int]:
     """The numbers of the maps with these strides among all maps of the timm model ``name``."""
     import timm
 
     with torch.device("meta"):  # without memory for weights, which are not needed here
-        info = timm.create_model(name, features_only=True).feature_info
+        info = timm.create_model(name, **options).feature_info
     # If several maps have one stride, the last and deepest one.
     numbers = {s: i for i, s in zip(info.out_indices, info.reduction(), strict=True)}
     if not set(strides) <= numbers.keys():
@@ -107,13 +111,25 @@ def _freeze_unused(model: nn.Module, name: str, in_channels: int) -> None:
 
     They never get a gradient, and distributed training refuses such parameters.
     """
-    probe = copy.deepcopy(model).to("meta")  # tensors without values show who gets a gradient
+    probe = copy.deepcopy(model).to("meta")  # tensors without values show what is read
     try:
         maps = probe(torch.empty(2, in_channels, 64, 64, device="meta"))
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"MODEL.TIMM.NAME {name!r} refuses images of 64x64 pixels: {error}. {_CHOOSE}"
         ) from error
-    sum(x.sum() for x in maps).backward()
+    read = _parameters_behind(maps)
     for parameter, probed in zip(model.parameters(), probe.parameters(), strict=True):
-        parameter.requires_grad_(probed.grad is not None)
+        parameter.requires_grad_(probed in read)
+
+
+def _parameters_behind(outputs: Sequence[Tensor]) -> set[Tensor]:
+    """The parameters that the outputs depend on: a backward pass would take seconds for HRNets."""
+    nodes = [x.grad_fn for x in outputs]
+    seen = set(nodes)
+    for node in nodes:  # which grows
+        for before, _ in node.next_functions:
+            if before is not None and before not in seen:
+                seen.add(before)
+                nodes.append(before)
+    return {node.variable for node in nodes if hasattr(node, "variable")}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_model
-from test_convert_layouts import NORM, adelaidet, conv, make_cfg, mmdet, norm, numbered, original
+from test_convert_layouts import NORM, adelaidet, conv, make_cfg, norm, numbered
 
 from fcos_d2.conversion import convert
 
@@ -384,8 +384,6 @@ def test_the_config_has_the_published_settings(name):
 
 @pytest.mark.parametrize("source, rows, name, message", [
     ("adelaidet", adelaidet(), "backbone.bottom_up.stage4.OSA4_1.ese.fc.weight", "in every block"),
-    ("fcos", original(), "backbone.fpn.reduction_conv.0.weight", "HRFPN"),
-    ("mmdet", mmdet(), "neck.reduction_conv.conv.weight", "HRFPN"),
 ])  # fmt: skip
 def test_what_no_model_here_has_is_said(source, rows, name, message):
     convert(numbered(rows), source, make_cfg())
