@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import os
 import tempfile
 import time
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
+from tqdm import tqdm
 
 from ..checkpoint import replacing
 from ..inference.onnx_predictor import Detections, OnnxPredictor
@@ -69,7 +71,7 @@ def quantize(file: str | os.PathLike, target: str | os.PathLike, images: Sequenc
 
     class Reader(CalibrationDataReader):
         def __init__(self):
-            self.numbered = iter(enumerate(images))
+            self.numbered = enumerate(tqdm(images, "Calibrating", unit=" images", disable=None))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             for index, image in self.numbered:
@@ -107,7 +109,8 @@ def quantize(file: str | os.PathLike, target: str | os.PathLike, images: Sequenc
         proto.metadata_props.add(key="precision", value='"int8"')
         partial.write(proto.SerializeToString())
         partial.flush()
-        check = _compare(exact, OnnxPredictor(partial.name), images[:_COMPARED])
+        every = math.ceil(len(images) / _COMPARED)
+        check = _compare(exact, OnnxPredictor(partial.name), images[::every])
         if not check.agreement >= LEAST_AGREEMENT:
             raise ExportError(
                 f"The INT8 file finds other objects than the float32 file: its AP is "
