@@ -34,6 +34,13 @@ from fcos_d2.engine import Trainer
 SHAPES = "quick_schedules/fcos_R_18_FPN_shapes.yaml"
 UNWEIGHTED = ["MODEL.FCOS.BOX_LOSS_WEIGHTING", "none"]
 EMA = ["MODEL.FCOS.LOSS_NORMALIZER", "ema_fg"]
+# The successors of FCOS, one part after the other (docs/successors.md).
+ATSS = ["MODEL.FCOS.ASSIGNMENT", "atss", "MODEL.FCOS.BOX_LOSS_WEIGHT", 2.0]
+JOINT = [
+    "MODEL.FCOS.QUALITY", "joint", "MODEL.FCOS.CLS_LOSS_TYPE", "quality_focal",
+    "MODEL.FCOS.BOX_LOSS_WEIGHTING", "score",
+]  # fmt: skip
+GFL = [*ATSS, *JOINT, "MODEL.FCOS.BOX_ACTIVATION", "distribution"]
 # What each variant changes. "detectron2" and "retinanet" are other models.
 VARIANTS = {
     "default": [],
@@ -42,6 +49,10 @@ VARIANTS = {
     "unweighted-ema": [*UNWEIGHTED, *EMA],
     "no-scale": ["MODEL.FCOS.USE_SCALE", False],
     "iou": [*UNWEIGHTED, "MODEL.FCOS.QUALITY", "iou"],
+    "atss": ATSS,
+    "atss-joint": [*ATSS, *JOINT],
+    "gfl": GFL,
+    "gflv2": [*GFL, "MODEL.FCOS.DISTRIBUTION_QUALITY", True],
     "detectron2": [],
     "retinanet": [],
 }
