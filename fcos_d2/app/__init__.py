@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_error(), tempfile.TemporaryDirectory(prefix="fcos_app_") as folder:
         # Gradio reads these when it is imported: where it keeps what is uploaded and shown, and
         # what it tells its makers and the browser's own storage, which is nothing.
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "gradio"))
         os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
         try:
             from .page import make_page, serve
@@ -38,10 +38,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(
                 f"The page needs Gradio ({error}): pip install 'fcos_d2[app]'"
             ) from error
-        page = make_page(_detector(args))
-        # A process that is told to end removes the folder, too.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+        page = make_page(_detector(args), folder)
+        signal.signal(signal.SIGTERM, _terminate)
         serve(page, args.host, args.port)
+
+
+def _terminate(*_: object) -> None:
+    """Leave as after an error, so that the folder is removed, whatever signals follow."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(_TERMINATED)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,8 +17,12 @@ _KEPT = 600
 _CAMERAS = 4  # at a time: each holds its place until its page is closed
 
 
-def make_page(detector: Detector) -> gr.Blocks:
-    """The page, not served yet."""
+def make_page(detector: Detector, folder: str) -> gr.Blocks:
+    """The page, not served yet.
+
+    Args:
+        folder: for videos while they are written.
+    """
     page = gr.Blocks(title=f"FCOS: {detector.name}", delete_cache=(60, _KEPT))
     with page:
         gr.Markdown(f"# FCOS\n`{detector.name}`")
@@ -36,7 +40,7 @@ def make_page(detector: Detector) -> gr.Blocks:
         with gr.Tab("Camera"):
             _camera_tab(detector, threshold, classes)
         with gr.Tab("Video"):
-            _video_tab(detector, threshold, classes)
+            _video_tab(detector, threshold, classes, folder)
     return page
 
 
@@ -136,7 +140,7 @@ def _camera_tab(detector: Detector, threshold: gr.Slider, classes: gr.Dropdown) 
     )  # fmt: skip
 
 
-def _video_tab(detector: Detector, threshold: gr.Slider, classes: gr.Dropdown) -> None:
+def _video_tab(detector: Detector, threshold: gr.Slider, classes: gr.Dropdown, folder: str) -> None:
     with gr.Row():
         video = gr.Video(label="Video", sources=["upload"])
         result = gr.Video(label="Detections", interactive=False, buttons=["download"])
@@ -144,29 +148,22 @@ def _video_tab(detector: Detector, threshold: gr.Slider, classes: gr.Dropdown) -
     with gr.Row():
         start, stop = gr.Button("Detect", variant="primary"), gr.Button("Stop")
 
-    def run(
-        file: dict | None,
-        threshold: float,
-        classes: list[str],
-        progress=gr.Progress(),  # noqa: B008
-    ) -> Iterator[tuple]:
+    def run(file: dict | None, threshold: float, classes: list[str]) -> Iterator[tuple]:
         if file is None:
             yield None, "Choose a video."
             return
-        with tempfile.TemporaryDirectory(prefix="fcos_app_") as folder:
-            writer = VideoWriter(Path(folder), file["path"], ".webm", "VP80")
-            pictures = detector.video(file["path"], threshold, classes)
+        with tempfile.TemporaryDirectory(dir=folder) as written:
+            writer = VideoWriter(Path(written), file["path"], ".webm", "VP80")
             try:
-                for n, picture in enumerate(
-                    progress.tqdm(pictures, total=writer.total, unit="frames")
-                ):
+                for n, picture in enumerate(detector.video(file["path"], threshold, classes)):
                     writer.write(n, picture)
+                    yield None, f"Frame {n + 1} of {writer.total or 'many'}."  # may be stopped here
             except ValueError as error:
                 yield None, str(error)
                 return
             finally:
                 writer.close()
-            yield str(writer.file), f"{n + 1} frames."  # of which Gradio takes a copy
+            yield str(writer.file), f"{n + 1} frames."  # Gradio takes a copy
 
     running = start.click(run, [video, threshold, classes], [result, sentence], preprocess=False)
     stop.click(None, cancels=running)

@@ -90,8 +90,9 @@ def page(weights, tmp_path_factory):
             f"error: Port {port} of 127.0.0.1 cannot be had: choose another --port\n"
         )
         yield f"http://127.0.0.1:{port}", folder
-        assert any(folder.glob("fcos_app_*/*/*"))
+        assert any(folder.glob("fcos_app_*/gradio/*/*"))
         server.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)  # as a process group may get it
         rest = server.communicate(timeout=60)[0]
     assert server.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in rest
