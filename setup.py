@@ -48,6 +48,7 @@ setup(
     ],
     extras_require={
         "onnx": ONNX,
+        "app": ["gradio>=6.31"],
         "timm": ["timm"],  # backbones: MODEL.BACKBONE.NAME "build_fcos_timm_fpn_backbone"
         "wandb": ["wandb"],  # SOLVER.LOGGERS
         "mlflow": ["mlflow"],

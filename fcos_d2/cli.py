@@ -16,6 +16,7 @@ _COMMANDS = {
     "report": ("commands.report", "main", "a page on one or more runs"),
     "check": ("commands.check", "main", "what is wrong with a data set"),
     "convert": ("commands.convert", "main", "take a checkpoint of another implementation"),
+    "app": ("app", "main", "a page that shows what a detector finds"),
 }
 
 

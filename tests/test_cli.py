@@ -21,7 +21,7 @@ def debug(monkeypatch):
 def test_is_installed_beside_python():
     command = [str(Path(sys.executable).with_name("fcos")), "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name in ("train", "eval", "predict", "export", "report", "check", "convert"):
+    for name in ("train", "eval", "predict", "export", "report", "check", "convert", "app"):
         assert f"\n  {name} " in text
 
 
@@ -42,6 +42,7 @@ def test_a_config_may_be_named_as_in_the_zoo(shapes_folder, monkeypatch, tmp_pat
         ["train"],
         ["train", "--config-file", "nothing.yaml"],
         ["eval", "--config-file", CONFIG, "MODEL.DEVICE", "cpu"],
+        ["app", "--weights", "nothing.pth"],
         ["report", "--config-file", CONFIG, "OUTPUT_DIR", "/nowhere"],
     ],
 )

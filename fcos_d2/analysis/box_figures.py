@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from ..inference.drawing import class_colors
-from .charts import new_figure
+from .charts import new_figure, shrunk
 from .inspection import Inspection
 from .positives import LocatedPositives
 
@@ -106,7 +106,7 @@ def positives_figure(inspection: Inspection, positives: LocatedPositives) -> Fig
 def _draw_image(axes: Axes, image: np.ndarray, **style) -> None:
     """With a margin for boxes on its border and their labels."""
     height, width = image.shape[:2]
-    axes.imshow(image, extent=(0, width, height, 0), **style)
+    axes.imshow(shrunk(image), extent=(0, width, height, 0), **style)
     margin = 0.04 * max(width, height)
     axes.set(xlim=(-margin, width + margin), ylim=(height + margin, -margin), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

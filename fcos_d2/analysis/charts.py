@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -20,6 +21,15 @@ def new_chart(height: float = 4.4) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def shrunk(image: np.ndarray, side: int = 1200) -> np.ndarray:
+    """Every n-th pixel of an image (H, W, ...), so that its longer side has at most ``side``.
+
+    Matplotlib takes minutes and gigabytes for photos of many megapixels. A figure has about 1200.
+    """
+    step = -(-max(image.shape[:2]) // side)
+    return image[::step, ::step]
 
 
 def save_figures(figures: Mapping[str, Figure], folder: str | Path) -> list[Path]:

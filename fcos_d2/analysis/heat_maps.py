@@ -4,7 +4,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .charts import new_figure
+from .charts import new_figure, shrunk
 from .inspection import Inspection
 
 _MAX_CLASSES = 4  # rows of heat maps: more would not be legible
@@ -46,7 +46,7 @@ def _heat_figure(inspection: Inspection, rows: dict[str, list[Tensor]], label: s
     row_height = 0.9 * panel * min(height / width, 2) + 0.3
     figure = new_figure(panel * num_levels + 1, len(rows) * row_height + 0.4)
     grid = figure.subplots(len(rows), num_levels, squeeze=False)
-    grey = 64 + inspection.image.mean(axis=2) * 0.6  # muted, so that the colours stand out
+    grey = 64 + shrunk(inspection.image).mean(axis=2) * 0.6  # muted: the colours stand out
     for row, (name, maps) in enumerate(rows.items()):
         for level, axes in enumerate(grid[row]):
             axes.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))

@@ -93,16 +93,18 @@ class OnnxPredictor(ImagePredictor):
             ImportError: without onnxruntime.
             OSError: if the file cannot be read.
             ValueError: for a batch size below 1, another order of channels, and for a file that
-                was not exported by fcos_d2, or with raw outputs.
+                is damaged, was not exported by fcos_d2, or with raw outputs.
         """
         super().__init__(batch_size, channels)
         try:
             import onnxruntime
         except ImportError as error:
             raise ImportError("OnnxPredictor needs onnxruntime: pip install onnxruntime") from error
-        self.session = onnxruntime.InferenceSession(
-            Path(file).read_bytes(), providers=list(providers or ["CPUExecutionProvider"])
-        )
+        content, providers = Path(file).read_bytes(), list(providers or ["CPUExecutionProvider"])
+        try:
+            self.session = onnxruntime.InferenceSession(content, providers=providers)
+        except Exception as error:  # those of ONNX Runtime have no class in common
+            raise ValueError(f"ONNX Runtime cannot load {file}: {error}") from error
         metadata = self.session.get_modelmeta().custom_metadata_map
         if "fcos_d2_version" not in metadata:
             raise ValueError(f"{file} has no metadata of fcos_d2: export it with fcos_d2.export")

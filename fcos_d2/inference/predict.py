@@ -14,26 +14,20 @@ import json
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from ..checkpoint import read_checkpoint
 from ..command_line import config_parser
-from ..config import load_cfg
 from ..engine import launch, leave_group
-from ..zoo import DEFAULT, PUBLISHED, find
 from .background import in_background
 from .drawing import draw_instances
 from .inputs import find_source, read_images
+from .model_options import add_model_options, chosen_cfg
 from .predictor import Predictor
 from .results import ResultFile, ids_of_annotations
 from .writers import ImageWriter, VideoWriter
@@ -60,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     """What each process does: it detects in every N-th image, if there are N processes."""
     rank, world = comm.get_rank(), comm.get_world_size()
     try:
-        cfg, source = _config(args), args.source
+        cfg, source = chosen_cfg(args), args.source
         if isinstance(source, list) and args.annotations:
             ids = ids_of_annotations(args.annotations, source)
         elif args.annotations:
@@ -142,15 +136,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = config_parser(__doc__, config_required=False, prog="python -m fcos_d2.predict")
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="a published checkpoint, which is fetched: its name, address, or the config it has; "
-        f"{DEFAULT} if neither --weights nor --config-file is given (docs/model_zoo.md)",
-    )
-    parser.add_argument(
-        "--weights", help="MODEL.WEIGHTS; no --config-file is needed if they carry theirs"
-    )
+    add_model_options(parser)
     parser.add_argument(
         "--input",
         required=True,
@@ -190,7 +176,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(num_machines=1, machine_rank=0, dist_url="auto", timeout=30)
     parser.add_argument("--batch-size", type=int, default=8, help="images that run together (8)")
-    parser.add_argument("--device", help='for example "cuda:1" or "cpu"; a GPU if there is one')
     return parser
 
 
@@ -200,37 +185,6 @@ def _take_keys_from_input(args: argparse.Namespace) -> None:
         if re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+", word) and not os.path.exists(word):
             args.input, args.opts = args.input[:i], [*args.opts, *args.input[i:]]
             return
-
-
-def _config(args: argparse.Namespace) -> CfgNode:
-    if args.model and (args.config_file or args.weights):
-        raise ValueError("--model comes with its config and weights: leave out the others")
-    if args.model or not (args.config_file or args.weights):
-        row = find(args.model or DEFAULT)
-        print(f"The model is {row.address} (AP {row.ap}, {row.licence})")
-        if not args.model:
-            print("Choose another one with --model (docs/model_zoo.md), or --weights:")
-            print(*(f"  {row.address} (AP {row.ap})" for row in PUBLISHED.values()), sep="\n")
-        cfg = row.cfg()
-        cfg.merge_from_list(args.opts)
-    elif args.config_file:
-        cfg = load_cfg(args.config_file, args.opts)
-    else:
-        text = read_checkpoint(PathManager.get_local_path(args.weights)).get("config")
-        if not isinstance(text, str):
-            raise ValueError(f"{args.weights} does not carry its config: add --config-file")
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            file.write(text)
-            file.flush()
-            cfg = load_cfg(file.name, args.opts)
-    if args.weights:
-        cfg.MODEL.WEIGHTS = args.weights
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("The config names no MODEL.WEIGHTS: add --weights")
-    # The config may name the GPU of another machine.
-    available = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg.MODEL.DEVICE = str(torch.device(args.device or available))
-    return cfg
 
 
 def _threshold(text: str, class_names: Sequence[str] | None) -> float | list[float]:

@@ -30,11 +30,11 @@ class ImageWriter:
 
 
 class VideoWriter:
-    """Writes frames to an MP4 file."""
+    """Writes frames to a file that has the name of their source."""
 
-    def __init__(self, output: Path, source: str | int):
+    def __init__(self, output: Path, source: str | int, suffix: str = ".mp4", codec: str = "mp4v"):
         name = f"camera_{source}" if isinstance(source, int) else Path(source).stem
-        self.file = output / f"{name}.mp4"
+        self.file, self.codec = output / f"{name}{suffix}", codec
         capture = cv2.VideoCapture(source)
         self.frames_a_second = capture.get(cv2.CAP_PROP_FPS) or 25
         frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
@@ -47,7 +47,7 @@ class VideoWriter:
     def write(self, number: int, picture: np.ndarray) -> None:
         if not self.writer.isOpened():
             height, width = picture.shape[:2]
-            code = cv2.VideoWriter_fourcc(*"mp4v")
+            code = cv2.VideoWriter_fourcc(*self.codec)
             if not self.writer.open(str(self.file), code, self.frames_a_second, (width, height)):
                 raise SystemExit(f"OpenCV cannot write the video {self.file}")
         self.writer.write(picture)

@@ -1,5 +1,6 @@
 """Where detections came from, beside slow loops and numbers by hand; and how it is drawn."""
 
+import dataclasses
 import math
 
 import cv2
@@ -143,6 +144,21 @@ def hot(monkeypatch):
         return inspect_image(predictor, random_image())
 
     return make
+
+
+def test_large_images_are_drawn_with_fewer_pixels(hot):
+    photo = np.zeros((2500, 5000, 3), np.uint8)
+    photo[1000, 2000] = 255
+    inspection = dataclasses.replace(hot(), image=photo)
+    for figure in (class_figure(inspection), origins_figure(inspection)):
+        drawn = figure.axes[0].get_images()[0]
+        # 5000 / 1200 is more than 4: each fifth pixel.
+        assert drawn.get_array().shape[:2] == (500, 1000)
+        assert np.argwhere(drawn.get_array() > drawn.get_array().min())[0][:2].tolist() == [
+            200,
+            400,
+        ]
+        assert tuple(drawn.get_extent()) == (0, 5000, 2500, 0)
 
 
 # (s / 2 + x * s, s / 2 + y * s) = (8 + 80, 8 + 32); without the offset (80, 32).

@@ -15,6 +15,7 @@ from helpers import assert_same_detections, make_arrays
 from PIL import Image
 
 import fcos_d2
+from fcos_d2.app.detector import Detector
 from fcos_d2.export import OnnxPredictor
 from fcos_d2.inference import onnx_predictor
 
@@ -138,6 +139,18 @@ def test_wrong_images(predictors, tmp_path):
         ours(tmp_path / "16.png")
 
 
+def test_the_page_shows_the_same(predictors, tmp_path):
+    ours, theirs, _ = predictors
+    Image.fromarray(make_arrays(SIZES)[0]).save(tmp_path / "a.png")
+    a, b = (Detector(x, "name").look(str(tmp_path / "a.png")) for x in (ours, theirs))
+    arrays = (x.numpy() for x in (a.instances.pred_boxes.tensor, a.instances.scores))
+    assert assert_same_detections(*arrays, a.instances.pred_classes.numpy(), b.instances) > 5
+    assert (a.image == b.image).all() and b.inspection and not a.inspection
+    assert "ONNX" in Detector(ours, "name").unexplained
+    shown = Detector(ours, "name").kept(a.instances, 0.0, ["green"])
+    assert set(shown.pred_classes.tolist()) == {1}
+
+
 def test_wrong_files_and_arguments(command, tmp_path):
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         OnnxPredictor(command[2], 0)
@@ -145,6 +158,9 @@ def test_wrong_files_and_arguments(command, tmp_path):
         OnnxPredictor(command[2], channels="L")
     with pytest.raises(FileNotFoundError):
         OnnxPredictor(tmp_path / "missing.onnx")
+    (tmp_path / "text.onnx").write_text("no graph")
+    with pytest.raises(ValueError, match=r"ONNX Runtime cannot load .*text\.onnx"):
+        OnnxPredictor(tmp_path / "text.onnx")
     proto = onnx.load(command[2])
     metadata = {x.key: x for x in proto.metadata_props}
     metadata["outputs"].value = '"raw"'
