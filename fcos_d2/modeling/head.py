@@ -35,9 +35,12 @@ class HeadOutputs(NamedTuple):
     """What the head predicts for a batch, a map for each level."""
 
     class_logits: list[Tensor]  # (N, K, Hi, Wi)
-    ltrb: list[Tensor]  # (N, 4, Hi, Wi) float32 pixels, never negative
+    ltrb: list[Tensor]  # (N, 4, Hi, Wi) float32 pixels, never negative but if may_be_outside
     quality_logits: list[Tensor] | None  # (N, 1, Hi, Wi); None without a quality branch
     distributions: Distributions | None = None  # what ltrb are the expected values of
+    # Whether a location may be outside of its box. Some of its ltrb are then negative, but never
+    # left + right or top + bottom.
+    may_be_outside: bool = False
 
 
 class FCOSHead(nn.Module):
