@@ -1,4 +1,4 @@
-"""TOOD's head: class and box from the same features, and aligned (arXiv 2108.07755, section 3.2).
+"""TOOD's head: class and box from the same features, and aligned (arXiv 2108.07755, section 3.1).
 
 Shapes: N images, S convolutions, C channels, K classes, (Hi, Wi) cells of level i. A list has an
 entry for each level.
@@ -41,7 +41,7 @@ _FIXED = {
 
 
 class TaskAlignedHead(nn.Module):
-    """Task-aligned head (2108.07755, section 3.2), with the layers of mmdetection 3.3.
+    """Task-aligned head (2108.07755, section 3.1), with the layers of mmdetection 3.3.
 
     One stack of convolutions serves both tasks. Each task weighs the layers of the stack as suits
     the image. Two small branches on the whole stack then align the tasks: a map, which the class
@@ -160,8 +160,7 @@ class _Stack(Tower):
 class _Decomposition(nn.Module):
     """The features of one task: a 1x1 convolution of the stack, whose layers have weights.
 
-    The weights of an image, in (0, 1), follow from the mean of the stack on the level (2108.07755,
-    eq. 2 and 3).
+    The weights of an image, in (0, 1), follow from the mean of the stack on the level.
     """
 
     def __init__(self, channels: int, num_convs: int, norm: str, num_levels: int):
@@ -200,7 +199,7 @@ def _small_branch(in_channels: int, channels: int, out_channels: int) -> nn.Sequ
 
 
 def aligned_distances(ltrb: Tensor, offsets: Tensor, locations: Tensor) -> Tensor:
-    """Distances to boxes whose sides are those of boxes nearby (2108.07755, eq. 7).
+    """Distances to boxes whose sides are those of boxes nearby.
 
     Args:
         ltrb: (N, 4, H, W) distances of the predicted boxes, in pixels.
