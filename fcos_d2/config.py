@@ -200,6 +200,10 @@ def _fcos_defaults() -> CN:
     fcos.TOP_RELU = True
 
     # ---- Head ----
+    # "fcos", a tower for the classes and one for the boxes; or "task_aligned" (TOOD, 2108.07755),
+    # one stack of NUM_SHARE_CONVS convolutions (6 there) for both, whose scores and boxes are then
+    # aligned. It needs NUM_CLS_CONVS 0, NUM_BOX_CONVS 0, BOX_ACTIVATION "exp" and QUALITY "joint".
+    fcos.HEAD = "fcos"
     # 3x3 convolutions in the classification tower, the box tower, and shared before both.
     fcos.NUM_CLS_CONVS = 4
     fcos.NUM_BOX_CONVS = 4
@@ -207,7 +211,8 @@ def _fcos_defaults() -> CN:
     # Normalisation in the towers: "GN" (the papers), "BN" or "SyncBN" (statistics per level,
     # since the levels' distributions differ), "" for none.
     fcos.NORM = "GN"
-    # Modulated deformable convolution as the last layer of both towers (the "dcnv2" models).
+    # Modulated deformable convolution as the last layer of both towers (the "dcnv2" models). With
+    # HEAD "task_aligned": as the first two of the stack, with 4 groups of offsets (mmdetection).
     fcos.USE_DEFORMABLE = False
     # A learned scalar per level, multiplied with the box prediction (1904.01355, section 3.2).
     fcos.USE_SCALE = True
@@ -215,7 +220,8 @@ def _fcos_defaults() -> CN:
     fcos.PRIOR_PROB = 0.01
     # How the box branch turns its output x into pixels: "relu" is relu(scale * x) * stride
     # (2006.09214), "exp" is exp(scale * x) (1904.01355), and "distribution" is the expected value
-    # of softmax(scale * x) over REG_MAX + 1 bins of one stride (2006.04388, section 3).
+    # of softmax(scale * x) over REG_MAX + 1 bins of one stride (2006.04388, section 3). With HEAD
+    # "task_aligned", "exp" is scale * exp(x) * stride (2108.07755, as in mmdetection).
     fcos.BOX_ACTIVATION = "relu"
     # The last bin of a distribution, in strides; 16 there. No distance is larger.
     fcos.REG_MAX = 16

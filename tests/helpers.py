@@ -38,6 +38,14 @@ GFL = {
     "BOX_LOSS_WEIGHTING": "score",
 }
 GFLV2 = GFL | {"DISTRIBUTION_QUALITY": True}
+# Of TOOD's head.
+TASK_ALIGNED = GFL | {
+    "HEAD": "task_aligned",
+    "NUM_SHARE_CONVS": 2,
+    "NUM_CLS_CONVS": 0,
+    "NUM_BOX_CONVS": 0,
+    "BOX_ACTIVATION": "exp",
+}
 
 
 def tiny_cfg(**fcos_keys):
@@ -62,6 +70,9 @@ def make_detector(cfg=None, **fcos_keys):
     torch.nn.init.normal_(model.head.cls_logits.weight, std=0.2)
     torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.1)
     torch.nn.init.constant_(model.head.bbox_pred.bias, 2)
+    if hasattr(model.head, "offsets"):  # sides from other places, also from beyond the border
+        torch.nn.init.normal_(model.head.offsets[2].bias, std=0.5)
+        torch.nn.init.normal_(model.head.offsets[2].weight, std=0.5)
     images = model.preprocess_image([make_input(size=(160, 160))])
     logits = torch.cat([x.flatten() for x in model.head_outputs(images).class_logits])
     model.head.cls_logits.bias += -3 - logits.quantile(0.99)  # sigmoid(-3) is about 0.05

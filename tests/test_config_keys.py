@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import tiny_cfg
+from helpers import TASK_ALIGNED, tiny_cfg
 
 from fcos_d2.config import get_cfg
 
@@ -23,6 +23,9 @@ KEYS = {
     ),
     "TOP_IN_FEATURE": ("res5", {}, lambda m: m.backbone.top_block.p6.in_channels == 512),
     "TOP_RELU": (False, {}, lambda m: type(m.backbone.top_block).__name__ == "LinearP6P7"),
+    "HEAD": (
+        "task_aligned", TASK_ALIGNED, lambda m: type(m.head).__name__ == "TaskAlignedHead",
+    ),
     "NUM_CLS_CONVS": (3, {}, lambda m: len(m.head.cls_tower) == 9),
     "NUM_BOX_CONVS": (3, {}, lambda m: len(m.head.bbox_tower) == 9),
     "NUM_SHARE_CONVS": (2, {}, lambda m: len(m.head.share_tower) == 6),
@@ -88,7 +91,7 @@ def test_every_key_is_listed_here():
 def test_key_reaches_its_part(key):
     value, needed, shows = KEYS[key]
     assert not shows(build_model(tiny_cfg())), "the value must differ from the default"
-    assert shows(build_model(tiny_cfg(**{key: value}, **needed)))
+    assert shows(build_model(tiny_cfg(**(needed | {key: value}))))
 
 
 def test_computed_centerness():

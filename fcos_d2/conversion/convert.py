@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from .source import ORIGINAL_SETTINGS
-from .sources import REFUSED, SOURCES
+from .sources import REFUSED, REFUSED_CONFIGS, SOURCES
 
 
 def convert(
@@ -23,8 +23,8 @@ def convert(
         state_dict: maps the names in the checkpoint to tensors or arrays. May be wrapped in
             ``{"model": ...}`` or ``{"state_dict": ...}``, and its names may have the prefix
             ``module.`` of DistributedDataParallel.
-        source: "adelaidet", "fcos" (tianzhi0549/FCOS), "detectron2", "torchvision", "mmdet" or
-            "mmdet-gfl".
+        source: "adelaidet", "fcos" (tianzhi0549/FCOS), "detectron2", "torchvision", "mmdet",
+            "mmdet-gfl" or "mmdet-tood".
         cfg: gives what the checkpoint does not show: the backbone, the numbers of classes and
             convolutions, and the keys that :data:`SOURCES` lists as ``not_in_file``.
         opts: ``[key, value, ...]`` that override ``cfg`` and the source's settings, for a
@@ -42,6 +42,7 @@ def convert(
     if source not in SOURCES:
         raise ValueError(f"source must be one of {list(SOURCES)}, got {source!r}")
     layout = SOURCES[source]
+    _check_own_config(state_dict)
     theirs = _tensors(state_dict)
     _check_source(theirs, source)
 
@@ -112,6 +113,15 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         tensors = {name.removeprefix("module."): x for name, x in tensors.items()}
     # Tensors of half precision would be rounded where they are adapted to our model.
     return {n: x.float() if x.is_floating_point() else x for n, x in tensors.items()}
+
+
+def _check_own_config(checkpoint: Mapping[str, Any]) -> None:
+    """mmdetection saves the text of its config, as "config" and since version 3 as "cfg"."""
+    meta = checkpoint.get("meta")
+    text = f"{meta.get('config')} {meta.get('cfg')}" if isinstance(meta, Mapping) else ""
+    for pattern, reason in REFUSED_CONFIGS.items():
+        if re.search(pattern, text):
+            raise ValueError(reason)
 
 
 def _check_source(tensors: Mapping[str, Tensor], source: str) -> None:

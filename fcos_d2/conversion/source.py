@@ -124,3 +124,12 @@ ORIGINAL_SETTINGS = {
     # The checkpoint has the backbone: none is downloaded.
     "MODEL.TIMM.PRETRAINED": False,
 }
+
+# What a ResNet with torchvision's ImageNet weights expects.
+TORCHVISION_RESNET = {
+    "INPUT.FORMAT": "RGB",
+    # 255 times its 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 for images in [0, 1].
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+}

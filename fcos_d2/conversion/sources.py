@@ -1,23 +1,19 @@
 """The layouts of the checkpoints that :func:`fcos_d2.conversion.convert` knows."""
 
-import re
-from collections.abc import Collection
-
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import Tensor
 
-from .source import DETECTRON2_BACKBONE, Rules, Source, fpn_rules, hrnet_rules
-
-# What a ResNet with torchvision's ImageNet weights expects.
-_TORCHVISION_RESNET = {
-    "INPUT.FORMAT": "RGB",
-    # 255 times its 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 for images in [0, 1].
-    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-    "MODEL.RESNETS.STRIDE_IN_1X1": False,
-}
+from .mmdetection import MMDET, MMDET_GFL, MMDET_TOOD
+from .source import (
+    DETECTRON2_BACKBONE,
+    TORCHVISION_RESNET,
+    Rules,
+    Source,
+    fpn_rules,
+    hrnet_rules,
+)
 
 # ---- AdelaiDet, whose names are ours but for the prefix of the head ----
 
@@ -167,7 +163,7 @@ TORCHVISION = Source(
         (r"head\.regression_head\.bbox_ctrness", "head.ctrness"),
     ],
     cfg={
-        **_TORCHVISION_RESNET,
+        **TORCHVISION_RESNET,
         "MODEL.FCOS.LOCATION_OFFSET": 0.0,
         "MODEL.FCOS.USE_SCALE": False,
         "MODEL.FCOS.BOX_ACTIVATION": "relu",
@@ -181,93 +177,6 @@ TORCHVISION = Source(
     adapt=_select_classes,
 )
 
-# ---- mmdetection, versions 1 to 3 ----
-
-
-def _mmdet_tower_rules(names: Collection[str]) -> Rules:
-    """Its numbers count convolutions, ours also the norms and activations after them."""
-    has_norm = any(re.match(r"bbox_head\.(cls|reg)_convs\.\d+\.(gn|bn)\.", n) for n in names)
-    rules = {}
-    for name in names:
-        if match := re.match(r"bbox_head\.(cls|reg)_convs\.(\d+)\.", name):
-            tower = f"head.{'cls' if match[1] == 'cls' else 'bbox'}_tower"
-            number = int(match[2]) * (3 if has_norm else 2)
-            layer, conv = re.escape(match[0]), f"{tower}.{number}"
-            offset = layer + r"conv[._](conv_)?offset"
-            deformable = any(re.match(offset, n) for n in names)
-            rules[offset] = f"{conv}.offset"
-            rules[layer + "conv"] = f"{conv}.conv" if deformable else conv
-            rules[layer + "(gn|bn)"] = f"{tower}.{number + 1}"
-    return list(rules.items())
-
-
-def _add_biases(tensors: dict[str, Tensor], cfg: CfgNode) -> None:
-    """Zeros for the towers, where ``conv_bias="auto"`` leaves out the biases before a norm."""
-    pattern = r"(head\.(?:cls|bbox)_tower\.\d+\.(?:conv\.)?)weight"
-    matches = [re.fullmatch(pattern, name) for name, x in tensors.items() if x.dim() == 4]
-    biases = {m[1] + "bias": torch.zeros(len(tensors[m[0]])) for m in matches if m}
-    if not biases.keys() & tensors.keys():
-        tensors.update(biases)
-
-
-_MMDET_RULES: Rules = [
-    *fpn_rules(r"neck\.lateral_convs\.{}\.conv", r"neck\.fpn_convs\.{}\.conv"),
-    (r"neck\.fpn_convs\.3\.conv", "backbone.top_block.p6"),
-    (r"neck\.fpn_convs\.4\.conv", "backbone.top_block.p7"),
-    (r"bbox_head\.scales", "head.scales"),
-    (r"data_preprocessor\.(mean|std)", r"pixel_\1"),
-]
-
-MMDET = Source(
-    signature=r"bbox_head\.(conv|fcos)_(cls|reg|centerness)\.",
-    rules=[
-        *_MMDET_RULES,
-        # Before version 2.1, the names were fcos_cls, fcos_reg and fcos_centerness.
-        (r"bbox_head\.(conv|fcos)_cls", "head.cls_logits"),
-        (r"bbox_head\.(conv|fcos)_reg", "head.bbox_pred"),
-        (r"bbox_head\.(conv|fcos)_centerness", "head.ctrness"),
-    ],
-    tower_rules=_mmdet_tower_rules,
-    cfg={"MODEL.FCOS.QUALITY": "centerness", "MODEL.FCOS.SCORE_FUSION": "product"},
-    # Its own config sets these: norm_on_bbox, centerness_on_reg, nms, the data preprocessor and
-    # the backbone's style.
-    not_in_file=(
-        "MODEL.FCOS.BOX_ACTIVATION",
-        "MODEL.FCOS.QUALITY_ON",
-        "MODEL.FCOS.NMS_THRESH_TEST",
-        "INPUT.FORMAT",
-        "MODEL.PIXEL_MEAN",
-        "MODEL.PIXEL_STD",
-        "MODEL.RESNETS.STRIDE_IN_1X1",
-    ),
-    resnet=r"backbone\.",
-    hrnet=hrnet_rules(r"neck\.reduction_conv\.conv", r"neck\.fpn_convs\.(\d+)\.conv", "backbone"),
-    adapt=_add_biases,
-)
-
-MMDET_GFL = Source(
-    signature=r"bbox_head\.gfl_(cls|reg)\.",
-    rules=[
-        *_MMDET_RULES,
-        (r"bbox_head\.gfl_cls", "head.cls_logits"),
-        (r"bbox_head\.gfl_reg", "head.bbox_pred"),
-    ],
-    tower_rules=_mmdet_tower_rules,
-    cfg={
-        **_TORCHVISION_RESNET,  # in all its GFL configs
-        "MODEL.FCOS.TOP_RELU": False,
-        "MODEL.FCOS.LOCATION_OFFSET": 0.0,
-        "MODEL.FCOS.BOX_ACTIVATION": "distribution",
-        "MODEL.FCOS.QUALITY": "joint",
-        "MODEL.FCOS.NMS_THRESH_TEST": 0.6,
-        # What goes with a joint quality, for a config of FCOS.
-        "MODEL.FCOS.CLS_LOSS_TYPE": "quality_focal",
-        "MODEL.FCOS.BOX_LOSS_WEIGHTING": "score",
-    },
-    resnet=r"backbone\.",
-    adapt=_add_biases,
-)
-
 SOURCES: dict[str, Source] = {
     "adelaidet": ADELAIDET,
     "fcos": ORIGINAL_FCOS,
@@ -275,6 +184,7 @@ SOURCES: dict[str, Source] = {
     "torchvision": TORCHVISION,
     "mmdet": MMDET,
     "mmdet-gfl": MMDET_GFL,
+    "mmdet-tood": MMDET_TOOD,
 }
 
 # Patterns of names that only models have which we cannot express, of any source, with the reason.
@@ -290,5 +200,15 @@ REFUSED: dict[str, str] = {
     r"bbox_head\.vfnet_": (
         "This is a checkpoint of VFNet of mmdetection, which refines its boxes and scores with "
         "star-shaped convolutions: it cannot be converted"
+    ),
+}
+
+# Patterns of a checkpoint's own config, where it has one, that only models have which we cannot
+# express and whose names and shapes do not show it, with the reason.
+REFUSED_CONFIGS: dict[str, str] = {
+    r"anchor_type\W+anchor_based": (
+        "This is a checkpoint of TOOD of mmdetection with anchor_type 'anchor_based', which "
+        "predicts offsets from anchors in place of the distances from a location to the sides of a "
+        "box: it cannot be converted. Those with 'anchor_free' can"
     ),
 }

@@ -17,6 +17,7 @@ from .losses import FCOSLoss
 from .points import Levels
 from .post_processing import FCOSPostProcessor
 from .proposal_generator import FCOSProposalGenerator
+from .task_aligned_head import TaskAlignedHead
 from .test_time_augmentation import FCOSWithTTA
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "LocationAssigner",
     "Positives",
     "Targets",
+    "TaskAlignedHead",
     "TimmBackbone",
     "build_fcos_resnet_bifpn_backbone",
     "build_fcos_resnet_fpn_backbone",

@@ -43,17 +43,26 @@ class SelfModulatedDeformConv(nn.Module):
     Starts as an ordinary convolution at half strength: offsets 0, mask sigmoid(0).
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, deform_groups: int = 1):
+        """
+        Args:
+            deform_groups: groups of channels, each with offsets and a mask of its own.
+        """
         super().__init__()
-        self.offset = nn.Conv2d(channels, 3 * 9, kernel_size=3, padding=1)
-        self.conv = PortableDeformConv(ModulatedDeformConv(channels, channels, 3, padding=1))
+        self.offset = nn.Conv2d(channels, deform_groups * 3 * 9, kernel_size=3, padding=1)
+        conv = ModulatedDeformConv(
+            channels, channels, 3, padding=1, deformable_groups=deform_groups
+        )
+        self.conv = PortableDeformConv(conv)
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)
         nn.init.normal_(self.conv.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
         offset_and_mask = self.offset(x)
-        return self.conv(x, offset_and_mask[:, :18], offset_and_mask[:, 18:].sigmoid())
+        first_mask = offset_and_mask.shape[1] // 3 * 2
+        offset, mask = offset_and_mask[:, :first_mask], offset_and_mask[:, first_mask:]
+        return self.conv(x, offset, mask.sigmoid())
 
 
 def use_portable_deform_convs(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # A target at the last bin would need one beyond it; mmdetection keeps this far below, too.
@@ -59,6 +60,16 @@ def logit_of_product(a: Tensor, b: Tensor) -> Tensor:
     With 1 / p = (1 + e^-a) (1 + e^-b), it is -ln(1 / p - 1) = -ln(e^-a + e^-b + e^-(a + b)).
     """
     return -torch.logaddexp(torch.logaddexp(-a, -b), -(a + b))
+
+
+def logit_of_geometric_mean(a: Tensor, b: Tensor) -> Tensor:
+    """The logit of sqrt(sigmoid(a) * sigmoid(b)), for tensors whose shapes broadcast.
+
+    With x the logit of the product, 1 / p = sqrt(1 + e^-x). Then e^-x = (1 / p - 1) (1 / p + 1),
+    and the logit, -ln(1 / p - 1), is x + ln(1 + sqrt(1 + e^-x)).
+    """
+    x = logit_of_product(a, b)
+    return x + F.softplus(F.softplus(-x) / 2)
 
 
 def distribution_focal_losses(logits: Tensor, distances: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..runtime import Runtime, inference_parts, to_device
 from .assignment import Assigner, build_assigner
 from .assignment.candidates import Targets, check_classes, make_targets
-from .head import FCOSHead, HeadOutputs, select_levels
+from .head import HeadOutputs, select_levels
+from .heads import Head, build_head, check_locations
 from .images import checked_images
 from .losses import FCOSLoss
 from .normalizers import Normalizers
@@ -37,7 +38,7 @@ class FCOS(DenseDetector):
         self,
         *,
         backbone: Backbone,
-        head: FCOSHead,
+        head: Head,
         head_in_features: Sequence[str],
         assigner: Assigner,
         loss: FCOSLoss,
@@ -62,8 +63,8 @@ class FCOS(DenseDetector):
                 compiled.
 
         Raises:
-            ValueError: if the parts have different strides, classes or kinds of quality, or if
-                there are not as many regression ranges as levels.
+            ValueError: if the parts have different strides, locations, classes or kinds of
+                quality, or if there are not as many regression ranges as levels.
         """
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -82,6 +83,7 @@ class FCOS(DenseDetector):
         check_same("quality", qualities | {"post-processor": post_processor.quality})
         check_same("num_classes", {"head": head.num_classes, "detector": num_classes})
         check_same("strides", {"head": tuple(head.strides), "backbone": self.levels.strides})
+        check_locations(head, self.levels)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -90,7 +92,7 @@ class FCOS(DenseDetector):
         loss.check_parts(cfg.SOLVER.ACCUMULATE)
         return values_of_keys(cfg, "NUM_CLASSES", "LOCATION_OFFSET") | {
             "backbone": backbone,
-            "head": FCOSHead(cfg, select_levels(backbone.output_shape(), fcos.IN_FEATURES)),
+            "head": build_head(cfg, select_levels(backbone.output_shape(), fcos.IN_FEATURES)),
             "head_in_features": fcos.IN_FEATURES,
             "assigner": build_assigner(cfg),
             "loss": loss,

@@ -10,20 +10,20 @@ from typing import NamedTuple
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from .deform_conv import SelfModulatedDeformConv
 from .distributions import (
     DistributionQuality,
     Distributions,
     expected_distances,
     logit_of_product,
 )
+from .head_layers import Scale, Tower, common_channels, conv3x3, conv_layers
 from .validation import check_between, check_choice, check_count, values_of_keys
 
 # exp(20) is 5e8 pixels: no image is so large, and float32 still holds its square.
-_MAX_EXPONENT = 20.0
+MAX_EXPONENT = 20.0
 
 # The values of QUALITY. The head has a branch for the first two. With the last two, the scores have
 # no factor of quality.
@@ -35,31 +35,12 @@ class HeadOutputs(NamedTuple):
     """What the head predicts for a batch, a map for each level."""
 
     class_logits: list[Tensor]  # (N, K, Hi, Wi)
-    ltrb: list[Tensor]  # (N, 4, Hi, Wi) float32 pixels, never negative
+    ltrb: list[Tensor]  # (N, 4, Hi, Wi) float32 pixels, never negative but if may_be_outside
     quality_logits: list[Tensor] | None  # (N, 1, Hi, Wi); None without a quality branch
     distributions: Distributions | None = None  # what ltrb are the expected values of
-
-
-class PerLevelNorm(nn.ModuleList):
-    """One norm for each level, for norms that keep statistics (BN, SyncBN)."""
-
-
-class Tower(nn.Sequential):
-    """Convolutions that all levels share."""
-
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        for layer in self:
-            of_levels = layer if isinstance(layer, PerLevelNorm) else [layer] * len(features)
-            features = [module(x) for module, x in zip(of_levels, features, strict=True)]
-        return features
-
-
-class Scale(nn.Module):
-    """A learned scalar: s_i of exp(s_i x) (1904.01355, section 3.2)."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
+    # Whether a location may be outside of its box. Some of its ltrb are then negative, but never
+    # left + right or top + bottom.
+    may_be_outside: bool = False
 
 
 class FCOSHead(nn.Module):
@@ -97,7 +78,6 @@ class FCOSHead(nn.Module):
                 or out of order, and for channels that GN cannot group.
         """
         super().__init__()
-        check_choice("NORM", norm, ("GN", "BN", "SyncBN", ""))
         check_choice("BOX_ACTIVATION", box_activation, ("relu", "exp", "distribution"))
         check_choice("QUALITY", quality, QUALITIES)
         check_choice("QUALITY_ON", quality_on, ("box", "cls"))
@@ -116,31 +96,23 @@ class FCOSHead(nn.Module):
         check_count("NUM_SHARE_CONVS", num_share_convs, 0)
         check_between("PRIOR_PROB", prior_prob, 1e-9, 1 - 1e-9)
         self.strides = tuple(shape.stride for shape in input_shape)
-        channels = _common_channels(input_shape, norm)
+        channels = common_channels(input_shape, norm)
         self.num_classes = num_classes
         self.box_activation = box_activation
         self.quality = quality
         self.quality_on = quality_on
 
         def tower(num_convs: int, deformable: bool = False) -> Tower:
-            layers: list[nn.Module] = []
-            for i in range(num_convs):
-                if deformable and i == num_convs - 1:
-                    layers.append(SelfModulatedDeformConv(channels))
-                else:
-                    layers.append(_conv3x3(channels, channels))
-                if norm:
-                    layers.append(_norm(norm, channels, len(input_shape)))
-                layers.append(nn.ReLU(inplace=True))
-            return Tower(*layers)
+            last = [num_convs - 1] if deformable else []
+            return Tower(*conv_layers(num_convs, channels, norm, len(input_shape), last))
 
         self.share_tower = tower(num_share_convs)
         self.cls_tower = tower(num_cls_convs, use_deformable)
         self.bbox_tower = tower(num_box_convs, use_deformable)
-        self.cls_logits = _conv3x3(channels, num_classes)
+        self.cls_logits = conv3x3(channels, num_classes)
         bins = reg_max + 1 if box_activation == "distribution" else 1
-        self.bbox_pred = _conv3x3(channels, 4 * bins)
-        self.ctrness = _conv3x3(channels, 1) if quality in WITH_BRANCH else None
+        self.bbox_pred = conv3x3(channels, 4 * bins)
+        self.ctrness = conv3x3(channels, 1) if quality in WITH_BRANCH else None
         self.scales = nn.ModuleList(Scale() for _ in input_shape) if use_scale else None
         units = self.strides if box_activation == "relu" else [1] * len(self.strides)
         self.register_buffer("units", torch.tensor(units, dtype=torch.float32), persistent=False)
@@ -186,33 +158,10 @@ class FCOSHead(nn.Module):
 
     def _to_pixels(self, x: Tensor, stride: int) -> Tensor:
         if self.box_activation == "exp":
-            return x.clamp(max=_MAX_EXPONENT).exp()
+            return x.clamp(max=MAX_EXPONENT).exp()
         if self.box_activation == "distribution":
             return expected_distances(x) * stride
         return x.relu()  # the stride is in the factor
-
-
-def _common_channels(input_shape: Sequence[ShapeSpec], norm: str) -> int:
-    """The channels of all levels; raise a ValueError for levels that a head cannot take."""
-    channels = {shape.channels for shape in input_shape}
-    strides = [shape.stride for shape in input_shape]
-    if len(channels) != 1:
-        raise ValueError(f"IN_FEATURES must have the same channels on all levels: {channels}")
-    if strides != sorted(set(strides)):
-        raise ValueError(
-            "MODEL.FCOS.IN_FEATURES must go from the finest to the coarsest level, got levels with "
-            f"the strides {strides}"
-        )
-    channels = channels.pop()
-    if norm == "GN" and channels % 32:
-        raise ValueError(f"NORM 'GN' has 32 groups, which do not divide {channels} channels")
-    if norm == "GN" and channels == 32:
-        raise ValueError(
-            "NORM 'GN' has 32 groups, of one channel each with 32 channels: on a level of one cell "
-            "a group is a single value, which cannot be normalised. Take 64 channels or more "
-            "(MODEL.FPN.OUT_CHANNELS), or another NORM"
-        )
-    return channels
 
 
 def select_levels(shapes: dict[str, ShapeSpec], in_features: Sequence[str]) -> list[ShapeSpec]:
@@ -223,18 +172,3 @@ def select_levels(shapes: dict[str, ShapeSpec], in_features: Sequence[str]) -> l
             f"MODEL.FCOS.IN_FEATURES names {missing}, but the backbone makes {list(shapes)}"
         )
     return [shapes[f] for f in in_features]
-
-
-def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-    nn.init.normal_(conv.weight, std=0.01)
-    nn.init.zeros_(conv.bias)
-    return conv
-
-
-def _norm(name: str, channels: int, num_levels: int) -> nn.Module:
-    if name == "GN":
-        return get_norm(name, channels)
-    if name == "SyncBN" and not torch.cuda.is_available():
-        name = "naiveSyncBN"  # same parameters; nn.SyncBatchNorm runs on GPU only
-    return PerLevelNorm(get_norm(name, channels) for _ in range(num_levels))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..runtime import to_device
 from .assignment.candidates import Targets
-from .box_losses import box_losses, iou_of_ltrb
+from .box_losses import box_losses, iou_of_ltrb, with_extent
 from .class_losses import CLASS_LOSSES, class_loss
 from .distributions import Distributions, distribution_focal_losses
 from .head import QUALITIES, HeadOutputs
@@ -106,7 +106,11 @@ class FCOSLoss(NormalizedLoss):
             images, with their divisors beside them: nothing is shared with other processes, and
             the moving average stays.
         """
-        predicted = gather(outputs.ltrb, targets).clamp(min=_MIN_DISTANCE)
+        predicted = gather(outputs.ltrb, targets)
+        if outputs.may_be_outside:
+            predicted = with_extent(predicted)
+        else:
+            predicted = predicted.clamp(min=_MIN_DISTANCE)
         box_loss = box_losses(predicted, targets.ltrb, self.box_loss_type)
         quality = self._quality(predicted, targets)
         scores = targets.scores * quality if self.quality == "joint" else targets.scores

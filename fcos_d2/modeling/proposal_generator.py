@@ -13,7 +13,8 @@ from torch.nn.functional import logsigmoid
 
 from .assignment import Assigner, build_assigner
 from .assignment.candidates import Targets, check_classes, make_targets
-from .head import FCOSHead, HeadOutputs, select_levels
+from .head import HeadOutputs, select_levels
+from .heads import Head, build_head, check_locations
 from .losses import FCOSLoss
 from .points import Levels, ltrb_to_boxes
 from .validation import check_same, values_of_keys
@@ -36,7 +37,7 @@ class FCOSProposalGenerator(nn.Module):
     def __init__(
         self,
         *,
-        head: FCOSHead,
+        head: Head,
         in_features: Sequence[str],
         assigner: Assigner,
         loss: FCOSLoss,
@@ -60,8 +61,8 @@ class FCOSProposalGenerator(nn.Module):
             score_fusion: "sqrt" or "product", of class and quality.
 
         Raises:
-            ValueError: if the parts have different classes or kinds of quality, or if there are
-                not as many regression ranges as levels.
+            ValueError: if the parts have different locations, classes or kinds of quality, or if
+                there are not as many regression ranges as levels.
         """
         super().__init__()
         assigner.check_levels(in_features)
@@ -69,6 +70,7 @@ class FCOSProposalGenerator(nn.Module):
         check_same("num_classes", {"head": head.num_classes, "proposals": num_classes})
         self.head = head
         self.levels = Levels(head.strides, location_offset)
+        check_locations(head, self.levels)
         self.in_features = list(in_features)
         self.assigner = assigner
         self.loss = loss
@@ -86,7 +88,7 @@ class FCOSProposalGenerator(nn.Module):
             raise ValueError("MODEL.FCOS.QUALITY 'computed' is not offered for proposals")
         shapes = select_levels(input_shape, fcos.IN_FEATURES)
         return values_of_keys(cfg, "IN_FEATURES", "LOCATION_OFFSET", "SCORE_FUSION") | {
-            "head": FCOSHead(cfg, shapes, num_classes=fcos.PROPOSAL_NUM_CLASSES),
+            "head": build_head(cfg, shapes, num_classes=fcos.PROPOSAL_NUM_CLASSES),
             "assigner": build_assigner(cfg),
             "loss": FCOSLoss(cfg),
             "num_classes": fcos.PROPOSAL_NUM_CLASSES,

@@ -233,7 +233,7 @@ def test_detectron2_head(norm):
     ours, cfg = converted_model(source, "detectron2", make_cfg())
     features = [torch.randn(1, 64, 128 // s, 128 // s) * s for s in STRIDES]
     with torch.no_grad():
-        logits, ltrb, quality, _ = ours.head(features)
+        logits, ltrb, quality, *_ = ours.head(features)
         expected_logits, deltas, expected_quality = source.head(features)
     torch.testing.assert_close(logits, expected_logits)
     torch.testing.assert_close(quality, expected_quality)

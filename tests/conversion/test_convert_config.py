@@ -75,6 +75,12 @@ ARITHMETIC = {
         "MODEL.FCOS.BOX_ACTIVATION": None,
         "MODEL.FCOS.QUALITY_ON": None,
     },
+    "mmdet-tood": {
+        "MODEL.FCOS.HEAD": "task_aligned",
+        "MODEL.FCOS.NUM_SHARE_CONVS": 6,
+        "MODEL.FCOS.CLIP_BOXES": "after_nms",
+        "MODEL.FCOS.BOX_ACTIVATION": "exp",
+    },
     "mmdet-gfl": {
         "INPUT.FORMAT": "RGB",
         "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
@@ -88,8 +94,9 @@ ARITHMETIC = {
         "MODEL.FCOS.BOX_ACTIVATION": "distribution",
     },
 }
+ARITHMETIC["mmdet-tood"] = ARITHMETIC["mmdet-gfl"] | ARITHMETIC["mmdet-tood"]
 for source, keys in ARITHMETIC.items():
-    keys["MODEL.FCOS.TOP_RELU"] = source != "mmdet-gfl"
+    keys["MODEL.FCOS.TOP_RELU"] = source not in ("mmdet-gfl", "mmdet-tood")
 # Wrong values for the keys, so that only the source can have set the right ones.
 UNLIKELY = {
     "INPUT.FORMAT": "L",
@@ -105,7 +112,10 @@ OPPOSITE = {
     "MODEL.FCOS.USE_SCALE": {True: False, False: True},
     "MODEL.FCOS.SCORE_THRESH_ON": {"class": "score", "score": "class"},
     "MODEL.FCOS.SCORE_FUSION": {"sqrt": "product", "product": "sqrt"},
-    "MODEL.FCOS.BOX_ACTIVATION": {"relu": "exp", "distribution": "exp", None: "exp"},
+    "MODEL.FCOS.HEAD": {"task_aligned": "fcos"},
+    "MODEL.FCOS.CLIP_BOXES": {"after_nms": "before_nms"},
+    "MODEL.FCOS.NUM_SHARE_CONVS": {6: 2},
+    "MODEL.FCOS.BOX_ACTIVATION": {"relu": "exp", "exp": "relu", "distribution": "exp", None: "exp"},
     "MODEL.FCOS.QUALITY_ON": {"box": "cls", "cls": "box", None: "cls"},
 }
 
@@ -141,7 +151,9 @@ def test_config_reproduces_the_sources_arithmetic(source):
 def test_only_adelaidet_can_have_iou_for_quality(source):
     cfg = make_cfg(QUALITY="iou", BOX_LOSS_WEIGHTING="none")
     _, converted = convert(numbered(PLAIN[source][1]), source, cfg)
-    expected = {"adelaidet": "iou", "mmdet-gfl": "joint"}.get(source, "centerness")
+    expected = {"adelaidet": "iou", "mmdet-gfl": "joint", "mmdet-tood": "joint"}.get(
+        source, "centerness"
+    )
     assert expected == converted.MODEL.FCOS.QUALITY
 
 

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from test_convert_layouts import PLAIN, make_cfg, mmdet, numbered
+from test_convert_layouts import PLAIN, make_cfg, mmdet, mmdet_tood, numbered
 
 from fcos_d2.conversion import convert
 
@@ -44,6 +44,8 @@ def test_missing_extra_and_misshaped_names_are_all_reported(source):
 )
 def test_any_shape_is_reported_with_the_sources_name(source, shape, ours):
     _, rows, config, _ = PLAIN[source]
+    if source == "mmdet-tood":  # of its one tower
+        ours = ours.replace("cls_tower", "share_tower")
     theirs = next(row[0] for row in rows if row[1] == ours)
     with pytest.raises(ValueError, match="does not fit the config") as e:
         convert({**numbered(rows), theirs: torch.zeros(shape)}, source, make_cfg(config))
@@ -68,8 +70,10 @@ def test_another_config_is_an_error(source):
     with pytest.raises(ValueError, match="shapes differ") as e:
         convert(numbered(rows), source, make_cfg(NUM_CLASSES=20))
     assert "(20, 256, 3, 3)" in str(e.value)
+    # The source sets the numbers of convolutions of TOOD, which are the same in all its configs.
+    fewer = ["MODEL.FCOS.NUM_SHARE_CONVS", 5] if source == "mmdet-tood" else []
     with pytest.raises(ValueError, match="no place in the model"):
-        convert(numbered(rows), source, make_cfg(NUM_CLS_CONVS=3))
+        convert(numbered(rows), source, make_cfg(NUM_CLS_CONVS=3), fewer)
 
 
 @pytest.mark.parametrize("source", PLAIN)
@@ -103,6 +107,18 @@ def test_detectors_that_predict_something_else_are_named(name, reason):
     for source in ("mmdet", "mmdet-gfl"):
         with pytest.raises(ValueError, match=f"of mmdetection, which .*{reason}.*: it cannot be"):
             convert(state_dict, source, make_cfg())
+
+
+@pytest.mark.parametrize("key", ["config", "cfg"])
+def test_the_anchors_of_tood_are_in_its_config_alone(key):
+    """Both kinds have the same names and shapes, and mmdetection saves the text of its config."""
+    state_dict = numbered(mmdet_tood())
+    text = "bbox_head=dict(\n        type='TOODHead',\n        anchor_type='{}',"
+    free = {"state_dict": state_dict, "meta": {key: text.format("anchor_free")}}
+    convert(free, "mmdet-tood", make_cfg())
+    based = {"state_dict": state_dict, "meta": {key: text.format("anchor_based")}}
+    with pytest.raises(ValueError, match=r"predicts offsets from anchors .*: it cannot be"):
+        convert(based, "mmdet-tood", make_cfg())
 
 
 def test_two_names_for_one_tensor_are_an_error():

@@ -201,6 +201,34 @@ def mmdet_gfl(bins=17):
     ]
 
 
+def mmdet_tood(dcn=False):
+    """A stack of six convolutions, two of them deformable, and two decompositions of it."""
+    head = "bbox_head"
+    rows = mmdet(dcn=dcn, bias=False)
+    rows = [row for row in rows if not re.match(r"bbox_head\.(conv_|cls_convs|reg_convs)", row[0])]
+    for i in range(6):
+        theirs, ours = f"{head}.inter_convs.{i}", f"head.share_tower.{3 * i}"
+        if dcn and i < 2:
+            rows += conv(f"{theirs}.conv.conv_offset", f"{ours}.offset", 4 * 27, C, 3)
+            ours += ".conv"
+        rows += conv(f"{theirs}.conv", ours, C, C, 3, bias=False)
+        rows += norm(f"{theirs}.gn", f"head.share_tower.{3 * i + 1}", C, ("weight", "bias"))
+    for theirs, ours in (("cls", "cls"), ("reg", "box")):
+        theirs, ours = f"{head}.{theirs}_decomp", f"head.{ours}_decomposition"
+        rows += conv(f"{theirs}.layer_attention.0", f"{ours}.attention.0", 32, 6 * C, 1)
+        rows += conv(f"{theirs}.layer_attention.2", f"{ours}.attention.2", 6, 32, 1)
+        rows += conv(f"{theirs}.reduction_conv.conv", f"{ours}.reduction", C, 6 * C, 1, bias=False)
+        rows += norm(f"{theirs}.reduction_conv.gn", f"{ours}.tower.0", C, ("weight", "bias"))
+    for theirs, ours, channels in (
+        ("cls_prob_module", "alignment", 1),
+        ("reg_offset_module", "offsets", 8),
+    ):
+        rows += conv(f"{head}.{theirs}.0", f"head.{ours}.0", 64, 6 * C, 1)
+        rows += conv(f"{head}.{theirs}.2", f"head.{ours}.2", channels, 64, 3)
+    rows += conv(f"{head}.tood_cls", "head.cls_logits", 80, C, 3)
+    return rows + conv(f"{head}.tood_reg", "head.bbox_pred", 4, C, 3)
+
+
 def detectron2():
     return [
         *(row for row in detectron2_resnet50() if "_offset" not in row[0]),
@@ -246,6 +274,8 @@ LAYOUTS = {
     "torchvision-0.12": ("torchvision", torchvision(fpn_suffix=""), R50, {"USE_SCALE": False}),
     "mmdet": ("mmdet", mmdet(), R50, {}),
     "mmdet-gfl": ("mmdet-gfl", mmdet_gfl(), R50, {"TOP_RELU": False}),
+    "mmdet-tood": ("mmdet-tood", mmdet_tood(), R50, {"TOP_RELU": False, "HEAD": "task_aligned"}),
+    "mmdet-tood-dcn": ("mmdet-tood", mmdet_tood(dcn=True), DCN, {"NUM_SHARE_CONVS": 6}),
     "mmdet-1": ("mmdet", mmdet(predictor="fcos"), R50, {}),
     "mmdet-no-bias": ("mmdet", mmdet(bias=False), R50, {}),
     "mmdet-c5": ("mmdet", mmdet(top_channels=2048), R50, {"TOP_IN_FEATURE": "res5"}),
@@ -272,10 +302,10 @@ def test_every_tensor_lands_where_it_belongs(layout):
             assert (tensor / n - 1).abs().max() < 1e-5, theirs  # scaled for the epsilon
         else:
             assert (tensor == n).all(), theirs
-    if layout in ("mmdet-no-bias", "mmdet-gfl"):
-        assert len(converted) == 8
+    if layout in ("mmdet-no-bias", "mmdet-gfl", "mmdet-tood", "mmdet-tood-dcn"):
+        assert len(converted) == (6 if "tood" in layout else 8)
         for name in list(converted):
-            assert re.fullmatch(r"head\.(cls|bbox)_tower\.[0369]\.bias", name)
+            assert re.fullmatch(r"head\.(cls|bbox|share)_tower\.\d+\.(conv\.)?bias", name)
             assert not converted.pop(name).any()
     assert not converted
     # Settings that follow from the file.
@@ -298,15 +328,20 @@ def test_numbers_of_the_bins_are_no_weights():
     assert cfg.MODEL.FCOS.REG_MAX == 8
 
 
-@pytest.mark.parametrize("name", ["Successors/gfl_R_50_FPN_1x.yaml", R50])
-def test_the_config_of_gfl_is_right_for_its_checkpoints(name):
-    _, cfg = convert(numbered(mmdet_gfl()), "mmdet-gfl", make_cfg(name))
-    fcos, right = cfg.MODEL.FCOS, make_cfg("Successors/gfl_R_50_FPN_1x.yaml").MODEL.FCOS
+@pytest.mark.parametrize("source", ["mmdet-gfl", "mmdet-tood"])
+@pytest.mark.parametrize("is_its_own", [True, False])
+def test_the_configs_of_successors_are_right_for_their_checkpoints(source, is_its_own):
+    own = f"Successors/{source.removeprefix('mmdet-')}_R_50_FPN_1x.yaml"
+    name = own if is_its_own else R50
+    _, cfg = convert(numbered(PLAIN[source][1]), source, make_cfg(name))
+    fcos, right = cfg.MODEL.FCOS, make_cfg(own).MODEL.FCOS
     training = {"ASSIGNMENT", "BOX_LOSS_WEIGHT"} if name == R50 else set()
     assert {k for k in right if fcos[k] != right[k]} == training
 
 
-@pytest.mark.parametrize("layout", ["fcos-dcn", "mmdet-no-bias", "mmdet-gfl", "torchvision"])
+@pytest.mark.parametrize(
+    "layout", ["fcos-dcn", "mmdet-no-bias", "mmdet-gfl", "mmdet-tood-dcn", "torchvision"]
+)
 def test_the_model_of_the_config_loads_all_tensors(layout):
     source, rows, config, _ = LAYOUTS[layout]
     converted, cfg = convert(numbered(rows), source, make_cfg(config))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import GFL, assert_same_detections, make_detector, make_input, tiny_cfg
+from helpers import GFL, TASK_ALIGNED, assert_same_detections, make_detector, make_input, tiny_cfg
 
 from fcos_d2.export.graph import DetectionGraph, RawGraph
 
@@ -21,10 +21,11 @@ def compare(model, sizes=((150, 201), (64, 97), (1, 1), (129, 320))):
     return counts
 
 
+@pytest.mark.parametrize("head", [GFL, TASK_ALIGNED], ids=["GFL", "task-aligned"])
 @pytest.mark.parametrize("thresh_on", ["class", "score"])
-def test_a_joint_score_and_distributions(thresh_on):
+def test_a_joint_score(thresh_on, head):
     keys = {"SCORE_THRESH_ON": thresh_on, "SCORE_THRESH_TEST": 0.02, "NMS_THRESH_TEST": 0.9}
-    model = make_detector(**GFL, **keys, TOP_RELU=False)
+    model = make_detector(**head, **keys, TOP_RELU=False)
     graph = RawGraph(model)
     assert not any("quality" in name for name in graph.output_names)
     assert len(graph(torch.zeros(1, 3, 64, 64))) == len(graph.output_names)

@@ -76,6 +76,13 @@ def test_joint_score_and_distributions(gfl):
     assert max(counts) > 10 and len(set(counts)) > 3
 
 
+def test_boxes_whose_sides_come_from_other_places(task_aligned):
+    model, file, difference = task_aligned
+    assert difference < 1e-3
+    counts = compare(model, file, SHAPES, torch.float32)
+    assert max(counts) > 10 and len(set(counts)) > 3
+
+
 def test_images_of_a_batch_do_not_touch_one_another(command):
     _, _, file, _ = command
     images = torch.stack([make_input(size=(150, 201), seed=i)["image"] for i in range(2)]).float()

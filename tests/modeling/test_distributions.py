@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 from fcos_d2.modeling.distributions import (
     distribution_focal_losses,
     expected_distances,
+    logit_of_geometric_mean,
     logit_of_product,
 )
 
@@ -65,19 +66,26 @@ def test_gradcheck():
     assert gradcheck(expected_distances, maps)
 
 
-def test_logit_of_a_product_of_probabilities():
+@pytest.mark.parametrize("function, power", [(logit_of_product, 1), (logit_of_geometric_mean, 0.5)])
+def test_logit_of_two_probabilities(function, power):
     a, b = torch.randn(2, 1000, dtype=torch.float64) * 4
-    expected = torch.logit(a.sigmoid() * b.sigmoid())
-    torch.testing.assert_close(logit_of_product(a, b), expected, rtol=1e-6, atol=1e-9)
+    expected = torch.logit((a.sigmoid() * b.sigmoid()) ** power)
+    torch.testing.assert_close(function(a, b), expected, rtol=1e-6, atol=1e-8)
     a, b = (x[:20].requires_grad_() for x in (a, b))
-    assert gradcheck(logit_of_product, (a, b))
-    # With one probability near 1 the other is left; far out, in float32, it stays finite.
+    assert gradcheck(function, (a, b))
+    # Far out, in float32, it stays finite.
     ends = torch.tensor([-500.0, -90.0, 0.0, 90.0, 500.0])
     a, b = (x.clone().requires_grad_() for x in torch.meshgrid(ends, ends, indexing="ij"))
-    product = logit_of_product(a, b)
-    product.sum().backward()
-    assert product.isfinite().all() and a.grad.isfinite().all() and b.grad.isfinite().all()
-    torch.testing.assert_close(product[-1, :4], ends[:4])
+    found = function(a, b)
+    found.sum().backward()
+    assert found.isfinite().all() and a.grad.isfinite().all() and b.grad.isfinite().all()
+    if power == 1:  # with one probability near 1 the other is left
+        torch.testing.assert_close(found[-1, :4], ends[:4])
+    else:  # e^(-500 / 2), e^(-90 / 2), and 1 / sqrt(2), whose logit is -ln(sqrt(2) - 1)
+        expected = torch.tensor([-250, -45, -math.log(math.sqrt(2) - 1)])
+        torch.testing.assert_close(found[-1, :3], expected)
+        # 1 - p is half of (1 - sigmoid(90)) + (1 - sigmoid(500)), so the logit is 90 + ln 2.
+        assert found[-1, 3].item() == pytest.approx(90 + math.log(2))
 
 
 def test_no_positives_and_huge_logits():

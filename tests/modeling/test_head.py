@@ -20,7 +20,7 @@ def features(images=2):
 
 
 def test_shapes_and_units():
-    class_logits, ltrb, quality_logits, _ = make_head()(features())
+    class_logits, ltrb, quality_logits, *_ = make_head()(features())
     assert [tuple(x.shape) for x in class_logits] == [(2, 5, 6, 8), (2, 5, 3, 4)]
     assert [tuple(x.shape) for x in ltrb] == [(2, 4, 6, 8), (2, 4, 3, 4)]
     assert [tuple(x.shape) for x in quality_logits] == [(2, 1, 6, 8), (2, 1, 3, 4)]

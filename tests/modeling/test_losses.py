@@ -68,6 +68,62 @@ def test_box_losses_equal_fvcores_and_detectron2s():
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def ltrb_around(location, boxes):
+    return torch.cat([location - boxes[:, :2], boxes[:, 2:] - location], dim=1)
+
+
+def random_boxes(count):
+    corners = torch.rand(count, 2, 2, dtype=torch.float64) * 300
+    return torch.cat([corners.amin(dim=1), corners.amax(dim=1) + 1], dim=1)
+
+
+def test_boxes_that_do_not_contain_the_location():
+    torch.manual_seed(0)
+    predicted, target = random_boxes(400), random_boxes(400)
+    location = torch.rand(400, 2, dtype=torch.float64) * 300
+    iou = matched_pairwise_iou(Boxes(predicted), Boxes(target)).double()
+    assert 50 < (iou == 0).sum() < 350
+    a, b = ltrb_around(location, predicted), ltrb_around(location, target)
+    assert (torch.cat([a, b]) < 0).any(dim=1).float().mean() > 0.5
+    torch.testing.assert_close(iou_of_ltrb(a, b), iou, rtol=1e-4, atol=1e-6)
+    references = {
+        # Boxes apart: the smallest normal number of float32 is 2^-126.
+        "iou": torch.where(iou > 0, -iou.log(), 126 * math.log(2)),
+        "linear_iou": 1 - iou,
+        "giou": giou_loss(predicted, target),
+        "diou": diou_loss(predicted, target),
+        "ciou": ciou_loss(predicted, target),
+    }
+    for name, expected in references.items():
+        found = box_losses(a, b, name)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=name)
+        x = a.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(box_losses(x, b, name).sum(), x)
+        assert gradient.isfinite().all()
+        # Apart, the first two have no slope, and the others draw the boxes together.
+        assert (gradient[iou == 0] != 0).any(dim=1).all() == (name not in ("iou", "linear_iou"))
+
+
+def test_distances_of_boxes_that_do_not_contain_their_location_are_not_clamped():
+    outputs, targets = make_case()
+    # All boxes reach from 10 pixels right of the location to 50: l = -10, r = 50.
+    ltrb = [torch.ones_like(x) * 50 for x in outputs.ltrb]
+    for x in ltrb:
+        x[:, 0] = -10
+    outputs = outputs._replace(ltrb=[x.requires_grad_() for x in ltrb])
+    loss = FCOSLoss(box_loss_weighting="none", box_loss_type="linear_iou")
+    found = loss(outputs._replace(may_be_outside=True), targets)["loss_fcos_loc"]
+    expected = 0.0
+    for left, top, right, bottom in targets.ltrb.tolist():
+        common = max(min(50, right) + min(-10, left), 0) * (min(50, bottom) + min(50, top))
+        union = 40 * 100 + (left + right) * (top + bottom) - common
+        expected += (1 - common / union) / len(targets)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    found.backward()
+    assert all((x.grad[:, 0] != 0).any() for x in outputs.ltrb[:1])
+    assert loss(outputs, targets)["loss_fcos_loc"].item() != pytest.approx(expected, rel=1e-2)
+
+
 @pytest.mark.parametrize("name", ["iou", "linear_iou", "giou", "diou", "ciou"])
 def test_box_loss_gradients(name):
     predicted = (torch.rand(6, 4).double() * 50 + 1).requires_grad_()
@@ -266,9 +322,13 @@ def test_without_positives_finite_and_connected(quality, name):
 
 
 @pytest.mark.parametrize("name", ["iou", "linear_iou", "giou", "diou", "ciou"])
-def test_predicted_boxes_without_area_are_finite(name):
+@pytest.mark.parametrize("left", [0.0, 3000.0])
+def test_predicted_boxes_without_area_are_finite(name, left):
     outputs, targets = make_case()
-    outputs = outputs._replace(ltrb=[torch.zeros_like(x).requires_grad_() for x in outputs.ltrb])
+    ltrb = [torch.zeros_like(x) for x in outputs.ltrb]
+    for x in ltrb:
+        x[:, 0], x[:, 2] = left, -left
+    outputs = outputs._replace(ltrb=[x.requires_grad_() for x in ltrb], may_be_outside=left > 0)
     losses = FCOSLoss(box_loss_type=name)(outputs, targets)
     assert all(v.isfinite() for v in losses.values())
     losses["loss_fcos_loc"].backward()

@@ -29,7 +29,7 @@ def detect_by_loops(
 ):
     """The definition: cell by cell, class by class, with plain lists; NMS one class at a time."""
     candidates = []
-    class_logits, all_ltrb, quality_logits, _ = outputs
+    class_logits, all_ltrb, quality_logits, *_ = outputs
     quality_logits = quality_logits or [None] * len(STRIDES)
     for logits, ltrb, quality, stride in zip(
         class_logits, all_ltrb, quality_logits, STRIDES, strict=True

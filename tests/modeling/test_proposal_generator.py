@@ -2,7 +2,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from helpers import GFL, STRIDES, level_locations, make_input
+from helpers import GFL, STRIDES, TASK_ALIGNED, level_locations, make_input
 
 from fcos_d2 import model_zoo
 from fcos_d2.modeling import FCOSLoss, FCOSProposalGenerator
@@ -40,7 +40,7 @@ def test_proposals_are_the_best_boxes_of_all_locations(fusion):
     batch = [make_input(size=(64, 96)), make_input(size=(64, 96), seed=1)]
     with torch.no_grad():
         features, (proposals, losses) = proposals_of(model, batch)
-        logits, ltrb, quality, _ = generator.head([features[f] for f in generator.in_features])
+        logits, ltrb, quality, *_ = generator.head([features[f] for f in generator.in_features])
     assert losses == {}
     for image in range(2):
         boxes, scores = [], []
@@ -72,7 +72,7 @@ def test_class_agnostic_unless_told_otherwise(classes):
     assert (losses[0] == losses[1]) == (classes == 1)
 
 
-@pytest.mark.parametrize("keys", [{}, GFL], ids=["FCOS", "GFL"])
+@pytest.mark.parametrize("keys", [{}, GFL, TASK_ALIGNED], ids=["FCOS", "GFL", "task-aligned"])
 @pytest.mark.parametrize("objects", [True, False])
 def test_trained_jointly(objects, keys):
     model = build(**keys).train()
@@ -81,7 +81,7 @@ def test_trained_jointly(objects, keys):
         losses = model([make_input() if objects else make_input((), ())])
     assert set(losses) == {
         "loss_cls", "loss_box_reg", "loss_fcos_cls", "loss_fcos_loc",
-        "loss_fcos_dfl" if keys else "loss_fcos_ctr",
+        *(["loss_fcos_ctr"] if not keys else ["loss_fcos_dfl"] if keys == GFL else []),
     }  # fmt: skip
     assert all(v.isfinite() for v in losses.values())
     sum(losses.values()).backward()
