@@ -1,6 +1,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
 from helpers import GFL, STRIDES, level_locations, make_input
 
@@ -105,14 +106,14 @@ def test_ground_truth_of_the_caller_is_left_as_it_is():
     assert batch[0]["instances"].gt_classes.tolist() == [2]
 
 
-def test_targets_are_made_before_the_head_is_queued():
+def test_boxes_are_copied_before_the_head_is_queued(monkeypatch):
+    # From a GPU, the copy waits for all that is queued.
     model, order = build().train(), []
-    generator = model.proposal_generator
-    assign = generator.assigner
-    generator.assigner = lambda *args: order.append("targets") or assign(*args)
-    generator.head.register_forward_pre_hook(lambda *_: order.append("head"))
+    copy = Instances.to
+    monkeypatch.setattr(Instances, "to", lambda x, device: order.append(device) or copy(x, device))
+    model.proposal_generator.head.register_forward_pre_hook(lambda *_: order.append("head"))
     proposals_of(model, [make_input()])
-    assert order == ["targets", "head"]
+    assert order == ["cpu", "head"]
 
 
 def test_detections():
