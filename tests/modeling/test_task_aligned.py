@@ -25,13 +25,13 @@ from fcos_d2.modeling import ATSSAssigner, HeadOutputs, Levels, TaskAlignedAssig
 CLASSES = 3
 
 
-def assign_by_loops(shapes, strides, boxes, classes, outputs, offset=0.5, top_k=13):
+def assign_by_loops(shapes, strides, boxes, classes, outputs, offset=0.5, top_k=13, radius=6):
     """2108.07755, section 3.2: {(image, level, cell): (box, score)}, and whether that is sure.
 
     It is not where two different values are so near to each other that rounding decides.
     """
     best, is_sure = {}, True
-    found = candidates_by_loops(shapes, strides, boxes, outputs, offset)
+    found = candidates_by_loops(shapes, strides, boxes, outputs, offset, radius)
     for number, cells in enumerate(found):
         # float32 has no alignment below 1e-45.
         t = [iou**6 / (1 + math.exp(-x[classes[number]])) for _, x, iou, _ in cells]
@@ -173,8 +173,8 @@ def test_equals_the_slow_reference(images, size, offset, top_k, noise, seed):
     same(assign(boxes, classes, outputs, shapes, STRIDES, offset, top_k=top_k), expected)
 
 
-@pytest.mark.parametrize("noise", [0.05, 0.3])
-def test_equals_the_slow_reference_on_realistic_boxes(noise):
+@pytest.mark.parametrize("noise, radius", [(0.05, 6), (0.3, 6), (0.05, 0)])
+def test_equals_the_slow_reference_on_realistic_boxes(noise, radius):
     torch.manual_seed(0)
     shapes = level_shapes(200, 320)
     sizes = torch.exp(torch.rand(2, 15, 2) * 4 + 1.5)  # 4 to 245 pixels
@@ -182,8 +182,9 @@ def test_equals_the_slow_reference_on_realistic_boxes(noise):
     boxes = list(torch.cat([centers - sizes / 2, centers + sizes / 2], dim=2))
     classes = torch.randint(CLASSES, (30,)).tolist()
     outputs = make_outputs(shapes, STRIDES, boxes, CLASSES, noise=noise)
-    found = assign(boxes, classes, outputs, shapes, STRIDES)
-    expected, is_sure = assign_by_loops(shapes, STRIDES, boxes, classes, outputs)
+    found = assign(boxes, classes, outputs, shapes, STRIDES, center_radius=radius)
+    args = shapes, STRIDES, boxes, classes, outputs
+    expected, is_sure = assign_by_loops(*args, radius=radius or math.inf)
     same(found, expected)
     assert is_sure and len(found) > 100
 

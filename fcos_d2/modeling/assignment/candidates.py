@@ -46,7 +46,8 @@ class Candidates:
 
     def __getitem__(self, mask: Tensor) -> "Candidates":
         """The candidates that a (C,) bool mask selects."""
-        return Candidates(*(field[mask] for field in vars(self).values()))
+        chosen = mask.nonzero()[:, 0]
+        return Candidates(*(field.index_select(0, chosen) for field in vars(self).values()))
 
 
 @dataclass(frozen=True)

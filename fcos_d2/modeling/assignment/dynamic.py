@@ -17,6 +17,7 @@ from torch import Tensor
 from ...runtime import to_device
 from ..head import HeadOutputs
 from ..points import Levels
+from ..validation import check_between
 from .assigner import Assigner
 from .candidates import (
     Candidates,
@@ -29,6 +30,8 @@ from .candidates import (
     wins_cell,
 )
 from .location import LocationAssigner
+
+_LARGE = 1e6
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,10 @@ class Pairs:
 class DynamicAssigner(Assigner):
     """A rule that chooses by what the head predicts.
 
-    The candidates of a box are the locations strictly inside of it, on all levels; of a rule with a
-    ``radius`` those less than ``radius * stride`` from its centre, on both axes. A box without any
-    is not learnt. One larger than the image has those in the image.
+    The candidates of a box are the locations strictly inside of it, on all levels, and less than
+    ``center_radius`` strides from its centre, on both axes. So a box has a few on each level,
+    however large it is. A box without any is not learnt. One larger than the image has those in the
+    image.
 
     Attributes:
         name: the value of ASSIGNMENT.
@@ -93,7 +97,14 @@ class DynamicAssigner(Assigner):
 
     sees_predictions = True
     name: str
-    radius = 0.0
+
+    def __init__(self, center_radius: float):
+        """
+        Args:
+            center_radius: in strides; 0 for all locations inside the box.
+        """
+        check_between(f"ASSIGNMENT {self.name!r}, center_radius", center_radius, 0, _LARGE)
+        self.center_radius = float(center_radius)
 
     def check_without_model(self) -> None:
         raise ValueError(
@@ -117,7 +128,7 @@ class DynamicAssigner(Assigner):
 
         For arguments and errors see :meth:`Assigner.candidates`.
         """
-        everywhere = LocationAssigner([(0.0, math.inf)] * len(levels), self.radius)
+        everywhere = LocationAssigner([(0.0, math.inf)] * len(levels), self.center_radius)
         return everywhere.candidates(levels, level_shapes, boxes)
 
     def choose(self, pairs: Pairs, outputs: HeadOutputs) -> Tensor:

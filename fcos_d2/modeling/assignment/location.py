@@ -90,9 +90,9 @@ class LocationAssigner(Assigner):
         self.check_levels(level_shapes)
         all_boxes, image_of_box = boxes_of_batch(boxes)
         level, gt, x, y = self._propose(levels, level_shapes, all_boxes)
-        locations = levels.locations(level, x, y)
-        ltrb = boxes_to_ltrb(locations, all_boxes[gt])
-        may_learn = self._may_learn(levels, level, locations, all_boxes[gt], ltrb)
+        locations, boxes_there = levels.locations(level, x, y), all_boxes.index_select(0, gt)
+        ltrb = boxes_to_ltrb(locations, boxes_there)
+        may_learn = self._may_learn(levels, level, locations, boxes_there, ltrb)
         size = all_boxes[:, 2:] - all_boxes[:, :2]
         area = (size[:, 0] * size[:, 1])[gt]
         return Candidates(image_of_box[gt], level, x, y, gt, ltrb, area)[may_learn]
@@ -133,14 +133,14 @@ class LocationAssigner(Assigner):
 
         # One row for each cell of each window.
         level, gt = num_cells.nonzero(as_tuple=True)
-        num_cells = num_cells[level, gt]
+        num_cells, first = num_cells[level, gt], first[level, gt].long()
+        begin, columns = num_cells.cumsum(0) - num_cells, count[level, gt, 0].long()
         window = torch.arange(len(level), device=device).repeat_interleave(num_cells)
-        level, gt = level[window], gt[window]
-        begin = (num_cells.cumsum(0) - num_cells)[window]
+        of_windows = level, gt, begin, columns, first[:, 0], first[:, 1]
+        level, gt, begin, columns, x, y = (v.index_select(0, window) for v in of_windows)
         number = torch.arange(len(window), device=device) - begin  # in its window, row by row
-        first, columns = first[level, gt].long(), count[level, gt, 0].long()
         row = torch.div(number, columns, rounding_mode="floor")
-        return level, gt, first[:, 0] + number - row * columns, first[:, 1] + row
+        return level, gt, x + number - row * columns, y + row
 
     def _may_learn(
         self, levels: Levels, level: Tensor, locations: Tensor, boxes: Tensor, ltrb: Tensor

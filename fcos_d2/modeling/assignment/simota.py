@@ -40,12 +40,12 @@ class SimOTAAssigner(DynamicAssigner):
     ):
         """
         Args:
-            center_radius: in strides; 2.5, 10 and 3 are the values of the authors' code.
+            center_radius: see :class:`DynamicAssigner`. 2.5, 10 and 3 are the values of the
+                authors' code.
         """
-        check_between("ASSIGNMENT 'simota', center_radius", center_radius, 0, _LARGE)
+        super().__init__(center_radius)
         check_count("ASSIGNMENT 'simota', candidate_topk", candidate_topk, 1)
         check_between("ASSIGNMENT 'simota', iou_weight", iou_weight, 0, _LARGE)
-        self.radius = float(center_radius)
         self.candidate_topk = candidate_topk
         self.iou_weight = iou_weight
 
@@ -55,8 +55,8 @@ class SimOTAAssigner(DynamicAssigner):
 
     @property
     def settings(self) -> dict:
-        names = "candidate_topk", "iou_weight"
-        return {"center_radius": self.radius} | {name: getattr(self, name) for name in names}
+        names = "center_radius", "candidate_topk", "iou_weight"
+        return {name: getattr(self, name) for name in names}
 
     def choose(self, pairs: Pairs, outputs: HeadOutputs) -> Tensor:
         """(C,) 1 for what is chosen, else -1; see :meth:`DynamicAssigner.choose`."""

@@ -20,11 +20,16 @@ _LARGE = 1e6
 class TaskAlignedAssigner(DynamicAssigner):
     """Task alignment learning (TOOD, 2108.07755, section 3.2).
 
-    The candidates of a box are all locations strictly inside of it, on all levels. The alignment of
-    one is t = s^alpha * u^beta, with the probability s of the class of the box and the IoU u of the
+    The candidates of a box are the locations strictly inside of it and less than ``center_radius``
+    strides from its centre, on both axes, on all levels. The alignment of one is
+    t = s^alpha * u^beta, with the probability s of the class of the box and the IoU u of the
     predicted box. A box takes the ``top_k`` candidates of highest alignment, if it is not 0. Of
     several boxes that take a location, it learns the one of highest IoU. The score that the class
     is to have is t / (largest t of the box) * (largest u of the box), over what the box has won.
+
+    Unlike in the paper, large boxes do not consider their far ends on fine levels, where there are
+    thousands of locations: FCOS's ranges let no location learn a box whose centre is 4 strides
+    away, but on the last level. ``center_radius`` 0 is the rule of the paper.
 
     Decided where the paper leaves it open: of equal alignments the first candidate is taken (finest
     level, then upper row, then left), and of boxes with equal IoUs the first wins. A box without
@@ -41,13 +46,21 @@ class TaskAlignedAssigner(DynamicAssigner):
 
     @configurable
     def __init__(
-        self, *, top_k: int = 13, alpha: float = 1.0, beta: float = 6.0, atss_iters: int = 0
+        self,
+        *,
+        top_k: int = 13,
+        alpha: float = 1.0,
+        beta: float = 6.0,
+        center_radius: float = 6.0,
+        atss_iters: int = 0,
     ):
         """
         Args:
             top_k, alpha, beta: 13, 1 and 6 in the paper.
+            center_radius: see :class:`DynamicAssigner`.
             atss_iters: SOLVER.ATSS_ITERS.
         """
+        super().__init__(center_radius)
         check_count("ASSIGNMENT 'task_aligned', top_k", top_k, 1)
         check_between("ASSIGNMENT 'task_aligned', alpha", alpha, 0, _LARGE)
         check_between("ASSIGNMENT 'task_aligned', beta", beta, 0, _LARGE)
@@ -63,7 +76,8 @@ class TaskAlignedAssigner(DynamicAssigner):
 
     @property
     def settings(self) -> dict:
-        return {name: getattr(self, name) for name in ("top_k", "alpha", "beta", "atss_iters")}
+        names = "top_k", "alpha", "beta", "center_radius", "atss_iters"
+        return {name: getattr(self, name) for name in names}
 
     def now(self, is_training: bool) -> Assigner:
         """ATSS in the first iterations of a training, else this rule."""
