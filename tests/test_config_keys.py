@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import tiny_cfg
+from helpers import ALIGNED, SIMOTA, tiny_cfg
 
 from fcos_d2.config import get_cfg
 
@@ -89,6 +89,18 @@ def test_key_reaches_its_part(key):
     value, needed, shows = KEYS[key]
     assert not shows(build_model(tiny_cfg())), "the value must differ from the default"
     assert shows(build_model(tiny_cfg(**{key: value}, **needed)))
+
+
+@pytest.mark.parametrize(
+    "keys, rule", [(SIMOTA, "SimOTAAssigner"), (ALIGNED, "TaskAlignedAssigner")]
+)
+def test_rules_that_see_predictions(keys, rule):
+    cfg = tiny_cfg(**keys)
+    cfg.SOLVER.ATSS_ITERS = 9 if keys is ALIGNED else 0
+    model = build_model(cfg)
+    assert type(model.assigner).__name__ == rule
+    assert getattr(model.assigner, "atss_iters", 0) == cfg.SOLVER.ATSS_ITERS
+    assert (model.loss.until_aligned is not None) == (keys is ALIGNED)
 
 
 def test_computed_centerness():

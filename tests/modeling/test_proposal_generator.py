@@ -3,7 +3,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
-from helpers import GFL, STRIDES, level_locations, make_input
+from helpers import ALIGNED, GFL, SIMOTA, STRIDES, level_locations, make_input
 
 from fcos_d2 import model_zoo
 from fcos_d2.modeling import FCOSLoss, FCOSProposalGenerator
@@ -73,17 +73,20 @@ def test_class_agnostic_unless_told_otherwise(classes):
     assert (losses[0] == losses[1]) == (classes == 1)
 
 
-@pytest.mark.parametrize("keys", [{}, GFL], ids=["FCOS", "GFL"])
+@pytest.mark.parametrize(
+    "keys", [{}, GFL, SIMOTA, ALIGNED], ids=["FCOS", "GFL", "SimOTA", "task-aligned"]
+)
 @pytest.mark.parametrize("objects", [True, False])
 def test_trained_jointly(objects, keys):
     model = build(**keys).train()
     model.zero_grad()
     with EventStorage(0):
         losses = model([make_input() if objects else make_input((), ())])
-    assert set(losses) == {
-        "loss_cls", "loss_box_reg", "loss_fcos_cls", "loss_fcos_loc",
-        "loss_fcos_dfl" if keys else "loss_fcos_ctr",
-    }  # fmt: skip
+    third = (
+        {"loss_fcos_dfl"} if keys is GFL else {"loss_fcos_ctr"} if keys is not ALIGNED else set()
+    )
+    two = {"loss_cls", "loss_box_reg", "loss_fcos_cls", "loss_fcos_loc"}
+    assert set(losses) == two | third
     assert all(v.isfinite() for v in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
