@@ -39,8 +39,9 @@ def assign_by_loops(shapes, strides, boxes, classes, outputs, offset=0.5, top_k=
     best, is_sure = {}, True
     found = candidates_by_loops(shapes, strides, boxes, outputs, offset, radius=2.5)
     for number, cells in enumerate(found):
-        total = math.fsum(sorted((iou for _, _, iou, _ in cells), reverse=True)[:top_k])
-        is_sure &= total == round(total) or abs(total - round(total)) > 1e-4
+        ious = sorted((iou for _, _, iou, _ in cells), reverse=True)[:top_k]
+        total = math.fsum(ious)
+        is_sure &= set(ious) <= {0, 1} or abs(total - round(total)) > 1e-4
         k = max(math.floor(total), 1)
         costs = [(cost_of(x, classes[number], iou), i) for i, (_, x, iou, _) in enumerate(cells)]
         costs.sort()
@@ -173,6 +174,19 @@ def test_equals_the_slow_reference(images, size, offset, top_k, noise, seed):
     )
     assert as_dict(positives, shapes) == expected
     assert positives.level.tolist() == sorted(positives.level.tolist())
+
+
+def test_as_many_boxes_as_locations():
+    """Costs are then worked out at all cells at once."""
+    shapes, generator = level_shapes(64, 64), torch.Generator().manual_seed(0)
+    corners = torch.rand(40, 2, 2, generator=generator) * 20
+    boxes = [torch.cat([corners[:, 0], 40 + corners[:, 1]], dim=1)]
+    classes = [i % CLASSES for i in range(40)]
+    outputs = make_outputs(shapes, STRIDES, boxes, CLASSES, seed=1)
+    args = shapes, STRIDES, boxes, classes, outputs
+    positives = SimOTAAssigner()(LEVELS, shapes, boxes, torch.tensor(classes), outputs)
+    assert (as_dict(positives, shapes), True) == assign_by_loops(*args)
+    assert len(positives) > 30
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.3])

@@ -146,8 +146,8 @@ def cell_numbers(
     height, width = torch.tensor(level_shapes, device=device).unbind(dim=1)
     size = height * width
     level_begin = num_images * (size.cumsum(0) - size)
-    in_level = candidates.image * size[level] + candidates.y * width[level] + candidates.x
-    return level_begin[level] + in_level
+    begin, size, width = (x.index_select(0, level) for x in (level_begin, size, width))
+    return begin + candidates.image * size + candidates.y * width + candidates.x
 
 
 def make_targets(

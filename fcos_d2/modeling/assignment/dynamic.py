@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...runtime import to_device
 from ..head import HeadOutputs
-from ..points import Levels
+from ..points import Levels, boxes_to_ltrb
 from ..validation import check_between
-from .assigner import Assigner
+from .assigner import Assigner, boxes_of_batch
 from .candidates import (
     Candidates,
     Positives,
@@ -29,7 +29,7 @@ from .candidates import (
     targets_of,
     wins_cell,
 )
-from .location import LocationAssigner
+from .location import cells_of_windows
 
 _LARGE = 1e6
 
@@ -56,31 +56,36 @@ class Pairs:
     num_boxes: int
     num_cells: int
 
-    def rank(self, cost: Tensor) -> Tensor:
-        """(C,) int64 place of each candidate among those of its box: 0 for the lowest cost.
+    def lowest(self, cost: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k candidates of lowest cost of each box, in order.
 
         Of equal costs the first candidate comes first: on the finest level, then in the upper row,
         then on the left.
+
+        Returns:
+            (M, k) int64 numbers of candidates, and (M, k) bool, false where a box has no more.
         """
         order = ((self.gt << 32) + in_order_of(cost)).sort(stable=True).indices
         count = torch.zeros(self.num_boxes, dtype=torch.int64, device=self.gt.device)
         count.scatter_add_(0, self.gt, torch.ones_like(self.gt))
-        begin = count.cumsum(0) - count
-        place = torch.arange(len(self.gt), device=self.gt.device) - begin[self.gt[order]]
-        return torch.empty_like(order).scatter_(0, order, place)
+        place = torch.arange(k, device=self.gt.device)
+        exists = place < count[:, None]
+        begin = (count.cumsum(0) - count)[:, None]
+        return order[torch.where(exists, begin + place, 0)], exists
 
-    def wins(self, chosen: Tensor, cost: Tensor) -> Tensor:
-        """(C,) bool, whether a box chose the location and has the lowest cost of those that did.
+    def wins(self, chosen: Tensor, is_chosen: Tensor, cost: Tensor) -> Tensor:
+        """(M, k) bool, whether a box has the lowest cost of those that chose the same location.
 
         Of equal costs the first box wins.
-        """
-        cost = torch.where(chosen, cost, math.inf)
-        return chosen & wins_cell(cost, self.gt, self.cell, self.num_cells)
 
-    def largest(self, values: Tensor) -> Tensor:
-        """(C,) largest of the (C,) values, none negative, of all candidates of the same box."""
-        largest = values.new_zeros(self.num_boxes)
-        return largest.scatter_reduce_(0, self.gt, values, reduce="amax")[self.gt]
+        Args:
+            chosen: (M, k) numbers of the candidates that each box chose.
+            is_chosen: (M, k) bool, false for what does not count.
+            cost: (C,) of all candidates.
+        """
+        chosen_cost = torch.where(is_chosen, cost[chosen], math.inf).flatten()
+        gt, cell = (values[chosen].flatten() for values in (self.gt, self.cell))
+        return is_chosen & wins_cell(chosen_cost, gt, cell, self.num_cells).view_as(is_chosen)
 
 
 class DynamicAssigner(Assigner):
@@ -128,13 +133,39 @@ class DynamicAssigner(Assigner):
 
         For arguments and errors see :meth:`Assigner.candidates`.
         """
-        everywhere = LocationAssigner([(0.0, math.inf)] * len(levels), self.center_radius)
-        return everywhere.candidates(levels, level_shapes, boxes)
+        all_boxes, image_of_box = boxes_of_batch(boxes)
+        first, count = self._windows(levels, level_shapes, all_boxes)
+        level, gt, x, y = cells_of_windows(first, count[..., 0], count.prod(dim=2))
+        ltrb = boxes_to_ltrb(levels.locations(level, x, y), all_boxes.index_select(0, gt))
+        image = image_of_box.index_select(0, gt)
+        return Candidates(image, level, x, y, gt, ltrb, cost=ltrb.new_zeros(len(gt)))
 
-    def choose(self, pairs: Pairs, outputs: HeadOutputs) -> Tensor:
-        """(C,) float32 score that the class is to have, negative for what is not chosen.
+    def _windows(
+        self, levels: Levels, level_shapes: Sequence[tuple[int, int]], boxes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(L, M, 2) first column and row, and number of columns and rows, of the candidates."""
+        first, count = [], []
+        for stride, shape in zip(levels.strides, level_shapes, strict=True):
+            for begin, end, size in zip(*boxes.T.split(2), reversed(shape), strict=True):
+                lines = (torch.arange(size, device=boxes.device) + levels.offset) * stride
+                is_in = (lines > begin[:, None]) & (lines < end[:, None])  # (M, size)
+                if self.center_radius > 0:
+                    off_center = (lines - ((begin + end) / 2)[:, None]).abs()
+                    is_in &= off_center < self.center_radius * stride
+                first.append(is_in.byte().argmax(dim=1))
+                count.append(is_in.sum(dim=1))
+        of_axes = (torch.stack(x).view(len(levels), 2, -1) for x in (first, count))
+        return tuple(x.transpose(1, 2) for x in of_axes)
 
-        A location is chosen for one box at most. Must not wait for a GPU.
+    def choose(self, pairs: Pairs, outputs: HeadOutputs) -> tuple[Tensor, Tensor]:
+        """What each box takes. Must not wait for a GPU.
+
+        Args:
+            pairs: at least one.
+
+        Returns:
+            (M, k) int64 numbers of candidates, no location twice, and (M, k) float32 scores that
+            the class is to have, negative for what is not taken after all.
         """
         raise NotImplementedError
 
@@ -155,21 +186,27 @@ class DynamicAssigner(Assigner):
         if outputs is None:
             self.check_without_model()
         candidates = self.candidates(levels, level_shapes, boxes)
+        if len(candidates) == 0:
+            return Positives(**vars(candidates), score=candidates.cost)
         targets = targets_of(candidates, classes, candidates.cost, len(levels))
-        device = outputs.class_logits[0].device
-        on_device, num_images = targets.to(device), len(boxes)
+        targets, num_images = targets.to(outputs.class_logits[0].device), len(boxes)
+        cell = cell_numbers(candidates, level_shapes, num_images)
         pairs = Pairs(
-            targets=on_device,
-            gt=to_device(candidates.gt, device),
-            cell=to_device(cell_numbers(candidates, level_shapes, num_images), device),
-            logit=_logits_of_classes(outputs.class_logits, on_device),
-            iou=_iou(gather(outputs.ltrb, on_device), on_device.ltrb),
+            targets=targets,
+            gt=to_device(candidates.gt, targets.x.device),
+            cell=to_device(cell, targets.x.device),
+            logit=_logits_of_classes(outputs.class_logits, targets),
+            iou=_iou(gather(outputs.ltrb, targets), targets.ltrb),
             num_boxes=sum(map(len, boxes)),
             num_cells=num_images * sum(height * width for height, width in level_shapes),
         )
-        score = self.choose(pairs, outputs).to(candidates.gt.device)
-        is_positive = score >= 0
-        return Positives(**vars(candidates[is_positive]), score=score[is_positive])
+        # In one copy, for which the host waits. float64 holds both exactly.
+        taken = torch.stack([x.double().flatten() for x in self.choose(pairs, outputs)])
+        number, score = taken.to(candidates.gt.device)
+        order = torch.where(score < 0, math.inf, number).argsort()[: (score >= 0).sum()]
+        number, score = number[order].long(), score[order].float()
+        fields = {name: x.index_select(0, number) for name, x in vars(candidates).items()}
+        return Positives(**fields, score=score)
 
 
 def _logits_of_classes(logits: Sequence[Tensor], targets: Targets) -> Tensor:

@@ -58,29 +58,34 @@ class SimOTAAssigner(DynamicAssigner):
         names = "center_radius", "candidate_topk", "iou_weight"
         return {name: getattr(self, name) for name in names}
 
-    def choose(self, pairs: Pairs, outputs: HeadOutputs) -> Tensor:
-        """(C,) 1 for what is chosen, else -1; see :meth:`DynamicAssigner.choose`."""
-        cost = _cross_entropy(pairs, outputs)
-        cost = cost - self.iou_weight * pairs.iou.clamp(min=_LEAST_IOU).log()
-        chosen = pairs.rank(cost) < self._dynamic_k(pairs)[pairs.gt]
-        return torch.where(pairs.wins(chosen, cost), 1.0, -1.0)
-
-    def _dynamic_k(self, pairs: Pairs) -> Tensor:
-        """(M,) how many locations each box takes."""
-        k, rank = self.candidate_topk, pairs.rank(-pairs.iou)
-        # Into a table, and not added up in place, which a GPU does in no fixed order. What is not
-        # among the highest goes to an entry of its own.
-        highest = pairs.iou.new_zeros(pairs.num_boxes * k + 1)
-        highest[torch.where(rank < k, pairs.gt * k + rank, pairs.num_boxes * k)] = pairs.iou
-        return highest[:-1].view(-1, k).sum(dim=1).floor().clamp(min=1)
+    def choose(self, pairs: Pairs, outputs: HeadOutputs) -> tuple[Tensor, Tensor]:
+        """See :meth:`DynamicAssigner.choose`; the scores are 1."""
+        best, exists = pairs.lowest(-pairs.iou, self.candidate_topk)
+        k = torch.where(exists, pairs.iou[best], 0.0).sum(dim=1).floor().clamp(min=1)
+        # In float64 first: in float32, what is equal may differ by the place in memory.
+        log_iou = pairs.iou.double().clamp(min=_LEAST_IOU).log()
+        cost = (_cross_entropy(pairs, outputs) - self.iou_weight * log_iou).float()
+        chosen, exists = pairs.lowest(cost, self.candidate_topk)  # k is at most as many
+        place = torch.arange(self.candidate_topk, device=chosen.device)
+        is_chosen = exists & (place < k[:, None])
+        return chosen, torch.where(pairs.wins(chosen, is_chosen, cost), 1.0, -1.0)
 
 
 def _cross_entropy(pairs: Pairs, outputs: HeadOutputs) -> Tensor:
-    """(C,) binary cross entropy with the class of the box: -ln(1 - p) is ln(1 + e^x)."""
-    by_level = zip(outputs.class_logits, pairs.targets.by_level(), strict=True)
-    absent = [
-        F.softplus(logits[image, :, y, x].float()).sum(dim=1)
-        for logits, (image, y, x, _) in by_level
-    ]
+    """(C,) float64 binary cross entropy with the class of the box."""
+    absent = []
+    for logits, (image, y, x, _) in zip(
+        outputs.class_logits, pairs.targets.by_level(), strict=True
+    ):
+        # At the candidates, or where there are fewer cells, at all cells of the level.
+        if len(image) < logits[:, 0].numel():
+            absent.append(_of_absent(logits[image, :, y, x]))
+        else:
+            absent.append(_of_absent(logits)[image, y, x])
     # For the class of the box, -ln p is ln(1 + e^x) - x.
     return torch.cat(absent) - pairs.logit
+
+
+def _of_absent(logits: Tensor) -> Tensor:
+    """The sum over the classes, in the second dimension, of -ln(1 - p) = ln(1 + e^x)."""
+    return F.softplus(logits.double()).sum(dim=1)

@@ -27,9 +27,9 @@ class TaskAlignedAssigner(DynamicAssigner):
     several boxes that take a location, it learns the one of highest IoU. The score that the class
     is to have is t / (largest t of the box) * (largest u of the box), over what the box has won.
 
-    Unlike in the paper, large boxes do not consider their far ends on fine levels, where there are
-    thousands of locations: FCOS's ranges let no location learn a box whose centre is 4 strides
-    away, but on the last level. ``center_radius`` 0 is the rule of the paper.
+    Unlike in the paper, boxes larger than 16 strides leave out their far ends on such a level, with
+    thousands of locations: FCOS's ranges let no location learn a box whose centre is more than 4
+    strides away, but on the last level. ``center_radius`` 0 is the rule of the paper.
 
     Decided where the paper leaves it open: of equal alignments the first candidate is taken (finest
     level, then upper row, then left), and of boxes with equal IoUs the first wins. A box without
@@ -51,7 +51,7 @@ class TaskAlignedAssigner(DynamicAssigner):
         top_k: int = 13,
         alpha: float = 1.0,
         beta: float = 6.0,
-        center_radius: float = 6.0,
+        center_radius: float = 8.0,
         atss_iters: int = 0,
     ):
         """
@@ -85,12 +85,14 @@ class TaskAlignedAssigner(DynamicAssigner):
             return self.first
         return self
 
-    def choose(self, pairs: Pairs, outputs: HeadOutputs) -> Tensor:
+    def choose(self, pairs: Pairs, outputs: HeadOutputs) -> tuple[Tensor, Tensor]:
         """See :meth:`DynamicAssigner.choose`."""
-        alignment = pairs.logit.sigmoid() ** self.alpha * pairs.iou**self.beta
-        chosen = (pairs.rank(-alignment) < self.top_k) & (alignment > 0)
-        wins = pairs.wins(chosen, -pairs.iou)
-        of_winners = torch.where(wins, alignment, 0.0)
-        iou = torch.where(wins, pairs.iou, 0.0)
-        score = of_winners / pairs.largest(of_winners) * pairs.largest(iou)
-        return torch.where(wins, score, -1.0)
+        # In float64 first: in float32, what is equal may differ by the place in memory.
+        probability = pairs.logit.double().sigmoid()
+        alignment = (probability**self.alpha * pairs.iou.double() ** self.beta).float()
+        chosen, exists = pairs.lowest(-alignment, self.top_k)
+        is_chosen = exists & (alignment[chosen] > 0)
+        wins = pairs.wins(chosen, is_chosen, -pairs.iou)
+        won, iou = (torch.where(wins, x[chosen], 0.0) for x in (alignment, pairs.iou))
+        score = won / won.amax(dim=1, keepdim=True) * iou.amax(dim=1, keepdim=True)
+        return chosen, torch.where(wins, score, -1.0)
