@@ -53,11 +53,6 @@ class SimOTAAssigner(DynamicAssigner):
     def from_config(cls, cfg) -> dict:
         return {}
 
-    @property
-    def settings(self) -> dict:
-        names = "center_radius", "candidate_topk", "iou_weight"
-        return {name: getattr(self, name) for name in names}
-
     def choose(self, pairs: Pairs, outputs: HeadOutputs) -> tuple[Tensor, Tensor]:
         """See :meth:`DynamicAssigner.choose`; the scores are 1."""
         best, exists = pairs.lowest(-pairs.iou, self.candidate_topk)

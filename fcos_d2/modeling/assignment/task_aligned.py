@@ -74,11 +74,6 @@ class TaskAlignedAssigner(DynamicAssigner):
     def from_config(cls, cfg) -> dict:
         return {"atss_iters": cfg.SOLVER.ATSS_ITERS}
 
-    @property
-    def settings(self) -> dict:
-        names = "top_k", "alpha", "beta", "center_radius", "atss_iters"
-        return {name: getattr(self, name) for name in names}
-
     def now(self, is_training: bool) -> Assigner:
         """ATSS in the first iterations of a training, else this rule."""
         if is_training and has_event_storage() and get_event_storage().iter < self.atss_iters:
