@@ -41,6 +41,15 @@ JOINT = [
     "MODEL.FCOS.BOX_LOSS_WEIGHTING", "score",
 ]  # fmt: skip
 GFL = [*ATSS, *JOINT, "MODEL.FCOS.BOX_ACTIVATION", "distribution"]
+ALIGNED = [  # ATSS for the first third
+    *JOINT, "MODEL.FCOS.ASSIGNMENT", "task_aligned", "MODEL.FCOS.BOX_LOSS_WEIGHTING", "alignment",
+    "MODEL.FCOS.BOX_LOSS_WEIGHT", 2.0, 
+]  # fmt: skip
+TOOD = [
+    *ALIGNED, "MODEL.FCOS.HEAD", "task_aligned", "MODEL.FCOS.NUM_SHARE_CONVS", 3,
+    "MODEL.FCOS.NUM_CLS_CONVS", 0, "MODEL.FCOS.NUM_BOX_CONVS", 0,
+    "MODEL.FCOS.BOX_ACTIVATION", "exp",
+]  # fmt: skip
 # What each variant changes. "detectron2" and "retinanet" are other models.
 VARIANTS = {
     "default": [],
@@ -53,6 +62,9 @@ VARIANTS = {
     "atss-joint": [*ATSS, *JOINT],
     "gfl": GFL,
     "gflv2": [*GFL, "MODEL.FCOS.DISTRIBUTION_QUALITY", True],
+    "simota": ["MODEL.FCOS.ASSIGNMENT", "simota", "MODEL.FCOS.BOX_LOSS_WEIGHT", 2.0],
+    "task-aligned": ALIGNED,
+    "tood": TOOD,
     "detectron2": [],
     "retinanet": [],
 }
@@ -89,6 +101,8 @@ def train(cfg: CfgNode, variant: str, seed: int) -> float:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.merge_from_list(VARIANTS[variant])
+    if cfg.MODEL.FCOS.ASSIGNMENT == "task_aligned":
+        cfg.SOLVER.ATSS_ITERS = cfg.SOLVER.MAX_ITER // 3
     if variant == "retinanet":
         model = retinanet_cfg(cfg).MODEL
         model.WEIGHTS, model.DEVICE = cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE

@@ -3,9 +3,10 @@
 The backbone returns fixed p3 to p7 maps, the towers have one layer. Few channels and no norm, so
 that the layers of the head, which are the same in both FCOS, do not hide the rest; for the ratios
 of whole models see end_to_end.py. All sides get the same boxes and run in turns; Detectron2's FCOS
-has the same weights too. "ATSS" is ours with MODEL.FCOS.ASSIGNMENT "atss". Inference is the head,
-decoding and NMS, with class logits as of a trained detector. The maps come in the memory layout in
-which each side's own backbone returns them.
+has the same weights too. "ATSS", "SimOTA" and "TaskAligned" are ours with another
+MODEL.FCOS.ASSIGNMENT, the last with the losses of TOOD. Inference is the head, decoding and NMS,
+with class logits as of a trained detector. The maps come in the memory layout in which each side's
+own backbone returns them.
 
     python benchmarks/overhead.py [--modes training inference] [--boxes 20 1000] [--device cuda]
 """
@@ -49,11 +50,18 @@ from fcos_d2.modeling import (
     FCOSLoss,
     FCOSPostProcessor,
     LocationAssigner,
+    SimOTAAssigner,
+    TaskAlignedAssigner,
 )
 
 SIZE, STRIDES, CHANNELS, CLASSES = (800, 1216), (8, 16, 32, 64, 128), 8, 80
 RANGES = [(0, 64), (64, 128), (128, 256), (256, 512), (512, float("inf"))]
 PIXELS = {"pixel_mean": [0.0] * 3, "pixel_std": [1.0] * 3}
+ALIGNED = {
+    "quality": "joint",
+    "cls_loss_type": "quality_focal",
+    "box_loss_weighting": "alignment",
+}
 SCORE_THRESH = 0.2  # on sqrt(class * centerness): Detectron2's and torchvision's rule and value
 
 
@@ -79,7 +87,7 @@ class FixedMaps(Backbone):
         return {name: ShapeSpec(channels=CHANNELS, stride=s) for name, s in names}
 
 
-def build_ours(images: int, device: str, assigner: Assigner) -> nn.Module:
+def build_ours(images: int, device: str, assigner: Assigner, **loss_keys) -> nn.Module:
     # Our backbone's maps are channels-last on CPU: the model's runtime makes its input so.
     layout = torch.channels_last if device == "cpu" else torch.contiguous_format
     backbone = FixedMaps(images, device, layout)
@@ -93,11 +101,16 @@ def build_ours(images: int, device: str, assigner: Assigner) -> nn.Module:
             num_box_convs=1,
             norm="",
             use_scale=False,  # as in Detectron2's
+            quality=loss_keys.get("quality", "centerness"),
         ),
         head_in_features=list(backbone.output_shape()),
         assigner=assigner,
-        loss=FCOSLoss(),
-        post_processor=FCOSPostProcessor(score_thresh=SCORE_THRESH, score_thresh_on="score"),
+        loss=FCOSLoss(**loss_keys),
+        post_processor=FCOSPostProcessor(
+            score_thresh=SCORE_THRESH,
+            score_thresh_on="score",
+            quality=loss_keys.get("quality", "centerness"),
+        ),
         num_classes=CLASSES,
         **PIXELS,
     )
@@ -213,10 +226,11 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = args.device
-    ours, atss = (
+    ours, atss, simota = (
         build_ours(args.images, device, assigner).to(device)
-        for assigner in (LocationAssigner(RANGES, args.radius), ATSSAssigner())
+        for assigner in (LocationAssigner(RANGES, args.radius), ATSSAssigner(), SimOTAAssigner())
     )
+    aligned = build_ours(args.images, device, TaskAlignedAssigner(), **ALIGNED).to(device)
     detectrons = build_detectrons(args.images, device, args.radius).to(device)
     same_weights(ours, detectrons)
     retinanet = build_retinanet(args.images, device).to(device)
@@ -226,9 +240,11 @@ def main() -> None:
     print(machine(device))
 
     if "training" in args.modes:
-        atss.load_state_dict(ours.state_dict())
-        models = {"fcos_d2": ours, "Detectron2": detectrons}
-        models |= {"RetinaNet": retinanet, "ATSS": atss}
+        models = {"fcos_d2": ours, "Detectron2": detectrons, "RetinaNet": retinanet}
+        others = {"ATSS": atss, "SimOTA": simota, "TaskAligned": aligned}
+        for other in others.values():  # the last has no branch for quality
+            other.load_state_dict(ours.state_dict(), strict=False)
+        models |= others
         rows = []
         with EventStorage(1):
             for boxes in args.boxes:

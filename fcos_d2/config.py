@@ -48,6 +48,11 @@ def add_fcos_config(cfg: CN) -> None:
     # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD follow, for the images that are really trained on. 0
     # takes these keys as they are; -1 as many epochs as suit the data, as --data does.
     new.SOLVER.EPOCHS = 0
+    # Iterations at the start of a training in which MODEL.FCOS.ASSIGNMENT "task_aligned" leaves the
+    # choice of locations to ATSS, and all learn a class score of 1 with the focal loss, as in TOOD:
+    # there in 4 epochs of 12, 30000 of 90000 iterations. SOLVER.EPOCHS, and a MAX_ITER of the
+    # command line, scale it as they scale STEPS. 0: none.
+    new.SOLVER.ATSS_ITERS = 0
     # Services that get the metrics, the config, the report and the best checkpoint, too, to compare
     # runs: "wandb" (Weights & Biases) and "mlflow". Each is an extra of the installation.
     new.SOLVER.LOGGERS = ()
@@ -240,8 +245,10 @@ def _fcos_defaults() -> CN:
     # ---- Target assignment ----
     # Which locations learn a box: "location", those in a window around its centre on the levels of
     # its size (1904.01355, section 3.2; 2006.09214), or "atss", the nearest ones whose IoU with the
-    # box is high for this box (1912.02424), which reads neither REGRESSION_RANGES nor
-    # CENTER_SAMPLING_RADIUS.
+    # box is high for this box (1912.02424). By what the head predicts: "simota", as many as predict
+    # the box well, of those around its centre (2107.08430), and "task_aligned", those in the box
+    # that are good at its class and at its sides (2108.07755), with BOX_LOSS_WEIGHTING "alignment".
+    # Only the first reads REGRESSION_RANGES and CENTER_SAMPLING_RADIUS.
     fcos.ASSIGNMENT = "location"
     # Per level of IN_FEATURES: lower <= max(left, top, right, bottom) <= upper, in pixels
     # (1904.01355, section 3.2). `.inf` in a YAML means no upper bound.
@@ -255,7 +262,8 @@ def _fcos_defaults() -> CN:
 
     # ---- Losses ----
     # "focal" (1708.02002): the score of a present class is to be 1. "quality_focal" (2006.04388,
-    # section 3) and "varifocal" (2008.13367, section 3), with QUALITY "joint": it is to be the IoU.
+    # section 3) and "varifocal" (2008.13367, section 3), with QUALITY "joint": it is to be the IoU,
+    # with ASSIGNMENT "task_aligned" the alignment.
     fcos.CLS_LOSS_TYPE = "focal"
     # Present classes weigh FOCAL_LOSS_ALPHA, in "varifocal" 1, absent ones 1 - FOCAL_LOSS_ALPHA:
     # with 0.25 as in both papers. "quality_focal" has no such weights. The exponent is the beta of
@@ -268,7 +276,9 @@ def _fcos_defaults() -> CN:
     # authors' code). "none": unweighted, divided by the number of positives (1904.01355, eq. 2);
     # also what the authors' code does with QUALITY "iou". "score", with QUALITY "joint": weighted
     # by the highest class score of the location, divided by the sum of these (2006.04388, as in
-    # mmdetection). Such weights are predictions, which SOLVER.ACCUMULATE cannot know in advance.
+    # mmdetection). "alignment", with ASSIGNMENT "task_aligned": weighted by the target of the class
+    # score and divided by the sum of these, as the classification loss is, too (2108.07755). Such
+    # weights are predictions, which SOLVER.ACCUMULATE cannot know in advance.
     fcos.BOX_LOSS_WEIGHTING = "quality"
     # What the losses that are not weighted are divided by: "fg", the number of positives in this
     # step, or "ema_fg", its moving average, steadier for few positives per step. Both are of the

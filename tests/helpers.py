@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from hypothesis import strategies as st
 
 import fcos_d2
-from fcos_d2.modeling import Levels
+from fcos_d2.modeling import HeadOutputs, Levels
 
 RANGES = [(0, 64), (64, 128), (128, 256), (256, 512), (512, math.inf)]
 STRIDES = [8, 16, 32, 64, 128]
@@ -38,8 +38,16 @@ GFL = {
     "BOX_LOSS_WEIGHTING": "score",
 }
 GFLV2 = GFL | {"DISTRIBUTION_QUALITY": True}
-# Of TOOD's head.
-TASK_ALIGNED = GFL | {
+# Those of the two rules that see what the head predicts.
+SIMOTA = {"ASSIGNMENT": "simota"}
+ALIGNED = {
+    "ASSIGNMENT": "task_aligned",
+    "QUALITY": "joint",
+    "CLS_LOSS_TYPE": "quality_focal",
+    "BOX_LOSS_WEIGHTING": "alignment",
+}
+# TOOD, whose rule goes with a head of its own.
+TOOD = ALIGNED | {
     "HEAD": "task_aligned",
     "NUM_SHARE_CONVS": 2,
     "NUM_CLS_CONVS": 0,
@@ -159,6 +167,57 @@ def assign_by_loops(shapes, strides, ranges, radius, boxes_per_image, offset=0.5
                             owners[image, level, y * width + x] = number
                         number += 1
     return owners
+
+
+def make_outputs(shapes, strides, boxes_per_image, num_classes=3, offset=0.5, noise=0.2, seed=0):
+    """What a head may predict: at each cell logits, and a box near to one of its image.
+
+    With a noise above 0.5 or so, some distances are negative.
+    """
+    random, logits, ltrb = torch.Generator().manual_seed(seed), [], []
+    for (height, width), stride in zip(shapes, strides, strict=True):
+        n = len(boxes_per_image)
+        logits.append(torch.randn(n, num_classes, height, width, generator=random) * 2 - 2)
+        ltrb.append(torch.rand(n, 4, height, width, generator=random) * 4 * stride)
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        px, py = (x + offset) * stride, (y + offset) * stride
+        for image, boxes in enumerate(boxes_per_image):
+            if len(boxes):
+                number = torch.randint(len(boxes), (height, width), generator=random)
+                x0, y0, x1, y1 = boxes[number].unbind(2)
+                true = torch.stack([px - x0, py - y0, x1 - px, y1 - py])
+                factor = 1 + noise * torch.randn(4, height, width, generator=random)
+                ltrb[-1][image] = true * factor
+    return HeadOutputs(logits, ltrb, None)
+
+
+def candidates_by_loops(shapes, strides, boxes_per_image, outputs, offset=0.5, radius=math.inf):
+    """For each box of the batch, the cells strictly inside and within the radius of its centre.
+
+    A cell is (image, level, cell), its class logits, the IoU of the box predicted there, and the
+    four distances, all in float64 but for the distances: level by level, row by row.
+    """
+    found = []
+    for image, boxes in enumerate(boxes_per_image):
+        for x0, y0, x1, y1 in boxes.tolist():
+            found.append([])
+            for level, ((height, width), stride) in enumerate(zip(shapes, strides, strict=True)):
+                for y in range(height):
+                    for x in range(width):
+                        px, py = (x + offset) * stride, (y + offset) * stride
+                        off_center = max(abs(px - (x0 + x1) / 2), abs(py - (y0 + y1) / 2))
+                        sides = np.float32([px - x0, py - y0, x1 - px, y1 - py])
+                        if min(sides) <= 0 or off_center >= radius * stride:
+                            continue
+                        left, top, right, bottom = outputs.ltrb[level][image, :, y, x].tolist()
+                        a, b = (px - left, py - top, px + right, py + bottom), (x0, y0, x1, y1)
+                        wide = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+                        high = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+                        area = max(a[2] - a[0], 0) * max(a[3] - a[1], 0)
+                        iou = wide * high / (area + (x1 - x0) * (y1 - y0) - wide * high)
+                        logits = outputs.class_logits[level][image, :, y, x].tolist()
+                        found[-1].append(((image, level, y * width + x), logits, iou, sides))
+    return found
 
 
 @st.composite

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import TASK_ALIGNED, tiny_cfg
+from helpers import ALIGNED, SIMOTA, TOOD, tiny_cfg
 
 from fcos_d2.config import get_cfg
 
@@ -24,7 +24,7 @@ KEYS = {
     "TOP_IN_FEATURE": ("res5", {}, lambda m: m.backbone.top_block.p6.in_channels == 512),
     "TOP_RELU": (False, {}, lambda m: type(m.backbone.top_block).__name__ == "LinearP6P7"),
     "HEAD": (
-        "task_aligned", TASK_ALIGNED, lambda m: type(m.head).__name__ == "TaskAlignedHead",
+        "task_aligned", TOOD, lambda m: type(m.head).__name__ == "TaskAlignedHead",
     ),
     "NUM_CLS_CONVS": (3, {}, lambda m: len(m.head.cls_tower) == 9),
     "NUM_BOX_CONVS": (3, {}, lambda m: len(m.head.bbox_tower) == 9),
@@ -92,6 +92,18 @@ def test_key_reaches_its_part(key):
     value, needed, shows = KEYS[key]
     assert not shows(build_model(tiny_cfg())), "the value must differ from the default"
     assert shows(build_model(tiny_cfg(**(needed | {key: value}))))
+
+
+@pytest.mark.parametrize(
+    "keys, rule", [(SIMOTA, "SimOTAAssigner"), (ALIGNED, "TaskAlignedAssigner")]
+)
+def test_rules_that_see_predictions(keys, rule):
+    cfg = tiny_cfg(**keys)
+    cfg.SOLVER.ATSS_ITERS = 9 if keys is ALIGNED else 0
+    model = build_model(cfg)
+    assert type(model.assigner).__name__ == rule
+    assert getattr(model.assigner, "atss_iters", 0) == cfg.SOLVER.ATSS_ITERS
+    assert (model.loss.until_aligned is not None) == (keys is ALIGNED)
 
 
 def test_computed_centerness():

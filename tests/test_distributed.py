@@ -5,7 +5,7 @@ import torch
 from ddp_worker import training_step
 from detectron2.engine import launch
 from detectron2.modeling import build_model
-from helpers import GFLV2, TASK_ALIGNED, several_processes, tiny_cfg
+from helpers import ALIGNED, GFLV2, SIMOTA, TOOD, several_processes, tiny_cfg
 
 pytestmark = several_processes
 
@@ -22,9 +22,19 @@ CASES = [(ONE, TWO), (NONE, TWO), (ONE, NONE), (NONE, NONE)]
         {"LOSS_NORMALIZER": "ema_fg", "QUALITY": "iou", "BOX_LOSS_WEIGHTING": "none"},
         {"COMPILE": True},
         GFLV2,
-        TASK_ALIGNED,
+        SIMOTA,
+        ALIGNED | {"LOSS_NORMALIZER": "ema_fg"},
+        TOOD,
     ],
-    ids=["centerness", "iou, moving average", "compiled", "GFLv2", "task-aligned"],
+    ids=[
+        "centerness",
+        "iou, moving average",
+        "compiled",
+        "GFLv2",
+        "SimOTA",
+        "task-aligned",
+        "TOOD",
+    ],
 )
 def test_two_processes_equal_one(tmp_path, monkeypatch, keys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -15,7 +15,7 @@ from helpers import make_input
 
 from fcos_d2 import model_zoo
 from fcos_d2.data import DatasetMapper
-from fcos_d2.modeling import ATSSAssigner
+from fcos_d2.modeling import ATSSAssigner, SimOTAAssigner, TaskAlignedAssigner
 from fcos_d2.runtime import FoldedConv2d
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +120,7 @@ def test_every_key_that_a_config_changes_changes_behaviour(name, key):
         for other in changed_fcos_keys(name)[0]:
             reverted.MODEL.FCOS[other] = model_zoo.get_config(base).MODEL.FCOS[other]
         base_cfg = model_zoo.get_config(base)
+        reverted.SOLVER.ATSS_ITERS = base_cfg.SOLVER.ATSS_ITERS
         reverted.MODEL.FPN.IN_FEATURES = base_cfg.MODEL.FPN.IN_FEATURES
         reverted.MODEL.RESNETS.OUT_FEATURES = base_cfg.MODEL.RESNETS.OUT_FEATURES
         before = behaviour(reduced(reverted))
@@ -187,6 +188,16 @@ def test_lazy_config_changed_to_gfl_is_that_of_the_yaml():
     assert set(found) == {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_dfl"}
     for key, value in yaml.train()(batch).items():
         torch.testing.assert_close(found[key], value)
+
+
+def test_lazy_config_with_a_rule_that_sees_predictions():
+    lazy = model_zoo.get_config("common/models/fcos.py").model
+    lazy.assigner = L(SimOTAAssigner)(candidate_topk=7)
+    losses = instantiate(lazy).train()([make_input(size=(64, 64))])
+    assert all(x.isfinite() for x in losses.values())
+    lazy.assigner = L(TaskAlignedAssigner)(atss_iters=5)
+    with pytest.raises(ValueError, match="'task_aligned' and BOX_LOSS_WEIGHTING 'alignment' need"):
+        instantiate(lazy)
 
 
 COMPLETE = ["COCO-Detection/fcos_R_50_FPN_1x", "quick_schedules/fcos_R_18_FPN_shapes"]

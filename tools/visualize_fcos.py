@@ -109,7 +109,10 @@ def _draw_image(
         print(f"No quality.png: MODEL.FCOS.QUALITY is {quality!r}: class probabilities are all.")
     else:
         figures["quality"] = quality_figure(inspection, quality)
-    if record is not None:
+    if record is not None and predictor.model.assigner.sees_predictions:
+        chooses = f"MODEL.FCOS.ASSIGNMENT {cfg.MODEL.FCOS.ASSIGNMENT!r} chooses in training alone"
+        print(f"No positives.png: {chooses}, by what the model then predicts.")
+    elif record is not None:
         positives = locate_positives(cfg, predictor.model, record)
         figures["positives"] = positives_figure(inspection, positives)
     _save(figures, args.output)

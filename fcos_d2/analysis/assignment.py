@@ -152,7 +152,8 @@ def analyze_assignment(
         progress: show a progress bar.
 
     Raises:
-        ValueError: for another meta architecture, and for a record without height and width.
+        ValueError: for another meta architecture, for a rule of assignment that sees what a model
+            predicts, and for a record without height and width.
     """
     check_is_fcos(cfg)
     # The detector brings its checks, strides and assigner. On the meta device it has no weights.

@@ -87,7 +87,11 @@ def assign(model: FCOS, image: Instances) -> tuple[Positives, Tensor, Tensor]:
     Returns:
         the positives, and two masks (P,): eligible for more than one box; for boxes of more than
         one class.
+
+    Raises:
+        ValueError: for a rule that sees what a model predicts.
     """
+    model.assigner.check_without_model()
     boxes, classes = [image.gt_boxes.tensor], image.gt_classes
     shapes = level_shapes(model.backbone, model.levels, *image.image_size)
     candidates = model.assigner.candidates(model.levels, shapes, boxes)

@@ -42,6 +42,7 @@ from ..data.custom import read_entry
 from ..data.findings import Finding, count, table
 from ..data.layouts import recognise, use_data
 from ..data.raw_data import RawData
+from ..modeling.assignment import build_assigner
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -114,10 +115,16 @@ def find_all(
 ) -> tuple[dict[str, list[Finding]], list[DataStatistics]]:
     """The findings of each data set, and its numbers."""
     findings: dict[str, list[Finding]] = {}
-    hashes, statistics = {}, []
+    hashes, statistics, assigning = {}, [], cfg
+    if cfg is not None and build_assigner(cfg).sees_predictions:
+        print(
+            f"No levels and no boxes without a location: {cfg.MODEL.FCOS.ASSIGNMENT!r}, the "
+            "MODEL.FCOS.ASSIGNMENT, chooses by what a model predicts"
+        )
+        assigning = None
     for data in sets:
         found = [*data.findings, *check_annotations(data)]
-        numbers, unowned = data_statistics(data, found, cfg, progress=True)
+        numbers, unowned = data_statistics(data, found, assigning, progress=True)
         found += unowned
         statistics.append(numbers)
         if not args.no_images:

@@ -122,6 +122,8 @@ MMDET_TOOD = Source(
     cfg={
         **_JOINT,
         "MODEL.FCOS.HEAD": "task_aligned",
+        "MODEL.FCOS.ASSIGNMENT": "task_aligned",
+        "MODEL.FCOS.BOX_LOSS_WEIGHTING": "alignment",
         "MODEL.FCOS.NUM_SHARE_CONVS": 6,
         "MODEL.FCOS.NUM_CLS_CONVS": 0,
         "MODEL.FCOS.NUM_BOX_CONVS": 0,

@@ -92,6 +92,7 @@ def follow_epochs(cfg: CfgNode, images: float, given: Collection[str]) -> list[R
     solver, epochs = cfg.SOLVER, cfg.SOLVER.EPOCHS
     check_epochs(epochs, given)
     own_end, own_steps, own_warmup = solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS
+    own_atss = solver.ATSS_ITERS
     per_epoch = images / solver.IMS_PER_BATCH
     of_images = f"{images:g} images, {solver.IMS_PER_BATCH} a batch"
     if epochs == AUTOMATIC:
@@ -120,6 +121,9 @@ def follow_epochs(cfg: CfgNode, images: float, given: Collection[str]) -> list[R
         "SOLVER.CHECKPOINT_PERIOD": (period, of_period),
         "TEST.EVAL_PERIOD": (period, of_period),
     }
+    if own_atss:
+        reason = f"{own_atss / own_end:.3f} of the run, as the config's own"
+        wanted["SOLVER.ATSS_ITERS"] = own_atss * end // own_end, reason
     rate = "SOLVER.BASE_LR", solver.BASE_LR, f"for {solver.IMS_PER_BATCH} images a batch"
     return [rate, *(_derived(cfg, given, key, *value) for key, value in wanted.items())]
 
@@ -151,7 +155,7 @@ def _derived(cfg: CfgNode, given: Collection[str], key: str, value: object, reas
 
 
 def follow_max_iter(cfg: CfgNode, own_solver: CfgNode, given: Collection[str]) -> str:
-    """Scale SOLVER.STEPS and WARMUP_ITERS with a MAX_ITER that the command line sets.
+    """Scale SOLVER.STEPS, WARMUP_ITERS and ATSS_ITERS with a MAX_ITER of the command line.
 
     Args:
         cfg: changed in place.
@@ -171,6 +175,8 @@ def follow_max_iter(cfg: CfgNode, own_solver: CfgNode, given: Collection[str]) -
         "STEPS": tuple(sorted(steps)),
         "WARMUP_ITERS": round(own_solver.WARMUP_ITERS * scale),
     }
+    if own_solver.ATSS_ITERS:
+        followers["ATSS_ITERS"] = own_solver.ATSS_ITERS * solver.MAX_ITER // own_solver.MAX_ITER
     followers = {key: new for key, new in followers.items() if f"SOLVER.{key}" not in given}
     solver.update(followers)
     changes = ", ".join(f"{key} {own_solver[key]} -> {new}" for key, new in followers.items())
@@ -180,7 +186,15 @@ def follow_max_iter(cfg: CfgNode, own_solver: CfgNode, given: Collection[str]) -
 
 
 def check_steps(solver: CfgNode) -> None:
-    """Raise a ValueError for SOLVER.STEPS that do not go up, or that lie beyond the end."""
+    """Raise a ValueError for SOLVER.STEPS that do not go up, or that lie beyond the end.
+
+    SOLVER.ATSS_ITERS must end before the end, too.
+    """
+    if not 0 <= solver.ATSS_ITERS < solver.MAX_ITER:
+        raise ValueError(
+            f"SOLVER.ATSS_ITERS {solver.ATSS_ITERS} must be from 0 to below SOLVER.MAX_ITER "
+            f"{solver.MAX_ITER}: after them ASSIGNMENT 'task_aligned' begins. Choose another number"
+        )
     if solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR":  # the others have no steps
         return
     steps, end = list(solver.STEPS), solver.MAX_ITER

@@ -91,10 +91,11 @@ class Trainer(DefaultTrainer):
                 if cfg.TEST.PATIENCE:
                     raise
                 logging.getLogger(__name__).warning(f"There will be no evaluation. {error}")
+        data_loader = self.build_train_loader(cfg)
+        # The model reads SOLVER.ATSS_ITERS, which follow the number of images.
+        cfg = with_schedule(cfg, data_loader, given)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
-        cfg = with_schedule(cfg, data_loader, given)
         check_patience(cfg)
         model = distribute(model, cfg.MODEL.DEVICE)
         dtype = amp_dtype(cfg) if cfg.SOLVER.AMP.ENABLED else None

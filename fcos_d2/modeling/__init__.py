@@ -1,6 +1,12 @@
 """The detector, one stage a file, in the order of the data flow."""
 
-from .assignment import Assigner, ATSSAssigner, LocationAssigner
+from .assignment import (
+    Assigner,
+    ATSSAssigner,
+    LocationAssigner,
+    SimOTAAssigner,
+    TaskAlignedAssigner,
+)
 from .assignment.candidates import Candidates, Positives, Targets
 from .backbone import (
     TimmBackbone,
@@ -36,7 +42,9 @@ __all__ = [
     "Levels",
     "LocationAssigner",
     "Positives",
+    "SimOTAAssigner",
     "Targets",
+    "TaskAlignedAssigner",
     "TaskAlignedHead",
     "TimmBackbone",
     "build_fcos_resnet_bifpn_backbone",

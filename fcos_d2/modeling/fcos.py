@@ -79,6 +79,7 @@ class FCOS(DenseDetector):
         levels = select_levels(backbone.output_shape(), head_in_features)
         self.levels = Levels(tuple(level.stride for level in levels), location_offset)
         assigner.check_levels(head_in_features)
+        loss.check_assigner(assigner)
         qualities = {"head": head.quality, "loss": loss.quality}
         check_same("quality", qualities | {"post-processor": post_processor.quality})
         check_same("num_classes", {"head": head.num_classes, "detector": num_classes})
@@ -88,13 +89,14 @@ class FCOS(DenseDetector):
     @classmethod
     def from_config(cls, cfg) -> dict:
         backbone = build_backbone(cfg)
-        fcos, loss = cfg.MODEL.FCOS, FCOSLoss(cfg)
-        loss.check_parts(cfg.SOLVER.ACCUMULATE)
+        fcos, assigner, loss = cfg.MODEL.FCOS, build_assigner(cfg), FCOSLoss(cfg)
+        for part in (assigner, loss):
+            part.check_parts(cfg.SOLVER.ACCUMULATE)
         return values_of_keys(cfg, "NUM_CLASSES", "LOCATION_OFFSET") | {
             "backbone": backbone,
             "head": build_head(cfg, select_levels(backbone.output_shape(), fcos.IN_FEATURES)),
             "head_in_features": fcos.IN_FEATURES,
-            "assigner": build_assigner(cfg),
+            "assigner": assigner,
             "loss": loss,
             "post_processor": FCOSPostProcessor(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -122,7 +124,8 @@ class FCOS(DenseDetector):
             images = self.preprocess_image(batched_inputs)
             outputs = self.head_outputs(images)
             shapes = [tuple(x.shape[-2:]) for x in outputs.class_logits]
-            targets = make_targets(self.assigner, self.levels, shapes, instances)
+            rule = self.assigner.now(self.loss.training)
+            targets = make_targets(rule, self.levels, shapes, instances, outputs)
             self._log_training(batched_inputs, images, outputs, targets)
             return self.loss(outputs, targets.to(self.device), normalizers)
         found = self.candidates(self.preprocess_image(batched_inputs))
@@ -134,11 +137,13 @@ class FCOS(DenseDetector):
 
         With it, the mean of the losses of all parts is the loss of one large batch. All processes
         must call it together, once a step. It runs before the backbone: where the weights of the
-        losses are predictions, there is a ValueError. For others see :meth:`forward`.
+        losses are predictions, or the targets depend on them, there is a ValueError. For others
+        see :meth:`forward`.
 
         Args:
             parts: training inputs, as for as many calls of :meth:`forward`.
         """
+        self.assigner.check_parts(len(parts))
         ltrb = []
         for part in parts:
             # Padded as by preprocess_image, without pixels.
@@ -182,7 +187,8 @@ class FCOS(DenseDetector):
     def ground_truth(self, batched_inputs: list[dict]) -> list[Instances]:
         """The annotations of each image, checked and on CPU.
 
-        There the assignment runs while a GPU works on the backbone, and never waits for it.
+        There the assignment runs while a GPU works on the backbone. Only a rule that sees what the
+        head predicts waits for it, once.
         """
         if any("instances" not in x for x in batched_inputs):
             raise ValueError("Instance annotations are missing in training: no key 'instances'")

@@ -5,7 +5,6 @@ entry for each level, in any memory layout.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,8 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor
 
 from ..runtime import to_device
-from .assignment.candidates import Targets
+from .assignment import Assigner
+from .assignment.candidates import Targets, gather
 from .box_losses import box_losses, iou_of_ltrb, with_extent
 from .class_losses import CLASS_LOSSES, class_loss
 from .distributions import Distributions, distribution_focal_losses
@@ -59,7 +59,8 @@ class FCOSLoss(NormalizedLoss):
         super().__init__(loss_normalizer)
         check_choice("QUALITY", quality, QUALITIES)
         check_choice("BOX_LOSS_TYPE", box_loss_type, ("iou", "linear_iou", "giou", "diou", "ciou"))
-        check_choice("BOX_LOSS_WEIGHTING", box_loss_weighting, ("quality", "score", "none"))
+        weightings = "quality", "score", "alignment", "none"
+        check_choice("BOX_LOSS_WEIGHTING", box_loss_weighting, weightings)
         check_choice("CLS_LOSS_TYPE", cls_loss_type, CLASS_LOSSES)
         _check_together(quality, cls_loss_type, box_loss_weighting)
         check_between("FOCAL_LOSS_ALPHA", focal_loss_alpha, -math.inf, 1)
@@ -80,6 +81,18 @@ class FCOSLoss(NormalizedLoss):
         self.box_loss_weight = box_loss_weight
         self.quality_loss_weight = quality_loss_weight
         self.distribution_loss_weight = distribution_loss_weight
+        # Until targets are aligned, TOOD learns as FCOS does, without a branch for centerness.
+        self.until_aligned = None
+        if box_loss_weighting == "alignment":
+            self.until_aligned = FCOSLoss(
+                focal_loss_alpha=focal_loss_alpha,
+                focal_loss_gamma=focal_loss_gamma,
+                box_loss_type=box_loss_type,
+                loss_normalizer=loss_normalizer,
+                cls_loss_weight=cls_loss_weight,
+                box_loss_weight=box_loss_weight,
+                distribution_loss_weight=distribution_loss_weight,
+            )
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -106,6 +119,8 @@ class FCOSLoss(NormalizedLoss):
             images, with their divisors beside them: nothing is shared with other processes, and
             the moving average stays.
         """
+        if self.until_aligned is not None and not targets.are_aligned:
+            return self.until_aligned(outputs, targets, normalizers)
         predicted = gather(outputs.ltrb, targets)
         if outputs.may_be_outside:
             predicted = with_extent(predicted)
@@ -113,7 +128,7 @@ class FCOSLoss(NormalizedLoss):
             predicted = predicted.clamp(min=_MIN_DISTANCE)
         box_loss = box_losses(predicted, targets.ltrb, self.box_loss_type)
         quality = self._quality(predicted, targets)
-        scores = targets.scores * quality if self.quality == "joint" else targets.scores
+        scores = quality if self.quality == "joint" else targets.scores
         cls_loss = class_loss(
             outputs.class_logits, targets, scores, self.cls_loss_type, self.focal_loss_alpha,
             self.focal_loss_gamma,
@@ -124,8 +139,13 @@ class FCOSLoss(NormalizedLoss):
         elif self.box_loss_weighting == "score":
             logits = gather([x.detach() for x in outputs.class_logits], targets)
             weights = logits.amax(dim=1).float().sigmoid()
+        elif self.box_loss_weighting == "alignment":
+            weights = targets.scores
+        count = weights.new_full((), len(targets))
+        if targets.are_aligned:
+            count = targets.scores.sum()
         if normalizers is None:
-            normalizers = self.divisors(weights, self.box_loss_weighting != "none")
+            normalizers = self.divisors(count, weights, self.box_loss_weighting != "none")
         num_positives, sum_of_weights = normalizers
         losses = {
             "loss_fcos_cls": self.cls_loss_weight * cls_loss / num_positives,
@@ -142,9 +162,8 @@ class FCOSLoss(NormalizedLoss):
             losses[name] = self.quality_loss_weight * quality_loss / num_positives
             self._log_above_floor(name, quality_loss, quality, num_positives)
         if not self.training:
-            positives, weight = weights.new_full((), len(targets)), weights.sum()
-            of_boxes = "loss_fcos_loc", "loss_fcos_dfl"
-            divisors = {name: weight if name in of_boxes else positives for name in losses}
+            weight, of_boxes = weights.sum(), ("loss_fcos_loc", "loss_fcos_dfl")
+            divisors = {name: weight if name in of_boxes else count for name in losses}
             losses |= {name + DIVISOR: divisor for name, divisor in divisors.items()}
         return losses
 
@@ -155,8 +174,11 @@ class FCOSLoss(NormalizedLoss):
         """
         if self.quality == "centerness":
             return centerness(targets.ltrb)
+        if self.quality == "joint" and targets.are_aligned:
+            return targets.scores
         if self.quality in ("iou", "joint"):
-            return iou_of_ltrb(predicted.detach(), targets.ltrb)
+            iou = iou_of_ltrb(predicted.detach(), targets.ltrb)
+            return targets.scores * iou if self.quality == "joint" else iou
         return None
 
     def normalizers(self, ltrb: Tensor, parts: int) -> Normalizers:
@@ -175,7 +197,21 @@ class FCOSLoss(NormalizedLoss):
         self.check_parts(parts)
         is_weighted = self.box_loss_weighting == "quality"
         weights = centerness(ltrb) if is_weighted else torch.ones_like(ltrb[:, 0])
-        return self.divisors(weights, is_weighted, parts)
+        count = weights.new_full((), len(weights))
+        return self.divisors(count, weights, is_weighted, parts)
+
+    def check_assigner(self, assigner: Assigner) -> None:
+        """Raise a ValueError if the loss is not made for the scores that a rule makes."""
+        weighting, is_aligned = self.box_loss_weighting, assigner.makes_alignments
+        if is_aligned != (weighting == "alignment"):
+            found = (
+                f"BOX_LOSS_WEIGHTING is {weighting!r}" if is_aligned else "ASSIGNMENT is another"
+            )
+            raise ValueError(
+                "MODEL.FCOS.ASSIGNMENT 'task_aligned' and BOX_LOSS_WEIGHTING 'alignment' need each "
+                f"other, and {found}: set both (with QUALITY 'joint' and CLS_LOSS_TYPE "
+                "'quality_focal' or 'varifocal'), or neither"
+            )
 
     def check_parts(self, parts: int) -> None:
         """Raise a ValueError if the losses of several parts are not those of one large batch."""
@@ -217,11 +253,11 @@ def _check_together(quality: str, cls_loss_type: str, box_loss_weighting: str) -
             "MODEL.FCOS.BOX_LOSS_WEIGHTING 'quality' weights by centerness, and QUALITY is "
             f"{quality!r}: set BOX_LOSS_WEIGHTING {others}"
         )
-    if box_loss_weighting == "score" and quality != "joint":
+    if box_loss_weighting in ("score", "alignment") and quality != "joint":
         raise ValueError(
-            "MODEL.FCOS.BOX_LOSS_WEIGHTING 'score' weights by the class score as a measure of the "
-            f"box, which it is with QUALITY 'joint' alone, and QUALITY is {quality!r}: set QUALITY "
-            "'joint', or another BOX_LOSS_WEIGHTING"
+            f"MODEL.FCOS.BOX_LOSS_WEIGHTING {box_loss_weighting!r} weights by the class score as a "
+            f"measure of the box, which it is with QUALITY 'joint' alone, and QUALITY is "
+            f"{quality!r}: set QUALITY 'joint', or another BOX_LOSS_WEIGHTING"
         )
     if (quality == "joint") != (cls_loss_type != "focal"):
         raise ValueError(
@@ -230,9 +266,3 @@ def _check_together(quality: str, cls_loss_type: str, box_loss_weighting: str) -
             "IoU, which is QUALITY 'joint', and 'focal' is for classes whose score is to be 1. "
             "Change one of the two keys"
         )
-
-
-def gather(maps: Sequence[Tensor], targets: Targets) -> Tensor:
-    """(P, C) entries of the (N, C, Hi, Wi) maps at the positives."""
-    by_level = zip(maps, targets.by_level(), strict=True)
-    return torch.cat([level_map[image, :, y, x] for level_map, (image, y, x, _) in by_level])

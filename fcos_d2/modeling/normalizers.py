@@ -19,7 +19,7 @@ class Normalizers(NamedTuple):
     the parts that each process splits its images into.
     """
 
-    num_positives: Tensor
+    num_positives: Tensor  # with aligned targets, the sum of their scores
     sum_of_weights: Tensor
 
 
@@ -36,20 +36,24 @@ class NormalizedLoss(nn.Module):
         average = torch.tensor(0.0) if loss_normalizer == "ema_fg" else None
         self.register_buffer("ema_num_positives", average)
 
-    def divisors(self, weights: Tensor, is_weighted: bool, parts: int = 1) -> Normalizers:
+    def divisors(
+        self, num_positives: Tensor, weights: Tensor, is_weighted: bool, parts: int = 1
+    ) -> Normalizers:
         """The divisors of a step; in evaluation mode 1. The moving average moves once.
 
         All processes must call it together.
 
         Args:
-            weights: (P,) of the box losses of this process's positives, in all parts.
+            num_positives: scalar, of this process in all parts; of aligned targets, the sum of
+                their scores.
+            weights: (P,) of the box losses of these positives.
             is_weighted: whether what is weighted is divided by the sum of the weights; else it is
                 divided as the others are.
             parts: how many parts.
         """
         if not self.training:
             return Normalizers(weights.new_ones(()), weights.new_ones(()))
-        sums = torch.stack([weights.new_full((), len(weights)), weights.sum()])
+        sums = torch.stack([num_positives, weights.sum()])
         world_size = comm.get_world_size()
         if world_size > 1:
             dist.all_reduce(sums)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from .assignment import Assigner, build_assigner
-from .assignment.candidates import Targets, check_classes, make_targets
+from .assignment.candidates import check_classes, make_targets
 from .head import HeadOutputs, select_levels
 from .heads import Head, build_head, check_locations
 from .losses import FCOSLoss
@@ -66,6 +66,7 @@ class FCOSProposalGenerator(nn.Module):
         """
         super().__init__()
         assigner.check_levels(in_features)
+        loss.check_assigner(assigner)
         check_same("quality", {"head": head.quality, "loss": loss.quality})
         check_same("num_classes", {"head": head.num_classes, "proposals": num_classes})
         self.head = head
@@ -118,13 +119,16 @@ class FCOSProposalGenerator(nn.Module):
         if not self.training:
             return self._proposals(self.head(maps), images), {}
         # Before the head is queued: copying the boxes from a GPU waits for all that is queued.
-        targets = self._targets([tuple(x.shape[-2:]) for x in maps], gt_instances)
+        instances = self._ground_truth(gt_instances)
         outputs = self.head(maps)
+        shapes = [tuple(x.shape[-2:]) for x in maps]
+        rule = self.assigner.now(self.loss.training)
+        targets = make_targets(rule, self.levels, shapes, instances, outputs)
         losses = self.loss(outputs, targets.to(maps[0].device))
         return self._proposals(outputs, images), losses
 
-    def _targets(self, shapes: list[tuple[int, int]], gt_instances: list[Instances]) -> Targets:
-        # On CPU, and only what the assignment reads; the caller's instances stay as they are.
+    def _ground_truth(self, gt_instances: list[Instances]) -> list[Instances]:
+        """On CPU, what the assignment reads; the caller's instances stay as they are."""
         instances = [
             Instances(x.image_size, gt_boxes=x.gt_boxes, gt_classes=x.gt_classes).to("cpu")
             for x in gt_instances
@@ -133,7 +137,7 @@ class FCOSProposalGenerator(nn.Module):
             for x in instances:
                 x.gt_classes = torch.zeros_like(x.gt_classes)
         check_classes(instances, self.num_classes)
-        return make_targets(self.assigner, self.levels, shapes, instances)
+        return instances
 
     @torch.no_grad()
     def _proposals(self, outputs: HeadOutputs, images: ImageList) -> list[Instances]:

@@ -11,7 +11,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
-from helpers import LEVELS, RANGES, STRIDES, assign_by_loops, tiny_cfg
+from helpers import ALIGNED, LEVELS, RANGES, SIMOTA, STRIDES, assign_by_loops, tiny_cfg
 from helpers import level_shapes as expected_level_shapes
 
 from fcos_d2.analysis import AssignmentStatistics, analyze_assignment
@@ -118,6 +118,14 @@ def test_the_config_decides(key, value, positives):
     assert statistics.recalled == (positives > 0)
     assert statistics.ambiguous == (0.0 if positives else None)
     assert statistics.settings[key.lower()] == value
+
+
+@pytest.mark.parametrize("keys", [SIMOTA, ALIGNED], ids=lambda keys: keys["ASSIGNMENT"])
+def test_rules_that_see_predictions_have_no_statistics(keys):
+    name = keys["ASSIGNMENT"]
+    message = f"'{name}' chooses by what a model predicts: without a model there are no positives"
+    with pytest.raises(ValueError, match=message):
+        analyze(one_level_cfg(**keys), record([(0, 0, 64, 64)]))
 
 
 def test_crowds_are_left_out_unless_asked_for():

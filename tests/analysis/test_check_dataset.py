@@ -64,6 +64,16 @@ def test_the_data_sets_of_a_config(check_dataset, shapes_folder, tmp_path):
     assert_plots(tmp_path / "plots", names)
 
 
+def test_a_rule_that_sees_predictions_sends_boxes_to_no_level(check_dataset, tmp_path):
+    config = CONFIG.replace("fcos_R_18", "simota_R_18")
+    options = "--config-file", config, "--no-images", "--dataset", "shapes_val"
+    result = check_dataset(*options, "--json", tmp_path / "a.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "No levels and no boxes without a location: 'simota'" in result.stdout
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert list(content["statistics"]["shapes_val"]["sizes"]) == ["boxes"]
+
+
 def test_errors_and_the_cleaned_copy(check_dataset, tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((30, 40, 3), np.uint8))
     images = [{"id": i, "file_name": f"{n}.png", "height": 30, "width": 40} for i, n in ((1, "a"),

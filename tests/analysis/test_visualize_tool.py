@@ -77,6 +77,13 @@ def test_an_image_with_its_ground_truth(tool, tmp_path, capsys):
     assert_drawn(tmp_path, ["quality", "classes", "detections", "positives"])
 
 
+def test_a_rule_that_sees_predictions_has_no_positives_to_draw(tool, tmp_path, capsys):
+    options = ("--dataset", NAME, "--image-id", 18, "--output", tmp_path)
+    assert tool(*options, opts=("MODEL.FCOS.ASSIGNMENT", "simota")) is None
+    assert_drawn(tmp_path, ["quality", "classes", "detections"])
+    assert "No positives.png: MODEL.FCOS.ASSIGNMENT 'simota' chooses" in capsys.readouterr().out
+
+
 def test_a_data_set_without_quality(tool, tmp_path, capsys):
     opts = ("MODEL.FCOS.QUALITY", "none", "MODEL.FCOS.BOX_LOSS_WEIGHTING", "none")
     options = ("--dataset", NAME, "--max-images", 1, "--output", tmp_path)

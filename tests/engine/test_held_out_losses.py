@@ -10,6 +10,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from helpers import ALIGNED, SIMOTA
 
 from fcos_d2 import model_zoo
 from fcos_d2.data import DatasetMapper, register_custom_datasets
@@ -47,6 +48,25 @@ def at_random(model):
             if name.endswith(("running_mean", "running_var", "ema_num_positives")):
                 x.uniform_(0.5, 1.5)
     return model
+
+
+@pytest.mark.parametrize("keys", [SIMOTA, ALIGNED], ids=lambda keys: keys["ASSIGNMENT"])
+def test_rules_that_see_predictions(few, keys):
+    """Beside the sums of each image. ATSS_ITERS are for trainings."""
+    few.merge_from_list([x for key, value in keys.items() for x in (f"MODEL.FCOS.{key}", value)])
+    few.SOLVER.ATSS_ITERS = 100 if keys is ALIGNED else 0
+    model = at_random(build_model(few))
+    torch.nn.init.constant_(model.head.bbox_pred.bias, 2)  # predicts boxes that meet others
+    found = with_losses({}, few, model)["test"]
+    of_images = held_out_losses._losses_of(model, few)
+    mapper, sums = DatasetMapper(few, True, augmentations=[]), {}
+    for record in DatasetCatalog.get("few"):
+        for name, value in of_images([mapper(record)]).items():
+            sums[name] = sums.get(name, 0) + value.item()
+    for name in ("loss_fcos_cls", "loss_fcos_loc"):
+        assert found[name] == pytest.approx(sums[name] / sums[f"{name}/divisor"], rel=1e-4)
+    # All classes are divided by the alignments, which are no whole number.
+    assert (sums["loss_fcos_cls/divisor"] % 1 == 0) == (keys is SIMOTA)
 
 
 @pytest.mark.parametrize("weighting", ["quality", "none"])

@@ -58,6 +58,30 @@ def test_steps_and_warmup_follow_the_length(solver, caplog, max_iter, steps, war
     assert said == (set() if max_iter == 90_000 else {line})
 
 
+@pytest.fixture
+def aligned(tmp_path):
+    """COCO's schedule of 1x, 30,000 iterations of it by ATSS."""
+    file = tmp_path / "aligned.yaml"
+    file.write_text(f"_BASE_: {COCO}\nSOLVER: {{ATSS_ITERS: 30000}}\n")
+    return file
+
+
+def test_atss_iterations_follow_the_length(solver, aligned):
+    assert solver(config=aligned).ATSS_ITERS == 30_000
+    assert solver("SOLVER.MAX_ITER", 300, config=aligned).ATSS_ITERS == 100
+    assert solver("SOLVER.MAX_ITER", 2, config=aligned).ATSS_ITERS == 0
+    given = "SOLVER.MAX_ITER", 300, "SOLVER.ATSS_ITERS", 7
+    assert solver(*given, config=aligned).ATSS_ITERS == 7
+    for number in (300, 301, -1):
+        message = f"ATSS_ITERS {number} must be from 0 to below .* 300"
+        with pytest.raises(ValueError, match=message):
+            solver("SOLVER.MAX_ITER", 300, "SOLVER.ATSS_ITERS", number, config=aligned)
+    # 50 epochs of 160 images, 16 a batch, are 500 iterations.
+    *_, text = epochs(50, 160, "SOLVER.ATSS_ITERS", 30_000, given=["SOLVER.EPOCHS"])
+    assert re.search(r"SOLVER\.ATSS_ITERS +166 +0\.333 of the run", text)
+    assert "ATSS" not in epochs(50, 160)[-1]
+
+
 def test_what_is_given_stays(solver):
     given = ["SOLVER.MAX_ITER", 300, "SOLVER.STEPS", "(100, 250)", "SOLVER.WARMUP_ITERS", 50]
     assert schedule(solver(*given)) == ((100, 250), 300, 50)

@@ -13,6 +13,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import JSONWriter
+from helpers import ALIGNED
 
 from fcos_d2 import model_zoo
 from fcos_d2.data import register_custom_datasets
@@ -116,6 +117,48 @@ def test_the_schedule_follows_the_images_that_are_trained_on(cfg, tmp_path, monk
     assert torch.load(tmp_path / "model_final.pth")["iteration"] == 4
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").open()]
     assert [row["epoch"] for row in rows if "total_loss" in row] == [2.0]
+
+
+def test_a_run_stopped_beside_the_end_of_atss_goes_on_as_if_it_was_not(cfg, monkeypatch):
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda *args: {}))
+    for key, value in ALIGNED.items():
+        cfg.MODEL.FCOS[key] = value
+    cfg.SOLVER.ATSS_ITERS, cfg.SEED = 5, 3
+    whole, stopped = cfg.clone(), cfg.clone()
+    whole.OUTPUT_DIR, stopped.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/whole", f"{cfg.OUTPUT_DIR}/stopped"
+    rules = []
+
+    class Rule(HookBase):
+        def after_step(self):
+            rules.append(type(self.trainer.model.assigner.now(True)).__name__)
+
+    torch.manual_seed(0)  # the same weights at the start
+    trainer = Trainer(whole)
+    trainer.register_hooks([Rule()])
+    trainer.train()
+    assert rules == ["ATSSAssigner"] * 5 + ["TaskAlignedAssigner"]
+    torch.manual_seed(0)
+    killed = Trainer(stopped)
+    killed.register_hooks([Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = Trainer(stopped)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 4
+    resumed.train()
+    ends = [torch.load(f"{c.OUTPUT_DIR}/model_final.pth")["model"] for c in (whole, stopped)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+def test_atss_iterations_of_the_epochs_reach_the_model(cfg):
+    for key, value in ALIGNED.items():
+        cfg.MODEL.FCOS[key] = value
+    cfg.SOLVER.ATSS_ITERS, cfg.SOLVER.EPOCHS, cfg.SOLVER.STEPS = 2, 1, ()  # 2 of 6 iterations
+    trainer = Trainer(cfg)
+    expected = trainer.max_iter // 3
+    assert (trainer.cfg.SOLVER.ATSS_ITERS, trainer.model.assigner.atss_iters) == (expected,) * 2
+    assert expected > 2
 
 
 def test_evaluates_by_the_type_of_the_data_set(cfg, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GFLV2, TASK_ALIGNED, make_detector, tiny_cfg
+from helpers import GFLV2, TOOD, make_detector, tiny_cfg
 
 from fcos_d2.export import to_onnx
 
@@ -91,7 +91,7 @@ def gfl(tmp_path_factory):
 @pytest.fixture(scope="session")
 def task_aligned(tmp_path_factory):
     """(model, file, difference): TOOD's head, with deformable convolutions of four groups."""
-    cfg = tiny_cfg(**TASK_ALIGNED, USE_DEFORMABLE=True)
+    cfg = tiny_cfg(**TOOD, USE_DEFORMABLE=True)
     return export(tmp_path_factory.mktemp("task_aligned"), cfg)
 
 

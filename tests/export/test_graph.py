@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import GFL, TASK_ALIGNED, assert_same_detections, make_detector, make_input, tiny_cfg
+from helpers import GFL, TOOD, assert_same_detections, make_detector, make_input, tiny_cfg
 
 from fcos_d2.export.graph import DetectionGraph, RawGraph
 
@@ -21,7 +21,7 @@ def compare(model, sizes=((150, 201), (64, 97), (1, 1), (129, 320))):
     return counts
 
 
-@pytest.mark.parametrize("head", [GFL, TASK_ALIGNED], ids=["GFL", "task-aligned"])
+@pytest.mark.parametrize("head", [GFL, TOOD], ids=["GFL", "task-aligned"])
 @pytest.mark.parametrize("thresh_on", ["class", "score"])
 def test_a_joint_score(thresh_on, head):
     keys = {"SCORE_THRESH_ON": thresh_on, "SCORE_THRESH_TEST": 0.02, "NMS_THRESH_TEST": 0.9}

@@ -288,6 +288,30 @@ def test_scores_of_the_assignment_multiply_the_iou():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("total", [5.0, 0.3])
+def test_aligned_targets_by_definition(total):
+    """2108.07755: the scores are targets, the weights of boxes and, summed, divisors.
+
+    What classes are divided by is at least 1, as their negatives are there without any target.
+    """
+    outputs, targets = make_case()
+    scores = torch.rand(len(targets))
+    scores *= total / scores.sum()
+    outputs = with_distributions(outputs)._replace(quality_logits=None)
+    targets = dataclasses.replace(targets, scores=scores, are_aligned=True)
+    keys = {"quality": "joint", "cls_loss_type": "quality_focal"}
+    losses = FCOSLoss(box_loss_weighting="alignment", **keys)(outputs, targets)
+    assert set(losses) == {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_dfl"}
+    dense = dense_quality_focal(outputs, targets, scores) / max(total, 1)
+    assert losses["loss_fcos_cls"].item() == pytest.approx(dense.item(), rel=1e-5)
+    giou = box_losses(gather(outputs.ltrb, targets), targets.ltrb, "giou")
+    expected = (giou * scores).sum() / total
+    assert losses["loss_fcos_loc"].item() == pytest.approx(expected.item(), rel=1e-5)
+    # In evaluation mode, sums and what they are divided by.
+    sums = FCOSLoss(box_loss_weighting="alignment", **keys).eval()(outputs, targets)
+    assert all(sums[f"{name}/divisor"] == pytest.approx(total) for name in losses)
+
+
 def test_no_quality_branch():
     outputs, targets = make_case()
     for quality in ("none", "computed"):

@@ -1,8 +1,9 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
-from helpers import GFL, STRIDES, TASK_ALIGNED, level_locations, make_input
+from helpers import ALIGNED, GFL, SIMOTA, STRIDES, TOOD, level_locations, make_input
 
 from fcos_d2 import model_zoo
 from fcos_d2.modeling import FCOSLoss, FCOSProposalGenerator
@@ -72,17 +73,21 @@ def test_class_agnostic_unless_told_otherwise(classes):
     assert (losses[0] == losses[1]) == (classes == 1)
 
 
-@pytest.mark.parametrize("keys", [{}, GFL, TASK_ALIGNED], ids=["FCOS", "GFL", "task-aligned"])
+@pytest.mark.parametrize(
+    "keys",
+    [{}, GFL, SIMOTA, ALIGNED, TOOD],
+    ids=["FCOS", "GFL", "SimOTA", "task-aligned", "TOOD"],
+)
 @pytest.mark.parametrize("objects", [True, False])
 def test_trained_jointly(objects, keys):
     model = build(**keys).train()
     model.zero_grad()
     with EventStorage(0):
         losses = model([make_input() if objects else make_input((), ())])
-    assert set(losses) == {
-        "loss_cls", "loss_box_reg", "loss_fcos_cls", "loss_fcos_loc",
-        *(["loss_fcos_ctr"] if not keys else ["loss_fcos_dfl"] if keys == GFL else []),
-    }  # fmt: skip
+    third = {"loss_fcos_ctr"} if keys in ({}, SIMOTA) else set()
+    third |= {"loss_fcos_dfl"} if keys is GFL else set()
+    two = {"loss_cls", "loss_box_reg", "loss_fcos_cls", "loss_fcos_loc"}
+    assert set(losses) == two | third
     assert all(v.isfinite() for v in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -105,14 +110,14 @@ def test_ground_truth_of_the_caller_is_left_as_it_is():
     assert batch[0]["instances"].gt_classes.tolist() == [2]
 
 
-def test_targets_are_made_before_the_head_is_queued():
+def test_boxes_are_copied_before_the_head_is_queued(monkeypatch):
+    # From a GPU, the copy waits for all that is queued.
     model, order = build().train(), []
-    generator = model.proposal_generator
-    assign = generator.assigner
-    generator.assigner = lambda *args: order.append("targets") or assign(*args)
-    generator.head.register_forward_pre_hook(lambda *_: order.append("head"))
+    copy = Instances.to
+    monkeypatch.setattr(Instances, "to", lambda x, device: order.append(device) or copy(x, device))
+    model.proposal_generator.head.register_forward_pre_hook(lambda *_: order.append("head"))
     proposals_of(model, [make_input()])
-    assert order == ["targets", "head"]
+    assert order == ["cpu", "head"]
 
 
 def test_detections():

@@ -7,7 +7,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from helpers import TASK_ALIGNED, make_input, tiny_cfg
+from helpers import TOOD, make_input, tiny_cfg
 from torch import nn
 from torch.autograd import gradcheck
 from torchvision.ops import deform_conv2d
@@ -243,22 +243,22 @@ def test_compiled():
 )
 def test_keys_that_do_not_go_with_this_head(key, value, message):
     with pytest.raises(ValueError, match=message) as e:
-        build_model(tiny_cfg(**(TASK_ALIGNED | {key: value})))
+        build_model(tiny_cfg(**(TOOD | {key: value})))
     assert "in place of" not in message or "HEAD 'task_aligned'" in str(e.value)
 
 
 def test_other_keys_at_once():
     with pytest.raises(ValueError, match="NUM_BOX_CONVS 0 in place of 1, BOX_ACTIVATION 'exp' in "):
         build_model(tiny_cfg(HEAD="task_aligned"))
-    keys = TASK_ALIGNED | {"QUALITY": "iou", "CLS_LOSS_TYPE": "focal", "BOX_LOSS_WEIGHTING": "none"}
+    keys = TOOD | {"QUALITY": "iou", "CLS_LOSS_TYPE": "focal", "BOX_LOSS_WEIGHTING": "none"}
     with pytest.raises(ValueError, match="QUALITY 'joint' in place of 'iou', or HEAD 'fcos'"):
         build_model(tiny_cfg(**keys))
 
 
 def test_the_detector_must_have_the_same_locations():
-    model = build_model(tiny_cfg(**TASK_ALIGNED, LOCATION_OFFSET=0.0))
+    model = build_model(tiny_cfg(**TOOD, LOCATION_OFFSET=0.0))
     assert model.head.levels == model.levels
-    parts = type(model).from_config(tiny_cfg(**TASK_ALIGNED)) | {"location_offset": 0.0}
+    parts = type(model).from_config(tiny_cfg(**TOOD)) | {"location_offset": 0.0}
     with pytest.raises(ValueError, match=r"same location_offset, got head 0\.5, detector 0\.0"):
         type(model)(**parts)
 
@@ -267,7 +267,7 @@ def test_the_detector_must_have_the_same_locations():
 def test_trains_boxes_that_do_not_contain_their_location(box_loss_type):
     """Sampled from two cells to the right, all boxes lie beside their locations at first."""
     torch.manual_seed(0)
-    model = build_model(tiny_cfg(**TASK_ALIGNED, BOX_LOSS_TYPE=box_loss_type)).train()
+    model = build_model(tiny_cfg(**TOOD, BOX_LOSS_TYPE=box_loss_type)).train()
     with torch.no_grad():
         model.head.offsets[2].bias[1::2] = 2.0
         model.head.bbox_pred.bias.fill_(0.5)

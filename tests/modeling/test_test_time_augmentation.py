@@ -4,13 +4,13 @@ import torch
 from detectron2.layers import batched_nms
 from detectron2.modeling import DatasetMapperTTA, build_model
 from fvcore.transforms.transform import ScaleTransform, TransformList
-from helpers import GFL, TASK_ALIGNED, make_input, tiny_cfg
+from helpers import GFL, TOOD, make_input, tiny_cfg
 
 from fcos_d2 import model_zoo
 from fcos_d2.modeling import FCOSWithTTA
 
 
-@pytest.fixture(scope="module", params=[{}, GFL, TASK_ALIGNED], ids=["FCOS", "GFL", "task-aligned"])
+@pytest.fixture(scope="module", params=[{}, GFL, TOOD], ids=["FCOS", "GFL", "task-aligned"])
 def model(request):
     torch.manual_seed(0)
     model = build_model(tiny_cfg(**request.param)).eval()

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from detectron2.export import TracingAdapter
-from helpers import GFLV2, TASK_ALIGNED, make_detector, make_input
+from helpers import GFLV2, TOOD, make_detector, make_input
 from torch.export import Dim
 
 from fcos_d2.modeling import HeadOutputs
@@ -46,7 +46,7 @@ def assert_same_detections(model, traced, image):
         {"BOX_ACTIVATION": "exp", "NORM": "BN", "USE_DEFORMABLE": True},
         {"CLIP_BOXES": "after_nms"},
         GFLV2 | {"SCORE_THRESH_TEST": 0.02, "NMS_THRESH_TEST": 0.9},
-        TASK_ALIGNED,
+        TOOD,
     ],
 )
 def test_traced_on_one_image_right_on_twenty_of_other_sizes(keys):
@@ -90,7 +90,7 @@ class DensePart(torch.nn.Module):
         return self.model.runtime.run(self.model, pixels)
 
 
-@pytest.mark.parametrize("keys", [{}, TASK_ALIGNED], ids=["FCOS", "task-aligned"])
+@pytest.mark.parametrize("keys", [{}, TOOD], ids=["FCOS", "task-aligned"])
 @torch.no_grad()
 def test_dense_part_is_exported_for_all_sizes(keys):
     model = make_detector(**keys)

@@ -1,6 +1,6 @@
 """Which location learns which box: boxes -> candidates -> positives -> targets.
 
-Shapes: C candidates, P positives, K classes.
+Shapes: C candidates, P positives, K classes, N images, (Hi, Wi) cells of level i.
 
 Candidate: a location and a box that it may learn. A rule of assignment says which there are.
 Positive: a candidate that won its location, the one with the lowest cost. All other locations are
@@ -16,6 +16,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from ...runtime import to_device
+from ..head import HeadOutputs
 from ..points import Levels
 
 
@@ -45,11 +46,19 @@ class Candidates:
 
     def __getitem__(self, mask: Tensor) -> "Candidates":
         """The candidates that a (C,) bool mask selects."""
-        return Candidates(*(field[mask] for field in vars(self).values()))
+        chosen = mask.nonzero()[:, 0]
+        return Candidates(*(field.index_select(0, chosen) for field in vars(self).values()))
 
 
+@dataclass(frozen=True)
 class Positives(Candidates):
-    """The candidates that won their location: no cell of an image appears twice."""
+    """The candidates that won their location: no cell of an image appears twice.
+
+    Attributes:
+        score: (P,) float32 in [0, 1], what the score of the class is to be.
+    """
+
+    score: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,8 @@ class Targets:
         ltrb: (P, 4) float32 distances in pixels, all > 0.
         scores: (P,) float32 in [0, 1], what the score of the class is to be; 1 in FCOS.
         per_level: number of positives on each level, a list: reading it waits for no GPU.
+        are_aligned: whether the scores say how well class and box go together, as ASSIGNMENT
+            "task_aligned" does. Then QUALITY "joint" does not multiply them by the IoU.
     """
 
     image: Tensor
@@ -71,6 +82,7 @@ class Targets:
     ltrb: Tensor
     scores: Tensor
     per_level: list[int]
+    are_aligned: bool = False
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -82,7 +94,14 @@ class Targets:
 
     def to(self, device: torch.device) -> "Targets":
         tensors = (self.image, self.x, self.y, self.classes, self.ltrb, self.scores)
-        return Targets(*(to_device(x, device) for x in tensors), self.per_level)
+        on_device = (to_device(x, device) for x in tensors)
+        return Targets(*on_device, self.per_level, self.are_aligned)
+
+
+def gather(maps: Sequence[Tensor], targets: Targets) -> Tensor:
+    """(P, C) entries of the (N, C, Hi, Wi) maps at the positives."""
+    by_level = zip(maps, targets.by_level(), strict=True)
+    return torch.cat([level_map[image, :, y, x] for level_map, (image, y, x, _) in by_level])
 
 
 @torch.no_grad()
@@ -94,14 +113,29 @@ def lowest_cost_wins(
     Of equal costs the first box wins.
     """
     cell = cell_numbers(candidates, level_shapes, num_images)
-    # As integers, the bits of non-negative float32 numbers have the order of the numbers, and those
-    # of negative ones the opposite order. So cost and box number make one exact key.
-    bits = candidates.cost.view(torch.int32).long()
-    key = (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | candidates.gt
     num_cells = num_images * sum(height * width for height, width in level_shapes)
+    winners = candidates[wins_cell(candidates.cost, candidates.gt, cell, num_cells)]
+    return Positives(**vars(winners), score=torch.ones_like(winners.cost))
+
+
+def wins_cell(cost: Tensor, gt: Tensor, cell: Tensor, num_cells: int) -> Tensor:
+    """(C,) bool, whether each candidate has the lowest cost of its cell. Waits for no GPU.
+
+    Of equal costs the first box wins.
+    """
+    # Cost and box number make one exact key.
+    key = (in_order_of(cost) << 32) | gt
     lowest = torch.full((num_cells,), torch.iinfo(torch.int64).max, device=cell.device)
     lowest.scatter_reduce_(0, cell, key, reduce="amin")
-    return Positives(**vars(candidates[lowest[cell] == key]))
+    return lowest[cell] == key
+
+
+def in_order_of(values: Tensor) -> Tensor:
+    """(C,) int64 in [-2^31, 2^31) in the order of float32 numbers."""
+    # As integers, the bits of non-negative float32 numbers have the order of the numbers, and those
+    # of negative ones the opposite order.
+    bits = values.view(torch.int32).long()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def cell_numbers(
@@ -112,8 +146,8 @@ def cell_numbers(
     height, width = torch.tensor(level_shapes, device=device).unbind(dim=1)
     size = height * width
     level_begin = num_images * (size.cumsum(0) - size)
-    in_level = candidates.image * size[level] + candidates.y * width[level] + candidates.x
-    return level_begin[level] + in_level
+    begin, size, width = (x.index_select(0, level) for x in (level_begin, size, width))
+    return begin + candidates.image * size + candidates.y * width + candidates.x
 
 
 def make_targets(
@@ -121,22 +155,36 @@ def make_targets(
     levels: Levels,
     level_shapes: Sequence[tuple[int, int]],
     instances: Sequence[Instances],
+    outputs: HeadOutputs | None = None,
 ) -> Targets:
     """The targets of a batch, on the device of its instances.
 
     Args:
-        assigner: of levels, level_shapes and the boxes of each image; see Assigner.
+        assigner: of levels, level_shapes, the boxes and classes of each image, and the outputs; see
+            Assigner.
         instances: of each image, with ``gt_boxes`` and ``gt_classes``.
+        outputs: of the head, for rules that see them.
     """
-    positives = assigner(levels, level_shapes, [x.gt_boxes.tensor for x in instances])
+    boxes = [x.gt_boxes.tensor for x in instances]
+    classes = torch.cat([x.gt_classes for x in instances])
+    positives = assigner(levels, level_shapes, boxes, classes, outputs)
+    are_aligned = getattr(assigner, "makes_alignments", False)
+    return targets_of(positives, classes, positives.score, len(levels), are_aligned)
+
+
+def targets_of(
+    pairs: Candidates, classes: Tensor, scores: Tensor, num_levels: int, are_aligned: bool = False
+) -> Targets:
+    """What locations learn of the boxes beside them, whose classes are listed box by box."""
     return Targets(
-        image=positives.image,
-        x=positives.x,
-        y=positives.y,
-        classes=torch.cat([x.gt_classes for x in instances])[positives.gt],
-        ltrb=positives.ltrb,
-        scores=torch.ones_like(positives.cost),
-        per_level=torch.bincount(positives.level, minlength=len(levels)).tolist(),
+        image=pairs.image,
+        x=pairs.x,
+        y=pairs.y,
+        classes=classes[pairs.gt],
+        ltrb=pairs.ltrb,
+        scores=scores,
+        per_level=torch.bincount(pairs.level, minlength=num_levels).tolist(),
+        are_aligned=are_aligned,
     )
 
 

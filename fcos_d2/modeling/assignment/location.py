@@ -90,9 +90,9 @@ class LocationAssigner(Assigner):
         self.check_levels(level_shapes)
         all_boxes, image_of_box = boxes_of_batch(boxes)
         level, gt, x, y = self._propose(levels, level_shapes, all_boxes)
-        locations = levels.locations(level, x, y)
-        ltrb = boxes_to_ltrb(locations, all_boxes[gt])
-        may_learn = self._may_learn(levels, level, locations, all_boxes[gt], ltrb)
+        locations, boxes_there = levels.locations(level, x, y), all_boxes.index_select(0, gt)
+        ltrb = boxes_to_ltrb(locations, boxes_there)
+        may_learn = self._may_learn(levels, level, locations, boxes_there, ltrb)
         size = all_boxes[:, 2:] - all_boxes[:, :2]
         area = (size[:, 0] * size[:, 1])[gt]
         return Candidates(image_of_box[gt], level, x, y, gt, ltrb, area)[may_learn]
@@ -131,16 +131,7 @@ class LocationAssigner(Assigner):
         reachable = largest >= lower - _WINDOW_MARGIN * stride
         num_cells = (count.prod(dim=2) * reachable).long()  # (L, M) of each window
 
-        # One row for each cell of each window.
-        level, gt = num_cells.nonzero(as_tuple=True)
-        num_cells = num_cells[level, gt]
-        window = torch.arange(len(level), device=device).repeat_interleave(num_cells)
-        level, gt = level[window], gt[window]
-        begin = (num_cells.cumsum(0) - num_cells)[window]
-        number = torch.arange(len(window), device=device) - begin  # in its window, row by row
-        first, columns = first[level, gt].long(), count[level, gt, 0].long()
-        row = torch.div(number, columns, rounding_mode="floor")
-        return level, gt, first[:, 0] + number - row * columns, first[:, 1] + row
+        return cells_of_windows(first.long(), count[..., 0].long(), num_cells)
 
     def _may_learn(
         self, levels: Levels, level: Tensor, locations: Tensor, boxes: Tensor, ltrb: Tensor
@@ -155,6 +146,27 @@ class LocationAssigner(Assigner):
             off_center = (locations - center).abs().amax(dim=1)
             accepted &= off_center < self.radius * stride
         return accepted
+
+
+def cells_of_windows(
+    first: Tensor, columns: Tensor, num_cells: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(level, gt, x, y) of all cells of windows, level by level, box by box, row by row.
+
+    Args:
+        first: (L, M, 2) column and row of the first cell of each box's window on each level.
+        columns: (L, M) of the windows.
+        num_cells: (L, M) of the windows.
+    """
+    device = first.device
+    level, gt = num_cells.nonzero(as_tuple=True)
+    num_cells, first, columns = num_cells[level, gt], first[level, gt], columns[level, gt]
+    window = torch.arange(len(level), device=device).repeat_interleave(num_cells)
+    of_windows = level, gt, num_cells.cumsum(0) - num_cells, columns, first[:, 0], first[:, 1]
+    level, gt, begin, columns, x, y = (v.index_select(0, window) for v in of_windows)
+    number = torch.arange(len(window), device=device) - begin  # in its window, row by row
+    row = torch.div(number, columns, rounding_mode="floor")
+    return level, gt, x + number - row * columns, y + row
 
 
 def _check_ranges(ranges: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
