@@ -52,6 +52,8 @@ class Predictor(ImagePredictor):
         self.model = build_model(cfg.clone()).eval()
         checkpointer = AtomicCheckpointer(self.model)
         checkpointer.load(cfg.MODEL.WEIGHTS)
+        if cfg.MODEL.WEIGHTS:
+            checkpointer.check_complete()
         self.metadata = _metadata(cfg, checkpointer)
         self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self.model_channels = cfg.INPUT.FORMAT

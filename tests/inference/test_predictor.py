@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
 from helpers import make_arrays, tiny_cfg
 
 import fcos_d2
@@ -162,6 +163,17 @@ def test_detections_before_a_bad_image_are_not_lost(cfg, tmp_path):
     with pytest.raises(OSError, match=r"broken\.png"):
         predictor(tmp_path / "broken.png")
     assert predictor([]) == []
+
+
+def test_weights_that_do_not_fill_the_model(cfg, tmp_path):
+    cfg = cfg.clone()
+    weights = build_model(cfg).state_dict()
+    del weights["head.bbox_pred.weight"]
+    weights["head.cls_logits.bias"] = torch.zeros(99)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    torch.save(weights, cfg.MODEL.WEIGHTS)
+    with pytest.raises(ValueError, match=r"do not fit the config: 2 tensors .*bbox_pred"):
+        fcos_d2.Predictor(cfg)
 
 
 def test_wrong_arguments(cfg):
