@@ -129,7 +129,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
             for name in [n for n in checkpoint["model"] if n.startswith(of_classes)]:
                 del checkpoint["model"][name]
         incompatible = super()._load_model(checkpoint)
-        self.missing = incompatible.missing_keys + [n for n, *_ in incompatible.incorrect_shapes]
+        # A tensor of another shape may be in both.
+        other_shapes = [name for name, *_ in incompatible.incorrect_shapes]
+        self.missing = list(dict.fromkeys(incompatible.missing_keys + other_shapes))
         sizes = {
             name: x.numel()
             for name, x in self.model.state_dict().items()
