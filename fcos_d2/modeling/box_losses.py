@@ -51,11 +51,19 @@ def box_losses(predicted: Tensor, target: Tensor, box_loss_type: str) -> Tensor:
 
 
 def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    intersection = _area(torch.minimum(a, b))
+    # Of boxes apart, a side of what they have in common is beyond the opposite one.
+    intersection = _product(_sides(torch.minimum(a, b)).clamp(min=0))
     return intersection, _area(a) + _area(b) - intersection
 
 
 def _area(ltrb: Tensor) -> Tensor:
-    """(P,) 0 where a side is beyond the opposite one: what boxes apart have in common."""
-    width, height = ltrb[:, 0] + ltrb[:, 2], ltrb[:, 1] + ltrb[:, 3]
-    return width.clamp(min=0) * height.clamp(min=0)
+    return _product(_sides(ltrb))
+
+
+def _sides(ltrb: Tensor) -> Tensor:
+    """(P, 2) width and height."""
+    return ltrb[:, :2] + ltrb[:, 2:]
+
+
+def _product(sides: Tensor) -> Tensor:
+    return sides[:, 0] * sides[:, 1]
