@@ -33,6 +33,7 @@ from fcos_d2.export import OnnxPredictor, to_onnx
 from fcos_d2.export import int8 as int8_export
 from fcos_d2.export.__main__ import calibration_images, load_model
 from fcos_d2.export.int8 import quantize
+from fcos_d2.inference.results import to_instances
 
 try:
     import openvino
@@ -68,9 +69,7 @@ def average_precision(file: Path, name: str, records: list[dict], folder: str) -
     predictor = OnnxPredictor(file)
     for record in records:
         found = predictor(record["file_name"])["instances"]
-        arrays = found.pred_boxes, found.scores, found.pred_classes, np.array(len(found))
-        (instances,) = as_instances([x[None] for x in arrays], found.image_size)
-        evaluator.process([record], [{"instances": instances}])
+        evaluator.process([record], [{"instances": to_instances(found)}])
     with contextlib.redirect_stdout(io.StringIO()):
         return evaluator.evaluate()["bbox"]["AP"]
 

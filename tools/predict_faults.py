@@ -138,7 +138,8 @@ def difference(a: dict, b: dict) -> float:
         for x in results["annotations"]:
             of_images[x["image_id"]].append((x["category_id"], *x["bbox"], x["score"]))
         rows.append([sorted(found) for found in of_images.values()])
-    if [list(map(len, x)) for x in rows[:1]] != [list(map(len, x)) for x in rows[1:]]:
+    of_a, of_b = ([len(found) for found in side] for side in rows)
+    if of_a != of_b:
         return math.inf
     pairs = zip(*([row for found in side for row in found] for side in rows), strict=True)
     return max(abs(x - y) for pair in pairs for x, y in zip(*pair, strict=True))

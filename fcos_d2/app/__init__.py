@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..command_line import config_parser, exit_on_error
+from ..engine.stopping import exit_code
 from ..inference import Predictor
 from ..inference.model_options import add_model_options, chosen_cfg
 from ..inference.onnx_predictor import OnnxPredictor
 from .detector import Detector
-
-_TERMINATED = 143  # the exit code, as of a shell
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _terminate(*_: object) -> None:
     """Leave as after an error, so that the folder is removed, whatever signals follow."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(_TERMINATED)
+    sys.exit(exit_code(signal.SIGTERM))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import UnidentifiedImageError
@@ -20,6 +20,7 @@ from ..analysis.inspection import Inspection
 from ..data.image_files import image_size, read_image
 from ..inference import Predictor, draw_instances
 from ..inference.onnx_predictor import OnnxPredictor
+from ..inference.results import to_instances
 from ..modeling import FCOS
 from ..modeling.head import WITHOUT_FACTOR
 
@@ -154,14 +155,7 @@ class Detector:
 
     def _detect(self, image: np.ndarray) -> Instances:
         found = self.predictor(image)["instances"]
-        if isinstance(found, Instances):
-            return found.to("cpu")
-        return Instances(
-            found.image_size,
-            pred_boxes=Boxes(torch.from_numpy(found.pred_boxes)),
-            scores=torch.from_numpy(found.scores),
-            pred_classes=torch.from_numpy(found.pred_classes),
-        )
+        return found.to("cpu") if isinstance(found, Instances) else to_instances(found)
 
 
 def _read(file: str, name: str) -> np.ndarray:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from ..checkpoint import replacing
 from ..inference.onnx_predictor import Detections, OnnxPredictor
+from ..inference.results import to_instances
 from .onnx import ExportError, check_packages
 
 # Below this AP, with the float32 file's detections as the truth, a file is not kept. Models that
@@ -158,12 +160,8 @@ def _agreement(expected: Sequence[Detections], actual: Sequence[Detections]) -> 
 
 def _as_coco(detections: Sequence[Detections]) -> list[dict]:
     results = []
-    for image, x in enumerate(detections):
-        rows = zip(x.pred_boxes.tolist(), x.scores.tolist(), x.pred_classes.tolist(), strict=True)
-        for (x0, y0, x1, y1), score, number in rows:
-            width, height = x1 - x0, y1 - y0
-            results.append(
-                {"image_id": image, "category_id": number, "score": score,
-                 "bbox": [x0, y0, width, height], "area": width * height}
-            )  # fmt: skip
+    for image, found in enumerate(detections):
+        for x in instances_to_coco_json(to_instances(found), image):
+            _, _, width, height = x["bbox"]
+            results.append(x | {"area": width * height})
     return results

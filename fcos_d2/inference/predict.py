@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from ..command_line import config_parser
 from ..engine import launch, leave_group
+from ..engine.stopping import exit_code
 from .background import in_background
 from .drawing import draw_instances
 from .inputs import find_source, read_images
@@ -31,8 +33,6 @@ from .model_options import add_model_options, chosen_cfg
 from .predictor import Predictor
 from .results import ResultFile, ids_of_annotations
 from .writers import ImageWriter, VideoWriter
-
-_INTERRUPTED = 130  # the exit code, as of a shell
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         if world > 1:  # the others would wait for this one
             raise
         if files is not None:
-            sys.exit(_INTERRUPTED)
+            sys.exit(exit_code(signal.SIGINT))
     finally:
         writer.close()
         if results:

@@ -7,12 +7,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 
 from ..checkpoint import replacing
+from .onnx_predictor import Detections
 
 _Place = tuple[str | int, Path, int]  # an image, and the file and the byte where its line starts
 
@@ -143,6 +145,16 @@ class ResultFile:
         with self.lines.open("rb+") as file:
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
+
+
+def to_instances(found: Detections) -> Instances:
+    """What an exported file found, as Detectron2 has it."""
+    return Instances(
+        found.image_size,
+        pred_boxes=Boxes(torch.from_numpy(found.pred_boxes)),
+        scores=torch.from_numpy(found.scores),
+        pred_classes=torch.from_numpy(found.pred_classes),
+    )
 
 
 def _parsed(file: Path, line: bytes) -> dict:
