@@ -228,6 +228,29 @@ def box(draw, coordinate):
     return [x0, y0, x1, y1]
 
 
+_coordinate = st.one_of(
+    st.floats(-100, 300, width=32), st.integers(0, 32).map(lambda x: 8.0 * x), st.just(-9000.0)
+)
+
+
+@st.composite
+def predictions(draw, num_classes):
+    """(shapes, strides, boxes, classes, outputs, offset) of up to two images, with many ties."""
+    images = draw(st.lists(st.lists(box(_coordinate), max_size=3), min_size=1, max_size=2))
+    shapes = level_shapes(*draw(st.sampled_from([(100, 140), (64, 128), (8, 200)])))
+    offset, noise = draw(st.sampled_from([0.5, 0.0])), draw(st.sampled_from([0.0, 0.1, 1.0]))
+    seed = draw(st.integers(0, 99))
+    boxes = [torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in images]
+    if noise == 0:  # predictions are exact: so are their IoUs, in float32 as in the loops
+        boxes = [b.round() for b in boxes]
+    boxes = [torch.cat([b, b.flip(0)]) for b in boxes]  # a second copy of each makes ties
+    classes = [i % num_classes for b in boxes for i in range(len(b))]
+    outputs = make_outputs(shapes, STRIDES, boxes, num_classes, offset, noise, seed)
+    if seed % 2:  # few different values: equal costs, and equal alignments
+        outputs = outputs._replace(class_logits=[x.sign() for x in outputs.class_logits])
+    return shapes, STRIDES, boxes, classes, outputs, offset
+
+
 def as_dict(positives, shapes):
     """{(image, level, cell): index of the box in the batch}; cells are counted row by row."""
     columns = (positives.image, positives.level, positives.x, positives.y, positives.gt)
