@@ -1,4 +1,4 @@
-"""The command ``python -m fcos_d2.predict``; see :mod:`fcos_d2.inference.predict`."""
+"""``python -m fcos_d2.predict``: ``fcos predict``; see :mod:`fcos_d2.inference.predict`."""
 
 from .inference.predict import main
 

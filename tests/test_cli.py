@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fcos_d2 import command_line, model_zoo
-from fcos_d2.cli import main
+from fcos_d2.cli import _COMMANDS, main
 
 CONFIG = "quick_schedules/fcos_R_18_FPN_shapes.yaml"
 
@@ -23,6 +23,13 @@ def test_is_installed_beside_python():
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in ("train", "eval", "predict", "export", "report", "check", "convert", "app"):
         assert f"\n  {name} " in text
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_help_shows_the_command_as_it_was_typed(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: fcos {name} ")
 
 
 def test_a_config_may_be_named_as_in_the_zoo(shapes_folder, monkeypatch, tmp_path):

@@ -105,7 +105,7 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged, or holds pickled objects other than tensors, which can run any "
             "code when they are read. Nothing was run. If you trust its makers, read it with "
-            "--trust-pickle of tools/convert_checkpoint.py (trust_pickle=True). The cause: "
+            "--trust-pickle of `fcos convert` (trust_pickle=True). The cause: "
             f"{_cause(str(e))}"
         ) from e
     except ImportError as e:

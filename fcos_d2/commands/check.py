@@ -46,7 +46,7 @@ from ..modeling.assignment import build_assigner
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = config_parser(__doc__, config_required=False)
+    parser = config_parser(__doc__, config_required=False, prog="fcos check")
     parser.add_argument("--data", metavar="PATH", help="a folder, a .json or a data.yaml")
     parser.add_argument(
         "--split", metavar="NAME", action="append", help="check this split alone (repeatable)"

@@ -21,7 +21,7 @@ from ..report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = config_parser(__doc__)
+    parser = config_parser(__doc__, prog="fcos report")
     parser.add_argument(
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST first"
     )

@@ -45,9 +45,11 @@ def run(args: argparse.Namespace) -> dict | None:
     return results
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    launch(run, argument_parser(__doc__).parse_args(argv))
+def main(argv: Sequence[str] | None = None, prog: str = "fcos train") -> None:
+    parser = argument_parser(__doc__)
+    parser.prog = prog
+    launch(run, parser.parse_args(argv))
 
 
 def evaluate_only(argv: Sequence[str]) -> None:
-    main(["--eval-only", *argv])
+    main(["--eval-only", *argv], prog="fcos eval")

@@ -1,12 +1,12 @@
 """Export a trained FCOS to one file that runs without PyTorch.
 
-    python -m fcos_d2.export --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml \\
+    fcos export --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml \\
         --output model.onnx MODEL.WEIGHTS output/model_final.pth
 
 The file takes pixels and gives boxes, scores and classes. It is compared with PyTorch before it is
 kept. docs/export.md says how to run it. With --int8 its convolutions have 8 bits, for CPUs:
 
-    python -m fcos_d2.export --config-file output/config.yaml --output model.onnx --int8 \\
+    fcos export --config-file output/config.yaml --output model.onnx --int8 \\
         MODEL.WEIGHTS output/model_final.pth
 """
 
@@ -32,7 +32,7 @@ from .onnx import LIMIT, ExportError, check_model, to_onnx
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = config_parser(__doc__, prog="python -m fcos_d2.export")
+    parser = config_parser(__doc__, prog="fcos export")
     parser.add_argument("--output", required=True, metavar="FILE", help="such as model.onnx")
     parser.add_argument(
         "--raw", action="store_true", help="the maps of the head in place of detections"

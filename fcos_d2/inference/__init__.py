@@ -1,4 +1,4 @@
-"""Detections of a trained model: in Python, and as the command ``python -m fcos_d2.predict``."""
+"""Detections of a trained model: in Python, and as the command ``fcos predict``."""
 
 from .batches import run_in_batches
 from .drawing import draw_instances

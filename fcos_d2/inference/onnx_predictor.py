@@ -83,7 +83,7 @@ class OnnxPredictor(ImagePredictor):
     ):
         """
         Args:
-            file: of :func:`fcos_d2.export.to_onnx` or ``python -m fcos_d2.export``.
+            file: of :func:`fcos_d2.export.to_onnx` or ``fcos export``.
             batch_size: how many images run together at most; they must follow one another and have
                 one size once resized. More than 1 is for GPUs: on CPU it gains nothing.
             channels: of arrays: "BGR", as OpenCV reads them, or "RGB". Files know their own.

@@ -1,11 +1,11 @@
 """Detect objects in images and videos with a trained model, and draw them.
 
-    python -m fcos_d2.predict --model fcos_R_50_FPN_1x --input photo.jpg --output detections
-    python -m fcos_d2.predict --weights output/model_final.pth --input photos --output detections
-    python -m fcos_d2.predict --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml \\
+    fcos predict --model fcos_R_50_FPN_1x --input photo.jpg --output detections
+    fcos predict --weights output/model_final.pth --input photos --output detections
+    fcos predict --config-file configs/COCO-Detection/fcos_R_50_FPN_1x.yaml \\
         --weights fcos_R_50.pth --input 'photos/*.jpg' --output detections --json
-    python -m fcos_d2.predict --weights model.pth --input film.mp4 --output detections
-    python -m fcos_d2.predict --weights model.pth --input 0 --output camera    (Ctrl-C ends it)
+    fcos predict --weights model.pth --input film.mp4 --output detections
+    fcos predict --weights model.pth --input 0 --output camera    (Ctrl-C ends it)
 """
 
 import argparse
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = config_parser(__doc__, config_required=False, prog="python -m fcos_d2.predict")
+    parser = config_parser(__doc__, config_required=False, prog="fcos predict")
     add_model_options(parser)
     parser.add_argument(
         "--input",

@@ -65,7 +65,7 @@ def _results_file(folder: Path, dataset: str) -> Path:
         return max(found, key=lambda file: file.stat().st_mtime)
     raise FileNotFoundError(
         f"The run {folder} has no {files[-1]}: it was not evaluated on {dataset!r}, or by an "
-        "evaluator that keeps no detections. tools/report.py --eval-only MODEL.WEIGHTS FILE "
+        "evaluator that keeps no detections. `fcos report --eval-only MODEL.WEIGHTS FILE` "
         "evaluates it"
     )
 

@@ -312,7 +312,7 @@ def test_one_line_about_records():
     line = check.summary("x", [record, without_size], ["a", "b"])
     assert line == (
         "x: 1 images, 5 boxes; box twice, of two classes (1), box beyond the edge (1): "
-        "tools/check_dataset.py says where"
+        "`fcos check` says where"
     )
     assert check.summary("x", [record], ["a"]).startswith("x: 1 images, 5 boxes; unknown category")
     fine = {**record, "annotations": annotations[:1]}

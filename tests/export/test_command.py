@@ -1,4 +1,4 @@
-"""What ``python -m fcos_d2.export`` refuses; test_onnx.py has what it does."""
+"""What ``fcos export`` refuses; test_onnx.py has what it does."""
 
 import sys
 
@@ -33,7 +33,7 @@ def test_help_has_an_example(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["export", "--help"])
     with pytest.raises(SystemExit, match="0"):
         main()
-    assert "python -m fcos_d2.export --config-file configs/" in capsys.readouterr().out
+    assert "fcos export --config-file configs/" in capsys.readouterr().out
 
 
 def test_without_weights(export):

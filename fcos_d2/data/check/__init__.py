@@ -1,4 +1,4 @@
-"""What is wrong with a data set, said before training: see tools/check_dataset.py."""
+"""What is wrong with a data set, said before training: see fcos_d2/commands/check.py."""
 
 from .annotations import (
     check_annotations,

@@ -49,7 +49,7 @@ def summary(name: str, records: Sequence[dict], classes: Sequence[str]) -> str:
     found = ", ".join(f"{kind} ({number})" for kind, number in kinds.most_common())
     boxes = sum(len(r.get("annotations", ())) for r in records)
     return f"{name}: {len(records)} images, {boxes} boxes; " + (
-        f"{found}: tools/check_dataset.py says where" if found else "their annotations are fine"
+        f"{found}: `fcos check` says where" if found else "their annotations are fine"
     )
 
 
