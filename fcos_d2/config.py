@@ -284,6 +284,7 @@ def _fcos_defaults() -> CN:
     # step, or "ema_fg", its moving average, steadier for few positives per step. Both are of the
     # whole batch, over all processes. The average is part of the checkpoint.
     fcos.LOSS_NORMALIZER = "fg"
+    # How much each loss counts in their sum; 1 each, as in the papers (1904.01355, eq. 2).
     fcos.CLS_LOSS_WEIGHT = 1.0
     fcos.BOX_LOSS_WEIGHT = 1.0
     fcos.QUALITY_LOSS_WEIGHT = 1.0
@@ -301,6 +302,8 @@ def _fcos_defaults() -> CN:
     fcos.CLIP_BOXES = "before_nms"
     # At most this many candidates per level and image go into NMS.
     fcos.TOPK_CANDIDATES_TEST = 1000
+    # Of two boxes of a class whose IoU is above this, NMS keeps the one with the higher score. 0.6
+    # is that of the authors' code (1904.01355, table 3).
     fcos.NMS_THRESH_TEST = 0.6
     # "sqrt": sqrt(class * quality) (2006.09214, eq. 4); "product": class * quality (1904.01355).
     fcos.SCORE_FUSION = "sqrt"
