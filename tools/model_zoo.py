@@ -21,13 +21,13 @@ Checkpoints of FCOS, and of its [successors](successors.md), on COCO that others
 published, by name. Each is fetched once from where its makers keep it, checked, and converted:
 
 ```
-python -m fcos_d2.predict --model fcos_R_50_FPN_1x --input photo.jpg --output detections
+fcos predict --model fcos_R_50_FPN_1x --input photo.jpg --output detections
 python train_net.py --config-file configs/COCO-Detection/fcos_R_50_FPN_2x.yaml --eval-only \\
     MODEL.WEIGHTS adelaidet://FCOS_MS_R_50_2x
 ```
 
 - A name is the address below, or the config. The latter is the checkpoint with the highest AP, of
-  those that may be used commercially if there are any. Without `--model`, `fcos_d2.predict` takes
+  those that may be used commercially if there are any. Without `--model`, `fcos predict` takes
   `{DEFAULT}`.
 - `MODEL.WEIGHTS` takes an address in training, evaluation, prediction and export. In training, the
   class layer starts anew where your classes differ. If the config computes something else than the
