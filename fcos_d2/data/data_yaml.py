@@ -10,21 +10,27 @@ import yaml
 
 from .image_files import IMAGE_SUFFIXES
 
+# A class in each line, in place of a data.yaml: of labelImg and Label Studio, and of CVAT.
+CLASS_LISTS = ("classes.txt", "obj.names")
+
 
 @dataclass(frozen=True)
 class YoloData:
-    """The content of a data.yaml."""
+    """The content of a data.yaml, or of a list of classes."""
 
     file: str
     folders: tuple[str, ...]  # where relative paths start, in turn; the last is that of the file
     classes: list[str]  # in the order of the class numbers
     # Paths of folders, of lists of images, or of images. Where a file names none, the images in a
-    # folder "images" are the split "all".
+    # folder "images" are the split "all", or those in the folder of the file if one has labels.
     splits: dict[str, list[str]]
 
 
 def read_data_yaml(data: str) -> YoloData:
     """Read a data.yaml, or that of a folder, as plain data, without running code in it.
+
+    Args:
+        data: a folder, a YAML file of any name, or a file of :data:`CLASS_LISTS`.
 
     Raises:
         OSError: for a missing file.
@@ -39,6 +45,8 @@ def read_data_yaml(data: str) -> YoloData:
         raise ValueError(f"{file}: path must be a folder, got {_short(path)}")
     # The path may be that of another machine: then the folder of the file is taken.
     own = os.path.dirname(file)
+    if os.path.basename(file) in CLASS_LISTS and os.path.basename(own) == "labels":
+        own = os.path.dirname(own)
     folders = [os.path.normpath(os.path.join(own, p)) for p in (_slashes(path), "")]
     folders = tuple(dict.fromkeys(f for f in folders if os.path.isdir(f)))
     named = {key: content.get(key) for key in ("train", "val", "test")}
@@ -47,9 +55,13 @@ def read_data_yaml(data: str) -> YoloData:
         if not isinstance(paths, list) or not all(isinstance(x, str) for x in paths):
             raise ValueError(f"{file}: {key} must be a path or a list of paths")
         splits[key] = [_slashes(x) for x in paths]
-    if not splits and _find(folders, "images"):
-        splits = {"all": ["images"]}
-    return YoloData(file, folders, _classes(file, content), splits)
+    described = YoloData(file, folders, _classes(file, content), splits)
+    if not splits:
+        if _find(folders, "images"):
+            splits["all"] = ["images"]
+        elif any(os.path.isfile(label_file(described, f)) for f in _images_below(own)):
+            splits["all"] = ["."]
+    return described
 
 
 def image_files(data: YoloData, split: str) -> tuple[list[str], list[str]]:
@@ -120,6 +132,12 @@ def data_yamls(folder: str) -> list[str]:
     return found
 
 
+def class_lists(folder: str) -> list[str]:
+    """The list of classes of a folder, or of its folder "labels"; none or one."""
+    files = (os.path.join(folder, sub, name) for sub in ("", "labels") for name in CLASS_LISTS)
+    return [file for file in files if os.path.isfile(file)][:1]
+
+
 def _find_data_yaml(folder: str) -> str:
     files = data_yamls(folder)
     if len(files) != 1:
@@ -129,6 +147,8 @@ def _find_data_yaml(folder: str) -> str:
 
 
 def _parse(file: str) -> dict:
+    if os.path.basename(file) in CLASS_LISTS:
+        return {"names": [line.strip() for _, line in label_lines(file)]}
     try:
         with open(file, encoding="utf-8-sig") as f:
             content = yaml.safe_load(f)

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from .classes import num_classes_key
 from .coco import read_coco
 from .custom import is_in_part, read_entry
-from .data_yaml import data_yamls, read_data_yaml
+from .data_yaml import CLASS_LISTS, class_lists, data_yamls, read_data_yaml
 from .image_files import IMAGE_SUFFIXES
 from .raw_data import RawData
 from .voc import files_of_split, find_image_files, names_of_objects, xml_files
@@ -20,8 +20,8 @@ from .voc import files_of_split, find_image_files, names_of_objects, xml_files
 SPLITS = ("train", "trainval", "val", "test")
 # Fewer images are not held out: their AP would be chance, and the training would lack them.
 _LEAST_HELD_OUT = 3
-# Files that COCO's own data set has beside those of boxes.
-_NO_BOXES = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")
+# Files that COCO's own data set has beside those of boxes, and Label Studio beside YOLO's.
+_NO_BOXES = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_", "notes.json")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Layout:
 
 
 def recognise(path: str) -> Layout:
-    """The layout of a folder, of a COCO annotation file, or of a data.yaml of any name.
+    """The layout of a folder, of a COCO annotation file, or of YOLO's file of classes.
 
     It is an OSError if the path is not there, a ValueError for no known layout or for several.
     """
@@ -47,7 +47,7 @@ def recognise(path: str) -> Layout:
     if not os.path.exists(path):
         raise FileNotFoundError(f"There is no file or folder {path}")
     if os.path.isfile(path):
-        if path.lower().endswith((".yaml", ".yml")):
+        if path.lower().endswith((".yaml", ".yml")) or os.path.basename(path) in CLASS_LISTS:
             return _yolo(path)
         if path.lower().endswith(".json"):
             return _coco({_split_of(path) or "all": path})
@@ -55,7 +55,8 @@ def recognise(path: str) -> Layout:
     layouts = [*map(_yolo, data_yamls(path)), _voc(path), _coco(_coco_files(path))]
     found = [layout for layout in layouts if layout.entries]
     if not found:
-        found = [layout for layout in [_xml(path)] if layout.entries]
+        layouts = [_xml(path), *map(_yolo, class_lists(path))]
+        found = [layout for layout in layouts if layout.entries][:1]
     if len(found) > 1:
         several = ", ".join(layout.format for layout in found)
         raise ValueError(
@@ -175,7 +176,8 @@ def _unknown_layout(path: str) -> str:
     seen = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
     return f"""{path} has no known layout. Its files: {seen or "none"}. Known are
     COCO: a .json file for each split, in the folder or in its folder 'annotations'
-    YOLO: a .yaml file with the names of the classes, and folders images and labels
+    YOLO: a .yaml file with the names of the classes, or classes.txt with one in each line, and
+        folders images and labels, or labels beside the images
     VOC: folders Annotations, ImageSets/Main and JPEGImages
     XML: files in VOC's format beside the images, or in a folder of their own
 One of these makes it known:

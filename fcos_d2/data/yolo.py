@@ -15,7 +15,7 @@ def read_yolo(name: str, data_yaml: str, split: str) -> RawData:
     headers of images are read.
 
     Args:
-        data_yaml: a data.yaml, or the folder that it is in.
+        data_yaml: a data.yaml, the folder that it is in, or a file of ``CLASS_LISTS``.
         split: a key of data.yaml, such as "train" or "val".
     """
     described, label_files = read_data_yaml(data_yaml), []
@@ -71,8 +71,8 @@ def _parse_line(where: str, line: str, classes: Sequence[str], height: int, widt
         )
     if number not in range(len(classes)):
         raise ValueError(
-            f"{where} has the class {number:g}, but data.yaml has {len(classes)} classes, from 0 "
-            f"to {len(classes) - 1}"
+            f"{where} has the class {number:g}, but there are {len(classes)} classes, from 0 to "
+            f"{len(classes) - 1}"
         )
     bad = [x for x in values if not 0 <= x <= 1]  # NaN, too
     if bad:

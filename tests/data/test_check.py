@@ -396,6 +396,48 @@ def test_layouts(tmp_path):
     assert recognise(str(tmp_path / "voc")).entries["train"]["CLASSES"] == ["cat"]
 
 
+@pytest.mark.parametrize(
+    "classes, images, labels",
+    [
+        ("classes.txt", "images", "labels"),  # Label Studio's export
+        ("labels/classes.txt", "images", "labels"),  # labelImg, with a folder for what it saves
+        ("classes.txt", ".", "."),  # labelImg, without
+        ("obj.names", "obj_train_data", "obj_train_data"),  # CVAT's export of YOLO 1.1
+    ],
+)
+def test_yolo_labels_with_a_list_of_classes(tmp_path, classes, images, labels):
+    for image in ("a", "b"):
+        (tmp_path / images).mkdir(exist_ok=True)
+        write_pixels(tmp_path / images / f"{image}.png")
+    (tmp_path / labels).mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match="no known layout"):
+        recognise(str(tmp_path))  # without classes
+    (tmp_path / classes).write_text("cat\n\nbig dog\n")
+    (tmp_path / labels / "b.txt").write_text("1 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "notes.json").write_text(json.dumps({"categories": []}))
+    for path in (tmp_path, tmp_path / classes):
+        layout = recognise(str(path))
+        assert (layout.format, list(layout.entries)) == ("yolo", ["all"])
+        data = read_entry("pets", layout.entries["all"])
+        assert data.classes == ["cat", "big dog"]
+        first, second = data.training_records()
+        assert not first["annotations"] and second["annotations"][0]["category_id"] == 1
+    (tmp_path / classes).write_text("\n")
+    with pytest.raises(ValueError, match=r"(classes\.txt|obj\.names): names must be a list of cl"):
+        recognise(str(tmp_path))
+
+
+def test_a_list_of_classes_without_labels_is_no_layout(tmp_path):
+    (tmp_path / "classes.txt").write_text("cat\n")
+    write_pixels(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"no known layout\. Its files: 1 \."):
+        recognise(str(tmp_path))
+    # Where boxes are in VOC's format, labelImg's list of all the classes it offers says nothing.
+    (tmp_path / "a.xml").write_text("<annotation><object><name>dog</name></object></annotation>")
+    layout = recognise(str(tmp_path))
+    assert (layout.format, layout.entries["all"]["CLASSES"]) == ("xml", ["dog"])
+
+
 def test_what_is_no_layout(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere"):
         recognise(str(tmp_path / "nowhere"))

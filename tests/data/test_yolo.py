@@ -120,7 +120,7 @@ def test_links(tmp_path):
         ("0", r"line 2 has 0 numbers behind the class"),
         ("0 0.5 0.5 0.2 0.2 0.9", "line 2 has 5 numbers behind the class. A box has 4"),
         ("0 0 0 1 0 1 1 0", "line 2 has 7 numbers behind the class.*a polygon an even number"),
-        ("2 0.5 0.5 0.2 0.2", "line 2 has the class 2, but data.yaml has 2 classes, from 0 to 1"),
+        ("2 0.5 0.5 0.2 0.2", "line 2 has the class 2, but there are 2 classes, from 0 to 1"),
         ("-1 0.5 0.5 0.2 0.2", "line 2 has the class -1"),
         ("0.5 0.5 0.5 0.2 0.2", r"line 2 has the class 0\.5"),
         ("nan 0.5 0.5 0.2 0.2", "line 2 has the class nan"),
