@@ -25,7 +25,8 @@ setup(
     name="fcos_d2",
     version=VERSION,
     description="FCOS (Fully Convolutional One-Stage detection) as a Detectron2 extension",
-    long_description=(ROOT / "README.md").read_text(),
+    # The opening alone: what follows has pictures and links relative to the repository.
+    long_description=(ROOT / "README.md").read_text().split("\n## ")[0],
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -95,6 +96,15 @@ def test_wheel_without_detectron2_says_what_to_run(wheel, tmp_path, without):
     result = run("-c", "import fcos_d2", env=env, cwd=tmp_path)
     assert str(installed / "fcos_d2" / "__init__.py") in result.stderr
     assert INSTALL_DETECTRON2 in result.stderr
+
+
+def test_description_of_the_wheel_has_no_relative_links(wheel):
+    # A package registry shows it, where neither docs/ nor the pictures are.
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = (n for n in file.namelist() if n.endswith("METADATA"))
+        text = file.read(name).decode()
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links and all(link.startswith("https://") for link in links)
 
 
 def test_setup_names_the_override_when_upstream_is_out_of_reach(tmp_path):
