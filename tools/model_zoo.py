@@ -26,14 +26,15 @@ python train_net.py --config-file configs/COCO-Detection/fcos_R_50_FPN_2x.yaml -
     MODEL.WEIGHTS adelaidet://FCOS_MS_R_50_2x
 ```
 
-- A name is the address below, or the config. The latter is the checkpoint with the highest AP, of
-  those that may be used commercially if there are any. Without `--model`, `fcos predict` takes
-  `{DEFAULT}`.
+- `--model` takes an address of the tables below, or the name of a config. Of a config's checkpoints
+  it takes the one with the highest AP, among those that may be used commercially if there are any.
+  Without `--model`, `fcos predict` takes `{DEFAULT}`.
 - `MODEL.WEIGHTS` takes an address in training, evaluation, prediction and export. In training, the
   class layer starts anew where your classes differ. If the config computes something else than the
   checkpoint needs, an error says which keys to add.
 - In Python, `fcos_d2.model_zoo.get_config(name, trained=True)` is the config that is right for a
-  checkpoint, and `fcos_d2.model_zoo.get(name, trained=True)` the model.
+  checkpoint, and `fcos_d2.model_zoo.get(name, trained=True)` the model with its weights.
+- `fcos convert ADDRESS OUT.pth` writes the converted checkpoint as a file.
 - Files lie in Detectron2's cache (`$FVCORE_CACHE`, or `~/.torch/iopath_cache`). Without a network,
   the error says where to put the file by hand.
 - AP is the box AP that the makers report, on val2017 (the original FCOS: minival, the same images),

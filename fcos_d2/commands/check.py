@@ -5,10 +5,10 @@
     fcos check --config-file configs/... --plot plots --json findings.json
     fcos check --data cells --augmented augmented.jpg INPUT.COLOR 0.3
 
---data takes a folder with boxes in COCO's, VOC's or YOLO's format, a COCO annotation file, or a
-data.yaml. Without it, the data sets of the config are checked. With a config there is also the
-level that each size goes to, and the boxes that no location can own. The exit code is 1 if there
-are errors.
+--data takes a folder with boxes in COCO's, VOC's or YOLO's format, a COCO annotation file, or
+YOLO's data.yaml or list of classes. Without it, the data sets of the config are checked. With a
+config there is also the level that each size goes to, and the boxes that no location can own. The
+exit code is 1 if there are errors.
 
 --augmented draws ten training images as the config, or else Base-FCOS.yaml, augments them.
 """
@@ -47,7 +47,9 @@ from ..modeling.assignment import build_assigner
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = config_parser(__doc__, config_required=False, prog="fcos check")
-    parser.add_argument("--data", metavar="PATH", help="a folder, a .json or a data.yaml")
+    parser.add_argument(
+        "--data", metavar="PATH", help="as for a training: a folder, or a file of the annotations"
+    )
     parser.add_argument(
         "--split", metavar="NAME", action="append", help="check this split alone (repeatable)"
     )

@@ -33,8 +33,8 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         "--data",
         metavar="PATH",
         help="train and test on this data set in place of the config's: a folder with images "
-        "and boxes in COCO's, VOC's or YOLO's format, a COCO file, or a data.yaml. The number of "
-        "classes follows it",
+        "and boxes in COCO's, VOC's or YOLO's format, a COCO file, or YOLO's data.yaml or list of "
+        "classes. The number of classes follows it",
     )
     parser.add_argument(
         "--epochs",
