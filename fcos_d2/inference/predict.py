@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         "results for COCO's evaluation",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="with --json: go on where an earlier run has ended"
+        "--resume", action="store_true", help="with --json: go on where an earlier run was stopped"
     )
     parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw nothing")
     parser.add_argument(
