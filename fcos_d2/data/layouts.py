@@ -73,16 +73,22 @@ def use_data(
 ) -> tuple[str, dict[str, RawData]]:
     """Train and test a config on a data set that is recognised by its path, in place of its own.
 
-    The model's NUM_CLASSES becomes that of the data, unless it is among the keys ``changed``, which
-    the command line sets.
+    The model's NUM_CLASSES becomes that of the data. It and DATASETS.TEST stay as they are if they
+    are among the keys ``changed``, which the command line sets.
 
     Returns:
         what was found and taken, as a sentence; and by the name of the data set what has been read
         of it, for :func:`register_custom_datasets`.
 
     Raises:
-        OSError, ValueError: see :func:`recognise`; and for a data set with no split to train on.
+        OSError, ValueError: see :func:`recognise`; for a data set with no split to train on, and
+            for a changed DATASETS.TRAIN.
     """
+    if "DATASETS.TRAIN" in changed:
+        raise ValueError(
+            f"--data {path} and DATASETS.TRAIN both say what to train on: give one of them. To "
+            "train on several data sets, declare them in DATASETS.CUSTOM"
+        )
     layout = recognise(path)
     train = next((s for s in ("train", "trainval", "all") if s in layout.entries), None)
     if train is None:
@@ -99,7 +105,10 @@ def use_data(
     for part, entry in sets.items():
         cfg.DATASETS.CUSTOM[f"data_{part}"] = CfgNode(entry, new_allowed=True)
     cfg.DATASETS.TRAIN = ("data_train",)
-    cfg.DATASETS.TEST = ("data_test",) if "test" in sets else ()
+    if "DATASETS.TEST" in changed:
+        tested = f"DATASETS.TEST, which is set: {tuple(cfg.DATASETS.TEST)}"
+    else:
+        cfg.DATASETS.TEST = ("data_test",) if "test" in sets else ()
     classes, key = layout.entries[train]["CLASSES"], num_classes_key(cfg)
     if key not in (None, *changed):
         cfg.merge_from_list([key, len(classes)])

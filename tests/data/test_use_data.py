@@ -64,6 +64,18 @@ def test_classes_that_are_set_stay(load, tmp_path):
         load(cfg)
 
 
+def test_test_sets_that_are_set_stay(tmp_path):
+    cfg = tiny_cfg()
+    cfg.DATASETS.TEST = ("data_train",)
+    said, _ = use_data(cfg, write_yolo(tmp_path), ["DATASETS.TEST"])
+    assert cfg.DATASETS.TEST == ("data_train",) and cfg.DATASETS.TRAIN == ("data_train",)
+    assert said.endswith("tested on DATASETS.TEST, which is set: ('data_train',)")
+    with pytest.raises(
+        ValueError, match=r"and DATASETS\.TRAIN both say what to train on: give one"
+    ):
+        use_data(cfg, str(tmp_path), ["DATASETS.TRAIN"])
+
+
 @pytest.mark.parametrize(
     "splits, taken",
     [
