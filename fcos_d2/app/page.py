@@ -185,7 +185,7 @@ def _video_tab(detector: Detector, threshold: gr.Slider, classes: gr.Dropdown, f
                 for n, picture in enumerate(detector.video(path, threshold, classes)):
                     writer.write(n, picture)
                     yield None, f"Frame {n + 1} of {writer.total or 'many'}."  # may be stopped here
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 yield None, str(error)
                 return
             finally:

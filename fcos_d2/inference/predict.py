@@ -119,6 +119,9 @@ def run(args: argparse.Namespace) -> None:
             raise
         if files is not None:
             sys.exit(exit_code(signal.SIGINT))
+    except OSError as error:  # of what is written, such as a full disk
+        goes_on = f". What is done is in {results.lines}; --resume goes on" if results else ""
+        raise SystemExit(f"Stopped. {error}{goes_on}") from error
     finally:
         writer.close()
         if results:

@@ -19,6 +19,7 @@ from helpers import make_arrays, make_detector, tiny_cfg
 from fcos_d2 import Predictor, app
 from fcos_d2.app import main
 
+VIDEO = cv2.VideoWriter_fourcc(*"FFV1")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -151,6 +152,19 @@ def watched(address, frame):
         kind, content = answer.readline(), answer.readline()
     assert kind == b"event: generating\n"
     return json.loads(content.removeprefix(b"data: "))
+
+
+def test_a_video_that_cannot_be_written_is_a_sentence(page, weights, tmp_path):
+    from gradio_client import Client, handle_file
+
+    # Shrunk to 1600 pixels, it is one pixel wide, which VP8 does not take.
+    writer = cv2.VideoWriter(str(tmp_path / "thin.avi"), VIDEO, 5, (2, 4000))
+    writer.write(np.zeros((4000, 2, 3), np.uint8))
+    writer.release()
+    client = Client(page[0], verbose=False, download_files=str(page[1] / "client"))
+    file = handle_file(str(tmp_path / "thin.avi"))
+    video, text = client.predict(file, 0.18, [], api_name="/run")
+    assert video is None and "cannot write the video thin.webm of 1 x 1600 pixels" in text
 
 
 def test_in_a_browser(page, weights):

@@ -200,6 +200,17 @@ def test_originals_are_not_written_over(weights, images):
     assert (images / "0001.png").read_bytes() == before
 
 
+def test_a_picture_without_a_format_ends_with_a_sentence(weights, images, tmp_path):
+    (images / "0002.png").rename(images / "0002")
+    args = ["--weights", weights, "--output", str(tmp_path / "out"), "--json", "--input"]
+    args += [str(images / name) for name in ("0001.png", "0002", "0003.png")]
+    with pytest.raises(SystemExit, match=r"Stopped\. .* picture .*0002: .* --resume goes on"):
+        predict.main(args)
+    predict.main([*args, "--resume", "--no-pictures"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [image["file_name"] for image in results["images"]] == ["0001.png", "0002", "0003.png"]
+
+
 def test_drawing_without_names_and_without_detections():
     from detectron2.data.catalog import Metadata
     from detectron2.structures import Boxes, Instances
