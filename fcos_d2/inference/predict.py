@@ -55,14 +55,17 @@ def run(args: argparse.Namespace) -> None:
     rank, world = comm.get_rank(), comm.get_world_size()
     try:
         cfg, source = chosen_cfg(args), args.source
-        if isinstance(source, list) and args.annotations:
-            ids = ids_of_annotations(args.annotations, source)
-        elif args.annotations:
-            raise ValueError("--annotations is for images, not for a video")
-        else:
-            ids = None
-        if world > 1 and not isinstance(source, list):
-            raise ValueError("A video is for one process: its frames come one after the other")
+        if not isinstance(source, list):
+            if args.annotations:
+                raise ValueError("--annotations is for images, not for a video")
+            if args.resume:
+                raise ValueError(
+                    "--resume is for images. A video starts anew: remove results.0.jsonl of the "
+                    "run that was stopped, and leave out --resume"
+                )
+            if world > 1:
+                raise ValueError("A video is for one process: its frames come one after the other")
+        ids = ids_of_annotations(args.annotations, source) if args.annotations else None
         # The frames of a camera do not wait for others.
         batch_size = 1 if isinstance(source, int) else args.batch_size
         predictor = Predictor(cfg, batch_size=batch_size)
