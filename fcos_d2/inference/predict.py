@@ -65,7 +65,6 @@ def run(args: argparse.Namespace) -> None:
                 )
             if world > 1:
                 raise ValueError("A video is for one process: its frames come one after the other")
-        ids = ids_of_annotations(args.annotations, source) if args.annotations else None
         # The frames of a camera do not wait for others.
         batch_size = 1 if isinstance(source, int) else args.batch_size
         predictor = Predictor(cfg, batch_size=batch_size)
@@ -74,6 +73,9 @@ def run(args: argparse.Namespace) -> None:
         output.mkdir(parents=True, exist_ok=True)
         results = ResultFile(output, predictor.metadata, args.resume) if args.json else None
         done = results.done if results else set()
+        ids = None
+        if args.annotations:  # results.json has the images of earlier runs, too
+            ids = ids_of_annotations(args.annotations, list(dict.fromkeys([*source, *done])))
         if isinstance(source, list):
             files = [file for file in source if file not in done][rank::world]
             read: list[str] = []

@@ -254,3 +254,28 @@ def test_ctrl_c_keeps_what_is_done_and_does_not_look_like_success(
     predict.main([*args, "--json", "--resume"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [x["id"] for x in results["images"]] == [1, 2, 3]
+
+
+def test_resume_with_annotations_knows_the_images_of_the_earlier_run(
+    weights, images, tmp_path, monkeypatch
+):
+    annotations = [{"id": 10 + i, "file_name": f"000{i}.png"} for i in (1, 2, 3)]
+    (tmp_path / "all.json").write_text(json.dumps({"images": annotations}))
+    args = ["--weights", weights, "--output", str(tmp_path / "out"), "--json"]
+    args += ["--annotations", str(tmp_path / "all.json"), "--input", str(images)]
+    drawn = []
+
+    def failing_at_the_second(image, *args):
+        drawn.append(image)
+        if len(drawn) == 2:
+            raise RuntimeError("a fault")
+        return image
+
+    monkeypatch.setattr(predict, "draw_instances", failing_at_the_second)
+    with pytest.raises(RuntimeError, match="a fault"):
+        predict.main(args)
+    monkeypatch.undo()
+    (images / "0001.png").unlink()  # done, and no longer there
+    predict.main([*args, "--resume"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {result["image_id"] for result in results} == {11, 12, 13}
