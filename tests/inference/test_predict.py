@@ -227,6 +227,7 @@ def test_drawing_without_names_and_without_detections():
     one = Instances((50, 60), pred_boxes=Boxes([[5, 5, 40, 30]]),
                     pred_classes=torch.tensor([2]), scores=torch.tensor([0.5]))  # fmt: skip
     assert draw_instances(image, one, Metadata()).any()
+    assert draw_instances(image, one, Metadata(thing_classes=["a"])).any()  # of class 2 of 1
     assert not draw_instances(image, one, Metadata(), threshold=0.6).any()
     assert draw_instances(image, one, Metadata(), scale=2).shape == (100, 120, 3)
 
