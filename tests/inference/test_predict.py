@@ -16,8 +16,10 @@ from helpers import tiny_cfg
 from pycocotools.coco import COCO
 
 from fcos_d2 import Predictor, load_cfg
+from fcos_d2.command_line import config_parser
 from fcos_d2.inference import predict
 from fcos_d2.inference.drawing import draw_instances
+from fcos_d2.inference.model_options import add_model_options, chosen_cfg
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ["disc", "square", "triangle"]
@@ -177,12 +179,25 @@ def test_numbers_of_classes_are_those_of_the_data_set(weights, images, tmp_path,
         (["--input", "I", "--weights", "missing.pth"], r"There is no file missing\.pth"),
         (["--input", "film.mp4", "--weights", "W"], "There is no image at --input 'film.mp4'"),
         (["--input", "I", "--weights", "W", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["--input", "I", "--weights", "W", "--device", "gpu"], "There is no device 'gpu'"),
     ],
 )
 def test_errors_say_what_to_do(weights, images, tmp_path, args, message):
     args = [{"W": weights, "I": str(images)}.get(a, a) for a in args]
     with pytest.raises(SystemExit, match=message):
         predict.main([*args, "--output", str(tmp_path / "out")])
+
+
+def test_a_device_of_the_command_line_counts(weights, monkeypatch):
+    parser = config_parser("", config_required=False)
+    add_model_options(parser)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for words, device in (
+        ([], "cuda"), (["MODEL.DEVICE", "cpu"], "cpu"), (["--device", "cuda:1"], "cuda:1")
+    ):  # fmt: skip
+        args = parser.parse_intermixed_args(["--weights", weights, *words])
+        chosen = chosen_cfg(args).MODEL.DEVICE
+        assert chosen == device
 
 
 def test_a_checkpoint_without_a_config_needs_one(weights, images, tmp_path):
