@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> None:
         with contextlib.closing(written):
             for _ in tqdm(written, total=total, unit=" images", disable=rank > 0):
                 count += 1
+        if not count and isinstance(source, str):
+            raise OSError(f"No frame of {source} can be read")
         comm.synchronize()
         if results and rank == 0:
             results.merge(ids, source if files is not None else ())
@@ -124,8 +126,9 @@ def run(args: argparse.Namespace) -> None:
             raise
         if files is not None:
             sys.exit(exit_code(signal.SIGINT))
-    except OSError as error:  # of what is written, such as a full disk
-        goes_on = f". What is done is in {results.lines}; --resume goes on" if results else ""
+    except OSError as error:  # such as a full disk
+        can_go_on = results and files is not None
+        goes_on = f". What is done is in {results.lines}; --resume goes on" if can_go_on else ""
         raise SystemExit(f"Stopped. {error}{goes_on}") from error
     finally:
         writer.close()

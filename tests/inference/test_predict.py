@@ -156,6 +156,15 @@ def test_a_video(weights, shapes_folder, tmp_path):
     assert {r["image_id"] for r in results["annotations"]} == {0, 1, 2, 3}
 
 
+def test_a_video_without_frames(weights, tmp_path):
+    film = str(tmp_path / "film.avi")
+    cv2.VideoWriter(film, cv2.VideoWriter_fourcc(*"MJPG"), 5, (160, 128)).release()
+    args = ["--weights", weights, "--input", film, "--output", str(tmp_path / "out"), "--json"]
+    with pytest.raises(SystemExit, match=r"No frame of .*film\.avi can be read$"):
+        predict.main(args)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 def test_numbers_of_classes_are_those_of_the_data_set(weights, images, tmp_path, monkeypatch):
     cfg = load_cfg_of(weights, tmp_path)
     monkeypatch.setattr(
