@@ -70,14 +70,14 @@ def inspect_image(predictor: Predictor, image: np.ndarray) -> Inspection:
     (candidates,) = model.post_processor.candidates(*found, topk=sys.maxsize, with_cells=True)
     best = candidates[candidates.rank < model.post_processor.topk_candidates]
     detections = model.post_processor.suppress(best, image.shape[:2]).to("cpu")
+    names = predictor.metadata.get("thing_classes", ())
     scale = torch.tensor(image_scale(image.shape[:2], best.image_size))
     detections.locations = detections.locations * scale
     detections.ltrb = detections.ltrb * scale.repeat(2)
     return Inspection(
         image=image[:, :, ::-1],
         input_size=tuple(best.image_size),
-        class_names=predictor.metadata.get("thing_classes", None)
-        or [f"class {i}" for i in range(model.num_classes)],
+        class_names=[*names, *(f"class {i}" for i in range(len(names), model.num_classes))],
         level_names=tuple(model.head_in_features),
         levels=model.levels,
         class_probability=[x[0].float().sigmoid().cpu() for x in outputs.class_logits],

@@ -1,13 +1,15 @@
 """The page of ``fcos app``, in Gradio. Nothing else imports Gradio."""
 
+import io
 import tempfile
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import gradio as gr
 import numpy as np
+from PIL import Image
 
 from ..inference.writers import VideoWriter
 from .detector import Detector, Found
@@ -21,7 +23,7 @@ def make_page(detector: Detector, folder: str) -> gr.Blocks:
     """The page, not served yet.
 
     Args:
-        folder: for videos while they are written.
+        folder: for videos while they are written. Gradio keeps what is uploaded below it.
     """
     page = gr.Blocks(title=f"FCOS: {detector.name}", delete_cache=(60, _KEPT))
     with page:
@@ -36,7 +38,7 @@ def make_page(detector: Detector, folder: str) -> gr.Blocks:
                 visible=bool(names),
             )
         with gr.Tab("Image"):
-            _image_tab(detector, threshold, classes)
+            _image_tab(detector, threshold, classes, folder)
         with gr.Tab("Camera"):
             _camera_tab(detector, threshold, classes)
         with gr.Tab("Video"):
@@ -63,7 +65,7 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
     page.block_thread()
 
 
-def _image_tab(detector: Detector, threshold: gr.Slider, classes: gr.Dropdown) -> None:
+def _image_tab(detector: Detector, threshold: gr.Slider, classes: gr.Dropdown, folder: str) -> None:
     found = gr.State(time_to_live=_KEPT)
     with gr.Row():
         image = gr.Image(label="Image", buttons=["fullscreen"])
@@ -86,7 +88,7 @@ def _image_tab(detector: Detector, threshold: gr.Slider, classes: gr.Dropdown) -
         if file is None:
             return None, *draw(None, threshold, classes)
         try:
-            found = detector.look(file["path"])
+            found = detector.look(_uploaded(file, folder))
         except ValueError as error:
             return None, None, str(error)
         return found, *draw(found, threshold, classes)
@@ -114,6 +116,29 @@ def _image_tab(detector: Detector, threshold: gr.Slider, classes: gr.Dropdown) -
     looked.then(draw_maps, found, [origin, *maps])
 
 
+def _uploaded(file: dict, folder: str) -> str:
+    """The path of an uploaded file.
+
+    A request may name any file of this machine in its place, or an address, which would be
+    fetched. Gradio does not look at the path of an image.
+
+    Raises:
+        ValueError: for another file.
+    """
+    path = file.get("path") or ""
+    if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        raise ValueError(f"{Path(path).name} was not uploaded.")
+    return path
+
+
+def _pixels_in(frame: dict) -> np.ndarray | None:
+    """(H, W, 3) uint8, RGB, of a frame that is in the request itself; see :func:`_uploaded`."""
+    kind, _, content = (frame.get("url") or "").partition(";base64,")
+    if not kind.startswith("data:image/"):
+        return None
+    return np.asarray(Image.open(io.BytesIO(b64decode(content))).convert("RGB"))
+
+
 def _figure(label: str) -> gr.Image:
     # A label that shows would lie over the picture. Gradio's third button, "share", would send it
     # to Hugging Face.
@@ -127,15 +152,16 @@ def _camera_tab(detector: Detector, threshold: gr.Slider, classes: gr.Dropdown) 
         camera = gr.Image(label="Camera", sources=["webcam"], streaming=True)
         picture = gr.HTML()
 
-    def watch(frame: np.ndarray | None, threshold: float, classes: list[str]) -> str:
-        if frame is None:
+    def watch(frame: dict | None, threshold: float, classes: list[str]) -> str:
+        pixels = _pixels_in(frame or {})
+        if pixels is None:
             return ""
-        _, jpeg = cv2.imencode(".jpg", detector.frame(frame[:, :, ::-1], threshold, classes))
+        _, jpeg = cv2.imencode(".jpg", detector.frame(pixels[:, :, ::-1], threshold, classes))
         # An image of Gradio's would be a file.
         return f'<img alt="Detections" src="data:image/jpeg;base64,{b64encode(jpeg).decode()}">'
 
     camera.stream(
-        watch, [camera, threshold, classes], picture, show_progress="hidden",
+        watch, [camera, threshold, classes], picture, show_progress="hidden", preprocess=False,
         stream_every=0.1, concurrency_limit=_CAMERAS,
     )  # fmt: skip
 
@@ -152,13 +178,14 @@ def _video_tab(detector: Detector, threshold: gr.Slider, classes: gr.Dropdown, f
         if file is None:
             yield None, "Choose a video."
             return
+        path = file["path"]  # of a video, Gradio makes sure that it was uploaded
         with tempfile.TemporaryDirectory(dir=folder) as written:
-            writer = VideoWriter(Path(written), file["path"], ".webm", "VP80")
+            writer = VideoWriter(Path(written), path, ".webm", "VP80")
             try:
-                for n, picture in enumerate(detector.video(file["path"], threshold, classes)):
+                for n, picture in enumerate(detector.video(path, threshold, classes)):
                     writer.write(n, picture)
                     yield None, f"Frame {n + 1} of {writer.total or 'many'}."  # may be stopped here
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 yield None, str(error)
                 return
             finally:

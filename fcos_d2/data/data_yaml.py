@@ -44,7 +44,7 @@ def read_data_yaml(data: str) -> YoloData:
     if not isinstance(path, str):
         raise ValueError(f"{file}: path must be a folder, got {_short(path)}")
     # The path may be that of another machine: then the folder of the file is taken.
-    own = os.path.dirname(file)
+    own = os.path.dirname(file) or "."
     if os.path.basename(file) in CLASS_LISTS and os.path.basename(own) == "labels":
         own = os.path.dirname(own)
     folders = [os.path.normpath(os.path.join(own, p)) for p in (_slashes(path), "")]

@@ -15,8 +15,9 @@ _TURNED = (5, 6, 7, 8)
 
 
 def images_in(folder: str | os.PathLike) -> list[str]:
-    """The paths of the images in a folder, by name."""
-    names = sorted(n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES))
+    """The paths of the images in a folder, by name, without hidden files, as macOS leaves them."""
+    names = (n for n in sorted(os.listdir(folder)) if n[0] != ".")
+    names = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
     return [os.path.join(folder, name) for name in names]
 
 

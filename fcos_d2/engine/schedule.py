@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from operator import attrgetter
 
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from tabulate import tabulate
 
@@ -57,6 +58,18 @@ def follow_cores(cfg: CfgNode, given: Collection[str]) -> str:
         f"DATALOADER.NUM_WORKERS {workers} -> {share} in each process: {cores} cores for "
         f"{processes} process(es)"
     )
+
+
+def scaled_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
+    """Detectron2's scaling by SOLVER.REFERENCE_WORLD_SIZE, which does not know ATSS_ITERS."""
+    scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
+    if scaled is not cfg:
+        own, end = cfg.SOLVER, scaled.SOLVER.MAX_ITER
+        scaled.defrost()
+        scaled.SOLVER.ATSS_ITERS = own.ATSS_ITERS * end // own.MAX_ITER
+        if cfg.is_frozen():
+            scaled.freeze()
+    return scaled
 
 
 def with_schedule(cfg: CfgNode, data_loader: Iterable, given: Collection[str]) -> CfgNode:

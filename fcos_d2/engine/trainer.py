@@ -57,7 +57,7 @@ from .loggers import build_loggers, check_loggers
 from .optimizer import build_optimizer
 from .processes import distribute, tell_failure
 from .resuming import check_resumable, checkpoint_to_resume, drop_metrics_from, settings_kept
-from .schedule import with_schedule
+from .schedule import scaled_to_processes, with_schedule
 from .step_trainer import StepTrainer, check_accumulation
 from .stopping import StopOnSignal, Stopped, stop_signals
 
@@ -80,7 +80,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scaled_to_processes(cfg, comm.get_world_size())
         if comm.is_main_process():
             check_loggers(cfg)
         check_test_sets(cfg)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..checkpoint import replacing
 from ..inference.onnx_predictor import Detections, OnnxPredictor
 from ..inference.results import to_instances
-from .onnx import ExportError, check_packages
+from .onnx import ExportError, check_packages, target_path
 
 # Below this AP, with the float32 file's detections as the truth, a file is not kept. Models that
 # lost 0.3 AP on their own data agreed to more than 90.
@@ -49,7 +49,7 @@ def quantize(file: str | os.PathLike, target: str | os.PathLike, images: Sequenc
 
     Args:
         file: of :func:`fcos_d2.export.to_onnx`, with detections.
-        target: an earlier one stays if anything fails.
+        target: an earlier one stays if anything fails. Folders are made.
         images: files or (H, W, 3) BGR arrays that look like those that the detector will see; 100
             to 200 are enough. They are read one after the other, and up to 50 of them again.
 
@@ -82,7 +82,7 @@ def quantize(file: str | os.PathLike, target: str | os.PathLike, images: Sequenc
 
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        partial = stack.enter_context(replacing(os.path.abspath(target), own=True))
+        partial = stack.enter_context(replacing(target_path(target), own=True))
         # Its notes are about its own parts.
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.WARNING)

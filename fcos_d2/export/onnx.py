@@ -90,10 +90,7 @@ def to_onnx(
         )
     opset = _check_opset(model, opset)
     check_packages()
-    file = os.path.abspath(file)
-    if os.path.isdir(file):
-        raise IsADirectoryError(f"{file} is a folder: name the file to write, such as model.onnx")
-    os.makedirs(os.path.dirname(file), exist_ok=True)
+    file = target_path(file)
     model = copy.deepcopy(model).cpu().float().eval()
     model.runtime = Runtime()  # not compiled
     graph = (RawGraph if raw else DetectionGraph)(model).eval()
@@ -119,6 +116,15 @@ def to_onnx(
                 f"{difference:.1e}, the limit {LIMIT}. No file was written"
             )
     return difference
+
+
+def target_path(file: str | os.PathLike) -> str:
+    """The full path of a file to write, whose folder is made; an OSError if it cannot be."""
+    file = os.path.abspath(file)
+    if os.path.isdir(file):
+        raise IsADirectoryError(f"{file} is a folder: name the file to write, such as model.onnx")
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    return file
 
 
 def check_model(model: FCOS) -> None:

@@ -50,7 +50,7 @@ def draw_instances(
     classes, names = instances.pred_classes.tolist(), metadata.get("thing_classes", ())
     colors = metadata.get("thing_colors", None)
     if colors is None:
-        colors = class_colors(len(names) or 1 + max(classes, default=0))
+        colors = class_colors(max(len(names), 1 + max(classes, default=0)))
     colors = [tuple(colors[number]) for number in classes]
     labels = class_labels(classes, names)
     if scores is not None:

@@ -31,7 +31,8 @@ def chosen_cfg(args: argparse.Namespace) -> CfgNode:
 
     Raises:
         OSError: for a file that is not there.
-        ValueError: for options that do not go together, and weights that need a config.
+        ValueError: for options that do not go together, weights that need a config, and a device
+            of no kind that PyTorch knows.
     """
     if args.model and (args.config_file or args.weights):
         raise ValueError("--model comes with its config and weights: leave out the others")
@@ -57,7 +58,12 @@ def chosen_cfg(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.WEIGHTS = args.weights
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("The config names no MODEL.WEIGHTS: add --weights")
-    # The config may name the GPU of another machine.
-    available = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg.MODEL.DEVICE = str(torch.device(args.device or available))
+    if args.device or "MODEL.DEVICE" not in args.opts:
+        # The config may name the GPU of another machine.
+        available = "cuda" if torch.cuda.is_available() else "cpu"
+        cfg.MODEL.DEVICE = args.device or available
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ValueError(f"There is no device {cfg.MODEL.DEVICE!r}: {error}") from error
     return cfg

@@ -200,13 +200,14 @@ def check_image(image: np.ndarray, index: int) -> None:
 
 
 def _resized(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
-    """(height, width) by Detectron2's ResizeShortestEdge, which 0 switches off."""
+    """(height, width) by Detectron2's ResizeShortestEdge, which 0 switches off; at least 1."""
     if shortest == 0:
         return size
     scale = shortest / min(size)
     sides = [shortest if side == min(size) else side * scale for side in size]
     scale = min(longest / max(sides), 1)
-    return int(sides[0] * scale + 0.5), int(sides[1] * scale + 0.5)
+    height, width = (max(int(side * scale + 0.5), 1) for side in sides)
+    return height, width
 
 
 def _interpolate(image: np.ndarray, length: int, axis: int) -> np.ndarray:

@@ -55,14 +55,16 @@ def run(args: argparse.Namespace) -> None:
     rank, world = comm.get_rank(), comm.get_world_size()
     try:
         cfg, source = chosen_cfg(args), args.source
-        if isinstance(source, list) and args.annotations:
-            ids = ids_of_annotations(args.annotations, source)
-        elif args.annotations:
-            raise ValueError("--annotations is for images, not for a video")
-        else:
-            ids = None
-        if world > 1 and not isinstance(source, list):
-            raise ValueError("A video is for one process: its frames come one after the other")
+        if not isinstance(source, list):
+            if args.annotations:
+                raise ValueError("--annotations is for images, not for a video")
+            if args.resume:
+                raise ValueError(
+                    "--resume is for images. A video starts anew: remove results.0.jsonl of the "
+                    "run that was stopped, and leave out --resume"
+                )
+            if world > 1:
+                raise ValueError("A video is for one process: its frames come one after the other")
         # The frames of a camera do not wait for others.
         batch_size = 1 if isinstance(source, int) else args.batch_size
         predictor = Predictor(cfg, batch_size=batch_size)
@@ -71,6 +73,9 @@ def run(args: argparse.Namespace) -> None:
         output.mkdir(parents=True, exist_ok=True)
         results = ResultFile(output, predictor.metadata, args.resume) if args.json else None
         done = results.done if results else set()
+        ids = None
+        if args.annotations:  # results.json has the images of earlier runs, too
+            ids = ids_of_annotations(args.annotations, list(dict.fromkeys([*source, *done])))
         if isinstance(source, list):
             files = [file for file in source if file not in done][rank::world]
             read: list[str] = []
@@ -106,6 +111,8 @@ def run(args: argparse.Namespace) -> None:
         with contextlib.closing(written):
             for _ in tqdm(written, total=total, unit=" images", disable=rank > 0):
                 count += 1
+        if not count and isinstance(source, str):
+            raise OSError(f"No frame of {source} can be read")
         comm.synchronize()
         if results and rank == 0:
             results.merge(ids, source if files is not None else ())
@@ -119,6 +126,10 @@ def run(args: argparse.Namespace) -> None:
             raise
         if files is not None:
             sys.exit(exit_code(signal.SIGINT))
+    except OSError as error:  # such as a full disk
+        can_go_on = results and files is not None
+        goes_on = f". What is done is in {results.lines}; --resume goes on" if can_go_on else ""
+        raise SystemExit(f"Stopped. {error}{goes_on}") from error
     finally:
         writer.close()
         if results:

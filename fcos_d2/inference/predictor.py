@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.catalog import Metadata
-from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
 from detectron2.modeling import build_model
 
 from ..checkpoint import AtomicCheckpointer
@@ -130,7 +130,10 @@ class Predictor(ImagePredictor):
         if channels != self.model_channels:
             image = image[:, :, ::-1]
         height, width = image.shape[:2]
-        pixels = self.resize.get_transform(image).apply_image(image)
+        resize = self.resize.get_transform(image)
+        if isinstance(resize, ResizeTransform):  # a side of a long, thin image would get 0 pixels
+            resize.new_h, resize.new_w = max(resize.new_h, 1), max(resize.new_w, 1)
+        pixels = resize.apply_image(image)
         if pixels.dtype != np.uint8:
             pixels = pixels.astype("float32")
         pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

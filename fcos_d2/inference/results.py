@@ -36,7 +36,7 @@ class ResultFile:
 
         Raises:
             ValueError: for the lines of an earlier run if ``goes_on`` is not set, and for another
-                file of this name.
+                file of this name. A file without lines is no matter: nothing was detected.
         """
         self.folder, self.lines = folder, folder / f"results.{comm.get_rank()}.jsonl"
         numbers = metadata.get("thing_dataset_id_to_contiguous_id", {})
@@ -45,7 +45,7 @@ class ResultFile:
         self.categories = [
             {"id": self._category_id(i), "name": name} for i, name in enumerate(names)
         ]
-        earlier = self._files()
+        earlier = [file for file in self._files() if file.stat().st_size]
         if earlier and not goes_on:
             raise ValueError(
                 f"{earlier[0]} is of a prediction that was not finished: add --resume to go on "

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg as detectron2_cfg
+from detectron2.data.catalog import Metadata
 from detectron2.structures import BoxMode
 from helpers import RANGES, STRIDES, assign_by_loops, level_shapes, make_detector, tiny_cfg
 from torchvision.ops import box_iou
@@ -41,6 +42,13 @@ def predictor_of(**fcos_keys):
 
 def random_image(size=SIZE, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def test_every_class_has_a_name():
+    predictor, _ = predictor_of()
+    predictor.metadata = Metadata(thing_classes=["disc"])  # of data sets with fewer classes
+    names = inspect_image(predictor, random_image()).class_names
+    assert names == ["disc", "class 1", "class 2"]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """``fcos app`` as a user runs it: errors at its start, and the page."""
 
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from base64 import b64encode
+from urllib.request import Request, urlopen
 
 import cv2
 import numpy as np
@@ -16,6 +19,7 @@ from helpers import make_arrays, make_detector, tiny_cfg
 from fcos_d2 import Predictor, app
 from fcos_d2.app import main
 
+VIDEO = cv2.VideoWriter_fourcc(*"FFV1")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -120,6 +124,47 @@ def test_an_image_goes_in_and_boxes_come_out(page, weights):
         handle_file(str(weights / "text.jpg")), 0.18, [], api_name="/look"
     )
     assert picture is None and text == "text.jpg is not an image that can be read."
+
+
+def test_only_what_was_uploaded_is_looked_at(page, weights, tmp_path):
+    """A request names a file of the server, which a browser never does."""
+    from gradio_client import Client
+
+    client = Client(page[0], verbose=False, download_files=str(page[1] / "client"))
+    file = {"path": str(weights / "a.png")}
+    for sent in (file, {"path": "a.png"}, {"path": f"{page[0]}/theme.css"}, {"url": "x"}):
+        picture, text = client.predict(sent, 0.18, [], api_name="/look")
+        assert picture is None and text.endswith("was not uploaded.")
+    assert watched(page[0], file) == [""]
+    jpeg = b64encode(cv2.imencode(".jpg", cv2.imread(str(weights / "a.png")))[1]).decode()
+    sent = {"url": f"data:image/jpeg;base64,{jpeg}"}  # as a browser sends the frames of a camera
+    (html,) = watched(page[0], sent)
+    assert html.startswith('<img alt="Detections"')
+
+
+def watched(address, frame):
+    """The answer to a frame of a camera, which Gradio's client does not know."""
+    url, data = f"{address}/gradio_api/call/watch", {"data": [frame, 0.18, []]}
+    request = Request(url, json.dumps(data).encode(), {"Content-Type": "application/json"})
+    with urlopen(request) as answer:
+        event = json.load(answer)["event_id"]
+    with urlopen(f"{url}/{event}", timeout=60) as answer:
+        kind, content = answer.readline(), answer.readline()
+    assert kind == b"event: generating\n"
+    return json.loads(content.removeprefix(b"data: "))
+
+
+def test_a_video_that_cannot_be_written_is_a_sentence(page, weights, tmp_path):
+    from gradio_client import Client, handle_file
+
+    # Shrunk to 1600 pixels, it is one pixel wide, which VP8 does not take.
+    writer = cv2.VideoWriter(str(tmp_path / "thin.avi"), VIDEO, 5, (2, 4000))
+    writer.write(np.zeros((4000, 2, 3), np.uint8))
+    writer.release()
+    client = Client(page[0], verbose=False, download_files=str(page[1] / "client"))
+    file = handle_file(str(tmp_path / "thin.avi"))
+    video, text = client.predict(file, 0.18, [], api_name="/run")
+    assert video is None and "cannot write the video thin.webm of 1 x 1600 pixels" in text
 
 
 def test_in_a_browser(page, weights):

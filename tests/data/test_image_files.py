@@ -4,7 +4,13 @@ import os
 
 import pytest
 
-from fcos_d2.data.image_files import missing_files
+from fcos_d2.data.image_files import images_in, missing_files
+
+
+def test_images_in_a_folder(tmp_path):
+    for name in ("b.JPG", "a.png", "._a.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert images_in(tmp_path) == [str(tmp_path / name) for name in ("a.png", "b.JPG")]
 
 
 def test_missing_files(tmp_path, monkeypatch):

@@ -102,6 +102,15 @@ def test_splits_first_and_labels_beside_images(tmp_path):
     assert boxes(records) == [[[0, 0, 40, 30]]] * 2  # a.bmp, named twice, is there once
 
 
+def test_a_list_of_classes_in_the_working_folder(tmp_path, monkeypatch):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("0 0.5 0.5 1 1")
+    (tmp_path / "classes.txt").write_text("cat\n")
+    monkeypatch.chdir(tmp_path)
+    records, classes = load_yolo("classes.txt", "all")
+    assert (classes, boxes(records)) == (["cat"], [[[0, 0, 40, 30]]])
+
+
 def test_links(tmp_path):
     root = write_yolo(tmp_path / "pets")
     folder = tmp_path / "pets" / "images" / "train"

@@ -13,7 +13,13 @@ from detectron2.utils import comm
 from fcos_d2 import model_zoo
 from fcos_d2.config import get_cfg
 from fcos_d2.engine import arguments, setup
-from fcos_d2.engine.schedule import AUTOMATIC, follow_cores, follow_epochs, table
+from fcos_d2.engine.schedule import (
+    AUTOMATIC,
+    follow_cores,
+    follow_epochs,
+    scaled_to_processes,
+    table,
+)
 
 COCO = model_zoo.get_config_file("COCO-Detection/fcos_R_50_FPN_1x.yaml")
 CONFIGS = sorted(Path(COCO).parents[1].rglob("*.yaml"))
@@ -80,6 +86,16 @@ def test_atss_iterations_follow_the_length(solver, aligned):
     *_, text = epochs(50, 160, "SOLVER.ATSS_ITERS", 30_000, given=["SOLVER.EPOCHS"])
     assert re.search(r"SOLVER\.ATSS_ITERS +166 +0\.333 of the run", text)
     assert "ATSS" not in epochs(50, 160)[-1]
+
+
+def test_atss_iterations_follow_the_processes():
+    cfg = get_cfg()
+    cfg.SOLVER.merge_from_list(["REFERENCE_WORLD_SIZE", 2, "MAX_ITER", 900, "ATSS_ITERS", 300])
+    cfg.SOLVER.STEPS = ()
+    cfg.freeze()
+    assert scaled_to_processes(cfg, 2) is cfg
+    scaled = scaled_to_processes(cfg, 6)  # three times as many images in a step
+    assert (scaled.SOLVER.MAX_ITER, scaled.SOLVER.ATSS_ITERS) == (300, 100)
 
 
 def test_what_is_given_stays(solver):

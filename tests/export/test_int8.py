@@ -30,7 +30,7 @@ def exported(tmp_path_factory):
 
 
 def test_a_quantized_file(exported, tmp_path):
-    target = tmp_path / "int8.onnx"
+    target = tmp_path / "new" / "int8.onnx"
     check = quantize(exported, target, images(12))
     assert check.agreement > 80
     assert check.images == 12
@@ -59,6 +59,8 @@ def test_what_cannot_be_quantized(exported, tmp_path, monkeypatch):
     target.write_text("an earlier one")
     with pytest.raises(ValueError, match="There is no image to calibrate with"):
         quantize(exported, target, [])
+    with pytest.raises(IsADirectoryError, match="is a folder: name the file to write"):
+        quantize(exported, tmp_path, images(2))
     with pytest.raises(OSError, match=r"missing\.jpg"):
         quantize(exported, target, [tmp_path / "missing.jpg"])
     with pytest.raises(ValueError, match="Image 1 must have pixels of uint8"):

@@ -16,8 +16,10 @@ from helpers import tiny_cfg
 from pycocotools.coco import COCO
 
 from fcos_d2 import Predictor, load_cfg
+from fcos_d2.command_line import config_parser
 from fcos_d2.inference import predict
 from fcos_d2.inference.drawing import draw_instances
+from fcos_d2.inference.model_options import add_model_options, chosen_cfg
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ["disc", "square", "triangle"]
@@ -139,7 +141,10 @@ def test_a_video(weights, shapes_folder, tmp_path):
     writer.release()
     film = str(tmp_path / "film.avi")
     output = tmp_path / "out"
-    predict.main(["--weights", weights, "--input", film, "--output", str(output), "--json"])
+    args = ["--weights", weights, "--input", film, "--output", str(output), "--json"]
+    with pytest.raises(SystemExit, match="A video starts anew"):  # else it has frames twice
+        predict.main([*args, "--resume"])
+    predict.main(args)
     drawn = cv2.VideoCapture(str(output / "film.mp4"))
     assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 4
     assert drawn.get(cv2.CAP_PROP_FPS) == 5
@@ -149,6 +154,15 @@ def test_a_video(weights, shapes_folder, tmp_path):
         (i, f"frame {i}") for i in range(4)
     ]
     assert {r["image_id"] for r in results["annotations"]} == {0, 1, 2, 3}
+
+
+def test_a_video_without_frames(weights, tmp_path):
+    film = str(tmp_path / "film.avi")
+    cv2.VideoWriter(film, cv2.VideoWriter_fourcc(*"MJPG"), 5, (160, 128)).release()
+    args = ["--weights", weights, "--input", film, "--output", str(tmp_path / "out"), "--json"]
+    with pytest.raises(SystemExit, match=r"No frame of .*film\.avi can be read$"):
+        predict.main(args)
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_numbers_of_classes_are_those_of_the_data_set(weights, images, tmp_path, monkeypatch):
@@ -174,12 +188,25 @@ def test_numbers_of_classes_are_those_of_the_data_set(weights, images, tmp_path,
         (["--input", "I", "--weights", "missing.pth"], r"There is no file missing\.pth"),
         (["--input", "film.mp4", "--weights", "W"], "There is no image at --input 'film.mp4'"),
         (["--input", "I", "--weights", "W", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["--input", "I", "--weights", "W", "--device", "gpu"], "There is no device 'gpu'"),
     ],
 )
 def test_errors_say_what_to_do(weights, images, tmp_path, args, message):
     args = [{"W": weights, "I": str(images)}.get(a, a) for a in args]
     with pytest.raises(SystemExit, match=message):
         predict.main([*args, "--output", str(tmp_path / "out")])
+
+
+def test_a_device_of_the_command_line_counts(weights, monkeypatch):
+    parser = config_parser("", config_required=False)
+    add_model_options(parser)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for words, device in (
+        ([], "cuda"), (["MODEL.DEVICE", "cpu"], "cpu"), (["--device", "cuda:1"], "cuda:1")
+    ):  # fmt: skip
+        args = parser.parse_intermixed_args(["--weights", weights, *words])
+        chosen = chosen_cfg(args).MODEL.DEVICE
+        assert chosen == device
 
 
 def test_a_checkpoint_without_a_config_needs_one(weights, images, tmp_path):
@@ -200,6 +227,17 @@ def test_originals_are_not_written_over(weights, images):
     assert (images / "0001.png").read_bytes() == before
 
 
+def test_a_picture_without_a_format_ends_with_a_sentence(weights, images, tmp_path):
+    (images / "0002.png").rename(images / "0002")
+    args = ["--weights", weights, "--output", str(tmp_path / "out"), "--json", "--input"]
+    args += [str(images / name) for name in ("0001.png", "0002", "0003.png")]
+    with pytest.raises(SystemExit, match=r"Stopped\. .* picture .*0002: .* --resume goes on"):
+        predict.main(args)
+    predict.main([*args, "--resume", "--no-pictures"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [image["file_name"] for image in results["images"]] == ["0001.png", "0002", "0003.png"]
+
+
 def test_drawing_without_names_and_without_detections():
     from detectron2.data.catalog import Metadata
     from detectron2.structures import Boxes, Instances
@@ -213,6 +251,7 @@ def test_drawing_without_names_and_without_detections():
     one = Instances((50, 60), pred_boxes=Boxes([[5, 5, 40, 30]]),
                     pred_classes=torch.tensor([2]), scores=torch.tensor([0.5]))  # fmt: skip
     assert draw_instances(image, one, Metadata()).any()
+    assert draw_instances(image, one, Metadata(thing_classes=["a"])).any()  # of class 2 of 1
     assert not draw_instances(image, one, Metadata(), threshold=0.6).any()
     assert draw_instances(image, one, Metadata(), scale=2).shape == (100, 120, 3)
 
@@ -240,3 +279,28 @@ def test_ctrl_c_keeps_what_is_done_and_does_not_look_like_success(
     predict.main([*args, "--json", "--resume"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [x["id"] for x in results["images"]] == [1, 2, 3]
+
+
+def test_resume_with_annotations_knows_the_images_of_the_earlier_run(
+    weights, images, tmp_path, monkeypatch
+):
+    annotations = [{"id": 10 + i, "file_name": f"000{i}.png"} for i in (1, 2, 3)]
+    (tmp_path / "all.json").write_text(json.dumps({"images": annotations}))
+    args = ["--weights", weights, "--output", str(tmp_path / "out"), "--json"]
+    args += ["--annotations", str(tmp_path / "all.json"), "--input", str(images)]
+    drawn = []
+
+    def failing_at_the_second(image, *args):
+        drawn.append(image)
+        if len(drawn) == 2:
+            raise RuntimeError("a fault")
+        return image
+
+    monkeypatch.setattr(predict, "draw_instances", failing_at_the_second)
+    with pytest.raises(RuntimeError, match="a fault"):
+        predict.main(args)
+    monkeypatch.undo()
+    (images / "0001.png").unlink()  # done, and no longer there
+    predict.main([*args, "--resume"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {result["image_id"] for result in results} == {11, 12, 13}

@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from helpers import make_arrays, tiny_cfg
 
 import fcos_d2
+from fcos_d2.inference import onnx_predictor
 from fcos_d2.modeling.images import check_finite
 
 # The shorter side becomes 128: (96, 144) and (64, 97) are (128, 192) and (128, 194) to the network,
@@ -77,6 +78,18 @@ def test_equals_default_predictor(cfg, batches, input_format, batch_size):
     in_rgb = fcos_d2.Predictor(cfg, batch_size, channels="RGB")
     assert_same(in_rgb(images[2][:, :, ::-1]), expected[2])
     assert_same(predictor(images[2].astype("float64")), default(images[2].astype("float64")))
+
+
+def test_a_long_thin_image(cfg):
+    """Its height would be 0 where its width is the longest allowed: Detectron2 raises an error."""
+    (image,) = make_arrays([(1, 6000)])
+    predictor, longest = fcos_d2.Predictor(cfg), cfg.INPUT.MAX_SIZE_TEST
+    assert longest / 6000 < 0.5
+    assert predictor.model_input(image, "BGR")["image"].shape == (3, 1, longest)
+    assert onnx_predictor._resized((1, 6000), cfg.INPUT.MIN_SIZE_TEST, longest) == (1, longest)
+    found = predictor(image)["instances"]
+    assert found.image_size == (1, 6000)
+    assert (found.pred_boxes.tensor[:, 3] <= 1).all()
 
 
 def test_files_and_directory(cfg, tmp_path):

@@ -86,6 +86,15 @@ def test_an_incomplete_line_is_written_anew(tmp_path, metadata):
         ResultFile(tmp_path, metadata, goes_on=True)
 
 
+def test_a_file_without_lines_is_of_no_earlier_run(tmp_path, metadata):
+    """That of a run that ended before its first image, as for a video that cannot be read."""
+    ResultFile(tmp_path, metadata, goes_on=False).close()
+    assert (tmp_path / "results.0.jsonl").read_text() == ""
+    results = ResultFile(tmp_path, metadata, goes_on=False)
+    results.write("a.png", instances(1))
+    assert len(json.loads(results.merge().read_text())["images"]) == 1
+
+
 def test_ids():
     assert image_ids(["x/0007.jpg", "x/12.png"]) == {"x/0007.jpg": 7, "x/12.png": 12}
     assert image_ids(["x/7.jpg", "y/7.jpg"]) == {"x/7.jpg": 1, "y/7.jpg": 2}  # twice
