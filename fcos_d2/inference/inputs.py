@@ -26,8 +26,9 @@ def find_source(names: Sequence[str]) -> tuple[list[str] | str | int, list[str]]
         found = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
         if os.path.isdir(name):
             found = images_in(name)
+            known = set(found)
             others = (os.path.join(name, x) for x in sorted(os.listdir(name)) if x[0] != ".")
-            skipped += [x for x in others if os.path.isfile(x) and x not in set(found)]
+            skipped += [x for x in others if os.path.isfile(x) and x not in known]
         elif os.path.isfile(name):  # also one whose name is a pattern
             found = [name]
         if not found:
