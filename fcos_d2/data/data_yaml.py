@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import yaml
 
-from .image_files import IMAGE_SUFFIXES
+from .image_files import is_image_name
 
 # A class in each line, in place of a data.yaml: of labelImg and Label Studio, and of CVAT.
-CLASS_LISTS = ("classes.txt", "obj.names")
+_CLASS_LISTS = ("classes.txt", "obj.names")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def read_data_yaml(data: str) -> YoloData:
     """Read a data.yaml, or that of a folder, as plain data, without running code in it.
 
     Args:
-        data: a folder, a YAML file of any name, or a file of :data:`CLASS_LISTS`.
+        data: a folder, a YAML file of any name, or a list of classes (:func:`is_class_list`).
 
     Raises:
         OSError: for a missing file.
@@ -45,7 +45,7 @@ def read_data_yaml(data: str) -> YoloData:
         raise ValueError(f"{file}: path must be a folder, got {_short(path)}")
     # The path may be that of another machine: then the folder of the file is taken.
     own = os.path.dirname(file) or "."
-    if os.path.basename(file) in CLASS_LISTS and os.path.basename(own) == "labels":
+    if is_class_list(file) and os.path.basename(own) == "labels":
         own = os.path.dirname(own)
     folders = [os.path.normpath(os.path.join(own, p)) for p in (_slashes(path), "")]
     folders = tuple(dict.fromkeys(f for f in folders if os.path.isdir(f)))
@@ -134,8 +134,13 @@ def data_yamls(folder: str) -> list[str]:
 
 def class_lists(folder: str) -> list[str]:
     """The list of classes of a folder, or of its folder "labels"; none or one."""
-    files = (os.path.join(folder, sub, name) for sub in ("", "labels") for name in CLASS_LISTS)
+    files = (os.path.join(folder, sub, name) for sub in ("", "labels") for name in _CLASS_LISTS)
     return [file for file in files if os.path.isfile(file)][:1]
+
+
+def is_class_list(file: str) -> bool:
+    """Whether a file has a class in each line, told by its name."""
+    return os.path.basename(file) in _CLASS_LISTS
 
 
 def _find_data_yaml(folder: str) -> str:
@@ -147,7 +152,7 @@ def _find_data_yaml(folder: str) -> str:
 
 
 def _parse(file: str) -> dict:
-    if os.path.basename(file) in CLASS_LISTS:
+    if is_class_list(file):
         return {"names": [line.strip() for _, line in label_lines(file)]}
     try:
         with open(file, encoding="utf-8-sig") as f:
@@ -202,6 +207,5 @@ def _images_below(folder: str) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
-        images = (f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and f[0] != ".")
-        found += [os.path.join(parent, image) for image in images]
+        found += [os.path.join(parent, image) for image in filter(is_image_name, files)]
     return sorted(found)

@@ -15,10 +15,15 @@ _TURNED = (5, 6, 7, 8)
 
 
 def images_in(folder: str | os.PathLike) -> list[str]:
-    """The paths of the images in a folder, by name, without hidden files, as macOS leaves them."""
-    names = (n for n in sorted(os.listdir(folder)) if n[0] != ".")
-    names = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
-    return [os.path.join(folder, name) for name in names]
+    """The paths of the images in a folder, by name."""
+    return [
+        os.path.join(folder, name) for name in filter(is_image_name, sorted(os.listdir(folder)))
+    ]
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is an image, and not a hidden file, as macOS leaves them."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."
 
 
 def missing_files(files: Sequence[str]) -> list[str]:

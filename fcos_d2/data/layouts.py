@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from .classes import num_classes_key
 from .coco import read_coco
 from .custom import is_in_part, read_entry
-from .data_yaml import CLASS_LISTS, class_lists, data_yamls, read_data_yaml
+from .data_yaml import class_lists, data_yamls, is_class_list, read_data_yaml
 from .image_files import IMAGE_SUFFIXES
 from .raw_data import RawData
 from .voc import files_of_split, find_image_files, names_of_objects, xml_files
@@ -47,7 +47,7 @@ def recognise(path: str) -> Layout:
     if not os.path.exists(path):
         raise FileNotFoundError(f"There is no file or folder {path}")
     if os.path.isfile(path):
-        if path.lower().endswith((".yaml", ".yml")) or os.path.basename(path) in CLASS_LISTS:
+        if path.lower().endswith((".yaml", ".yml")) or is_class_list(path):
             return _yolo(path)
         if path.lower().endswith(".json"):
             return _coco({_split_of(path) or "all": path})
@@ -55,8 +55,9 @@ def recognise(path: str) -> Layout:
     layouts = [*map(_yolo, data_yamls(path)), _voc(path), _coco(_coco_files(path))]
     found = [layout for layout in layouts if layout.entries]
     if not found:
-        layouts = [_xml(path), *map(_yolo, class_lists(path))]
-        found = [layout for layout in layouts if layout.entries][:1]
+        found = [layout for layout in [_xml(path)] if layout.entries]
+    if not found:
+        found = [layout for layout in map(_yolo, class_lists(path)) if layout.entries]
     if len(found) > 1:
         several = ", ".join(layout.format for layout in found)
         raise ValueError(

@@ -15,7 +15,7 @@ def read_yolo(name: str, data_yaml: str, split: str) -> RawData:
     headers of images are read.
 
     Args:
-        data_yaml: a data.yaml, the folder that it is in, or a file of ``CLASS_LISTS``.
+        data_yaml: a data.yaml, the folder that it is in, or a list of classes.
         split: a key of data.yaml, such as "train" or "val".
     """
     described, label_files = read_data_yaml(data_yaml), []

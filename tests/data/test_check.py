@@ -434,8 +434,10 @@ def test_a_list_of_classes_without_labels_is_no_layout(tmp_path):
         recognise(str(tmp_path))
     # Where boxes are in VOC's format, labelImg's list of all the classes it offers says nothing.
     (tmp_path / "a.xml").write_text("<annotation><object><name>dog</name></object></annotation>")
-    layout = recognise(str(tmp_path))
-    assert (layout.format, layout.entries["all"]["CLASSES"]) == ("xml", ["dog"])
+    for classes in ("cat\n", "\n"):
+        (tmp_path / "classes.txt").write_text(classes)
+        layout = recognise(str(tmp_path))
+        assert (layout.format, layout.entries["all"]["CLASSES"]) == ("xml", ["dog"])
 
 
 def test_what_is_no_layout(tmp_path):
