@@ -99,7 +99,7 @@ def use_data(
     sets, read = {"train": layout.entries[train]}, {"train": layout.read.get(train)}
     if test is not None:
         sets["test"], read["test"], tested = layout.entries[test], layout.read.get(test), test
-    else:
+    elif "DATASETS.TEST" not in changed or "data_test" in cfg.DATASETS.TEST:
         whole = read["train"] or read_entry("data_train", sets["train"])
         read = dict.fromkeys(("train", "test"), whole)
         sets, tested = _hold_out(sets["train"], whole)

@@ -7,6 +7,7 @@ import subprocess
 from collections import Counter
 
 import pytest
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import tiny_cfg
 from test_check import write_pixels
@@ -20,6 +21,7 @@ from fcos_d2.data import (
     check_same_classes,
     check_test_sets,
     custom,
+    layouts,
 )
 from fcos_d2.data.custom import read_entry
 from fcos_d2.data.layouts import recognise, use_data
@@ -64,7 +66,7 @@ def test_classes_that_are_set_stay(load, tmp_path):
         load(cfg)
 
 
-def test_test_sets_that_are_set_stay(tmp_path):
+def test_test_sets_that_are_set_stay(tmp_path, monkeypatch):
     cfg = tiny_cfg()
     cfg.DATASETS.TEST = ("data_train",)
     said, _ = use_data(cfg, write_yolo(tmp_path), ["DATASETS.TEST"])
@@ -74,6 +76,17 @@ def test_test_sets_that_are_set_stay(tmp_path):
         ValueError, match=r"and DATASETS\.TRAIN both say what to train on: give one"
     ):
         use_data(cfg, str(tmp_path), ["DATASETS.TRAIN"])
+    # Nothing is held out for an evaluation that is not to be.
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\n")
+    cfg.DATASETS.TEST, cfg.DATASETS.CUSTOM = (), CfgNode(new_allowed=True)
+    said, _ = use_data(cfg, str(tmp_path), ["DATASETS.TEST"])
+    assert said.endswith("Trained on all, tested on DATASETS.TEST, which is set: ()")
+    assert list(cfg.DATASETS.CUSTOM) == ["data_train"]
+    assert "PART" not in cfg.DATASETS.CUSTOM.data_train
+    cfg.DATASETS.TEST = ("data_test",)
+    monkeypatch.setattr(layouts, "_LEAST_HELD_OUT", 0)
+    use_data(cfg, str(tmp_path), ["DATASETS.TEST"])
+    assert [cfg.DATASETS.CUSTOM[f"data_{x}"].PART for x in ("train", "test")] == ["train", "test"]
 
 
 @pytest.mark.parametrize(
