@@ -53,14 +53,17 @@ def test_results_before_an_error_are_not_lost():
 
 
 def test_what_waits_is_dropped_when_the_caller_stops():
-    go, done = threading.Event(), []
+    second, go, done = threading.Event(), threading.Event(), []
 
     def work(item):
-        assert item == 0 or go.wait(10)
+        if item == 1:
+            second.set()
+            assert go.wait(10)
         done.append(item)
 
     results = in_background(work, range(100), ahead=5)
     next(results)
+    assert second.wait(10)
     threading.Timer(0.5, go.set).start()
     results.close()  # waits for the one that is running
     assert done == [0, 1]
