@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from detectron2 import engine as detectron2_engine
 from detectron2.utils import comm
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import ProcessExitedException
 
 from .peers import PeerWatch, forget_host_group, host_group
@@ -43,7 +44,7 @@ def launch(main: Callable, args: argparse.Namespace) -> object:
     place = _place_in_environment(args.num_gpus)
     if place is not None:
         _join(place, timeout)
-        return _run(main, args)
+        return record(_run)(main, args)  # torchrun's report shows the error, as the first one
     if args.num_gpus * args.num_machines == 1:
         return main(args)
     received = []

@@ -47,9 +47,8 @@ def leave(args):
     rank = comm.get_rank()
     leave_group()
     assert comm.get_rank() == 0
-    if rank == 0:
-        time.sleep(4)
-    (args.folder / f"left_{rank}").write_text(str(time.time()))
+    while rank == 0 and not (args.folder / "others_have_ended").exists():
+        time.sleep(0.05)
 
 
 def fail_in_the_last_step(args):

@@ -157,7 +157,7 @@ def test_a_second_signal_ends_a_process_that_waits_for_another_one(number, code)
         time.sleep(1.5)
         assert process.poll() is None
         process.send_signal(number)
-        assert process.wait(timeout=5) == code
+        assert process.wait(timeout=60) == code
     finally:
         process.kill()
 
