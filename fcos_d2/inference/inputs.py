@@ -42,12 +42,17 @@ def find_source(names: Sequence[str]) -> tuple[list[str] | str | int, list[str]]
     return list(dict.fromkeys(files)), skipped
 
 
+def is_live(source: list[str] | str | int) -> bool:
+    """Whether it is a camera or a stream, whose frames come in their own time and have no end."""
+    return isinstance(source, int) or (isinstance(source, str) and "://" in source)
+
+
 def _video(name: str) -> str | int | None:
     if os.path.isfile(name):
         return name if _is_video(name) else None
     if name.isdecimal() and not os.path.isdir(name):
         return int(name)
-    return name if "://" in name else None  # a stream
+    return name if is_live(name) else None
 
 
 def _is_video(name: str) -> bool:

@@ -28,7 +28,7 @@ from ..engine import launch, leave_group
 from ..engine.stopping import exit_code
 from .background import in_background
 from .drawing import draw_instances
-from .inputs import find_source, read_images
+from .inputs import find_source, is_live, read_images
 from .model_options import add_model_options, chosen_cfg
 from .predictor import Predictor
 from .results import ResultFile, ids_of_annotations
@@ -52,21 +52,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """What each process does: it detects in every N-th image, if there are N processes."""
-    rank, world = comm.get_rank(), comm.get_world_size()
+    rank, world, source = comm.get_rank(), comm.get_world_size(), args.source
+    are_images, live = isinstance(source, list), is_live(source)
+    read: list[str] = []  # images, and those that cannot be read, which have no detections
+    failed: list[str] = []
     try:
-        cfg, source = chosen_cfg(args), args.source
-        if not isinstance(source, list):
-            if args.annotations:
-                raise ValueError("--annotations is for images, not for a video")
-            if args.resume:
-                raise ValueError(
-                    "--resume is for images. A video starts anew: remove results.0.jsonl of the "
-                    "run that was stopped, and leave out --resume"
-                )
-            if world > 1:
-                raise ValueError("A video is for one process: its frames come one after the other")
-        # The frames of a camera do not wait for others.
-        batch_size = 1 if isinstance(source, int) else args.batch_size
+        cfg = chosen_cfg(args)
+        if not are_images:
+            _check_video_options(args, world)
+        batch_size = 1 if live else args.batch_size  # live frames do not wait for others
         predictor = Predictor(cfg, batch_size=batch_size)
         threshold = _threshold(args.threshold, predictor.metadata.get("thing_classes", None))
         output = Path(args.output)
@@ -76,17 +70,14 @@ def run(args: argparse.Namespace) -> None:
         ids = None
         if args.annotations:  # results.json has the images of earlier runs, too
             ids = ids_of_annotations(args.annotations, list(dict.fromkeys([*source, *done])))
-        if isinstance(source, list):
+        if are_images:
             files = [file for file in source if file not in done][rank::world]
-            read: list[str] = []
-            failed: list[str] = []
-            writer = ImageWriter(output, source)
+            writer, total = ImageWriter(output, source), len(files)
             images = read_images(files, read, failed, batch_size)
             detected = predictor.pairs(images, "BGR", ahead=batch_size)
         else:
-            read, failed, files = [], [], None
             writer = VideoWriter(output, source)
-            detected = predictor.video(source)
+            detected, total = predictor.video(source), writer.total
     except (ValueError, OSError) as error:
         raise SystemExit(f"Nothing was detected. {error}") from error
     if args.skipped and rank == 0:
@@ -105,29 +96,28 @@ def run(args: argparse.Namespace) -> None:
             results.write(name, instances)
 
     count, begin = 0, time.perf_counter()
-    total = writer.total if files is None else len(files)
     written = in_background(write, enumerate(detected), ahead=batch_size)
     try:
         with contextlib.closing(written):
             for _ in tqdm(written, total=total, unit=" images", disable=rank > 0):
                 count += 1
-        if not count and isinstance(source, str):
+        if not count and not are_images:
             raise OSError(f"No frame of {source} can be read")
         comm.synchronize()
         if results and rank == 0:
-            results.merge(ids, source if files is not None else ())
+            results.merge(ids, source if are_images else ())
     except KeyboardInterrupt:
         print("Stopped; what was detected so far is kept.")
-        if results and files is None:  # Ctrl-C is how a camera ends
+        if results and not are_images:
             results.merge()
         elif results:
             print(f"It is in {results.lines}; --resume goes on.")
         if world > 1:  # the others would wait for this one
             raise
-        if files is not None:
+        if not live:  # Ctrl-C is how a camera ends
             sys.exit(exit_code(signal.SIGINT))
     except OSError as error:  # such as a full disk
-        can_go_on = results and files is not None
+        can_go_on = results and are_images
         goes_on = f". What is done is in {results.lines}; --resume goes on" if can_go_on else ""
         raise SystemExit(f"Stopped. {error}{goes_on}") from error
     finally:
@@ -139,10 +129,24 @@ def run(args: argparse.Namespace) -> None:
     if rank == 0:
         count, failed = sum(n for n, _ in counts), [x for _, names in counts for x in names]
         print(f"{count} images in {seconds:.1f} s, {count / seconds:.1f} a second, to {output}.")
+        if not (are_images or live) and count < 0.99 * (total or 0):  # the number is an estimate
+            print(f"{source} should have {total} frames; it may be cut off or damaged.")
         if failed:
             print(f"{len(failed)} file(s) could not be read:", *failed, sep="\n  ")
             leave_group()
             sys.exit(1)
+
+
+def _check_video_options(args: argparse.Namespace, processes: int) -> None:
+    if args.annotations:
+        raise ValueError("--annotations is for images, not for a video")
+    if args.resume:
+        raise ValueError(
+            "--resume is for images. A video starts anew: remove results.0.jsonl of the run that "
+            "was stopped, and leave out --resume"
+        )
+    if processes > 1:
+        raise ValueError("A video is for one process: its frames come one after the other")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ class ImageWriter:
     """
 
     def __init__(self, output: Path, files: Sequence[str]):
-        self.output, self.total = output, len(files)
+        self.output = output
         self.root = common_folder(files)
 
     def write(self, file: str, picture: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,15 +132,19 @@ def test_instances_are_drawn_from_the_threshold_of_their_class():
         assert (drawn[:, :100].any(), drawn[:, 100:].any()) == shown
 
 
-def test_a_video(weights, shapes_folder, tmp_path):
-    writer = cv2.VideoWriter(
-        str(tmp_path / "film.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (160, 128)
-    )
+@pytest.fixture
+def film(shapes_folder, tmp_path):
+    """A file of four frames."""
+    file = str(tmp_path / "film.avi")
+    writer = cv2.VideoWriter(file, cv2.VideoWriter_fourcc(*"MJPG"), 5, (160, 128))
     for i in range(4):
         frame = cv2.imread(str(shapes_folder / "shapes" / "val" / f"{i + 1:04d}.png"))
         writer.write(cv2.resize(frame, (160, 128)))
     writer.release()
-    film = str(tmp_path / "film.avi")
+    return file
+
+
+def test_a_video(weights, film, tmp_path, capsys):
     output = tmp_path / "out"
     args = ["--weights", weights, "--input", film, "--output", str(output), "--json"]
     with pytest.raises(SystemExit, match="A video starts anew"):  # else it has frames twice
@@ -154,6 +159,40 @@ def test_a_video(weights, shapes_folder, tmp_path):
         (i, f"frame {i}") for i in range(4)
     ]
     assert {r["image_id"] for r in results["annotations"]} == {0, 1, 2, 3}
+    assert "cut off" not in capsys.readouterr().out
+
+
+def test_a_video_that_is_cut_off_is_said(weights, film, tmp_path, capsys):
+    content = Path(film).read_bytes()
+    Path(film).write_bytes(content[: len(content) * 2 // 3])
+    predict.main(["--weights", weights, "--input", film, "--output", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert re.search(r"^[123] images in ", printed, re.M)
+    assert f"{film} should have 4 frames; it may be cut off or damaged." in printed
+
+
+def test_ctrl_c_ends_a_camera_but_stops_a_video(weights, film, tmp_path, monkeypatch):
+    drawn = []
+
+    def stopped_at_the_second(image, *args):
+        drawn.append(image)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return image
+
+    monkeypatch.setattr(predict, "draw_instances", stopped_at_the_second)
+    for source, code in ((film, 130), (f"file://{film}", None)):  # the address is like a camera
+        drawn.clear()
+        args = ["--weights", weights, "--input", source, "--output", str(tmp_path / "out")]
+        found = None
+        try:
+            predict.main([*args, "--json"])
+        except SystemExit as stopped:
+            found = stopped.code
+        assert found == code
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert results["images"][0]["file_name"] == "frame 0"
+        assert len(results["images"]) < 4
 
 
 def test_a_video_without_frames(weights, tmp_path):
