@@ -48,6 +48,10 @@ def add_fcos_config(cfg: CN) -> None:
     # CHECKPOINT_PERIOD and TEST.EVAL_PERIOD follow, for the images that are really trained on. 0
     # takes these keys as they are; -1 as many epochs as suit the data, as --data does.
     new.SOLVER.EPOCHS = 0
+    # How many of the checkpoints that are written every CHECKPOINT_PERIOD stay: the newest ones,
+    # also those of a run before --resume. model_best.pth and model_final.pth always stay. 0: all,
+    # as in Detectron2.
+    new.SOLVER.CHECKPOINTS_KEPT = 0
     # Iterations at the start of a training in which MODEL.FCOS.ASSIGNMENT "task_aligned" leaves the
     # choice of locations to ATSS, and all learn a class score of 1 with the focal loss, as in TOOD:
     # there in 4 epochs of 12, 30000 of 90000 iterations. SOLVER.EPOCHS, and a MAX_ITER of the

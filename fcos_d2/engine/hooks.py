@@ -1,5 +1,6 @@
 """What happens between the steps of a training."""
 
+import glob
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation.testing import flatten_results_dict
@@ -62,6 +64,33 @@ class EvalHook(hooks.EvalHook):
         file = os.path.join(self.trainer.cfg.OUTPUT_DIR, "metrics.json")
         # The main process decides for all.
         return comm.all_gather(evaluated(file, iteration, self._metric))[0] is not None
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """Detectron2's, which also deletes older checkpoints, those of a run before --resume too.
+
+    fvcore's ``max_to_keep`` forgets them when the process ends.
+    """
+
+    def __init__(self, checkpointer: AtomicCheckpointer, solver: CfgNode):
+        """
+        Raises:
+            ValueError: for a negative SOLVER.CHECKPOINTS_KEPT.
+        """
+        super().__init__(checkpointer, solver.CHECKPOINT_PERIOD)
+        self._kept = solver.CHECKPOINTS_KEPT
+        if self._kept < 0:
+            raise ValueError(
+                f"SOLVER.CHECKPOINTS_KEPT must be at least 1, or 0 for all, got {self._kept}"
+            )
+
+    def after_step(self) -> None:
+        super().after_step()
+        if self._kept and (self.trainer.iter + 1) % self.period == 0:
+            files = glob.glob(os.path.join(self.checkpointer.save_dir, "model_[0-9]*.pth"))
+            # By time: a damaged one of a later iteration may be there.
+            for file in sorted(files, key=os.path.getmtime)[: -self._kept]:
+                os.remove(file)
 
 
 class BestCheckpointer(HookBase):

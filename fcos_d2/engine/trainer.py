@@ -51,6 +51,7 @@ from .hooks import (
     EpochLog,
     EvalHook,
     GatherMetrics,
+    PeriodicCheckpointer,
     WaitingLog,
 )
 from .loggers import build_loggers, check_loggers
@@ -247,7 +248,7 @@ class Trainer(DefaultTrainer):
             AverageBatchNormStatistics(),
             self.average and AverageWeights(self.average, self.checkpointer.model),
             GatherMetrics(20, cfg.SOLVER.CHECKPOINT_PERIOD, period),
-            is_main and hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
+            is_main and PeriodicCheckpointer(self.checkpointer, cfg.SOLVER),
             EvalHook(period, self._evaluate, metric),
             is_main and has_test_sets and BestCheckpointer(period, self.checkpointer, metric),
             # With test-time augmentation at the end only: period 0.

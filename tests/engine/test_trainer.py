@@ -70,6 +70,30 @@ def test_resumed_run_continues_from_the_last_checkpoint(cfg, monkeypatch):
     assert resumed.model.loss.ema_num_positives.item() == pytest.approx(0.81e6, rel=1e-3)
 
 
+def test_the_newest_checkpoints_are_kept(cfg, monkeypatch, tmp_path):
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda *args: {}))
+    cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_KEPT = 1, 2
+    killed = Trainer(cfg)
+    killed.register_hooks([Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
+        "model_0000003.pth", "model_0000004.pth"
+    ]  # fmt: skip
+    # The run goes on from the older one, and deletes those of its first process.
+    (tmp_path / "model_0000004.pth").write_bytes(b"damaged")
+    resumed = Trainer(cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 4
+    resumed.train()
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
+        "model_0000004.pth", "model_0000005.pth", "model_final.pth"
+    ]  # fmt: skip
+    cfg.SOLVER.CHECKPOINTS_KEPT = -1
+    with pytest.raises(ValueError, match="CHECKPOINTS_KEPT must be at least 1, or 0 for all, got"):
+        Trainer(cfg)
+
+
 def test_best_checkpoint_survives_a_resumed_run(cfg, monkeypatch):
     aps = iter([20.0, 30.0, 25.0, 28.0, 40.0])
     monkeypatch.setattr(
