@@ -189,7 +189,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes that share the images, also on CPU (1); torchrun and srun start their own",
     )
-    parser.set_defaults(num_machines=1, machine_rank=0, dist_url="auto", timeout=30)
+    # One process may be done long before another. A dead one is noticed at once.
+    parser.set_defaults(num_machines=1, machine_rank=0, dist_url="auto", timeout=24 * 60)
     parser.add_argument("--batch-size", type=int, default=8, help="images that run together (8)")
     return parser
 
