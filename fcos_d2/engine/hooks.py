@@ -88,8 +88,9 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         super().after_step()
         if self._kept and (self.trainer.iter + 1) % self.period == 0:
             files = glob.glob(os.path.join(self.checkpointer.save_dir, "model_[0-9]*.pth"))
-            # By time: a damaged one of a later iteration may be there.
-            for file in sorted(files, key=os.path.getmtime)[: -self._kept]:
+            # By time first: a damaged one of a later iteration may be there.
+            files.sort(key=lambda file: (os.path.getmtime(file), file))
+            for file in files[: -self._kept]:
                 os.remove(file)
 
 
