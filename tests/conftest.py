@@ -1,3 +1,4 @@
+import logging
 import os
 import shutil
 import subprocess
@@ -6,6 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples each time, on machines of any speed. Other ones: --hypothesis-profile default.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
+
+# The servers of the tests are on this machine, whatever proxy it has.
+os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 ROOT = Path(__file__).parents[1]
 BCCD = Path(__file__).resolve().parents[2] / "shared" / "data" / "bccd" / "BCCD"
@@ -23,6 +32,17 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """Loggers that Detectron2 has set up hide their messages from caplog until the test's end."""
+    found = [logging.getLogger(name) for name in ("detectron2", "fcos_d2", "fvcore")]
+    before = [(logger, logger.level, logger.propagate) for logger in found]
+    yield
+    for logger, level, propagate in before:
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture(autouse=True)

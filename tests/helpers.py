@@ -2,8 +2,11 @@
 
 import math
 import os
+import random
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 
 import cv2
 import numpy as np
@@ -19,6 +22,15 @@ from fcos_d2.modeling import HeadOutputs, Levels
 RANGES = [(0, 64), (64, 128), (128, 256), (256, 512), (512, math.inf)]
 STRIDES = [8, 16, 32, 64, 128]
 LEVELS = Levels(tuple(STRIDES))
+
+
+def free_port():
+    """A port for processes that listen later, in a range that systems do not give out meanwhile."""
+    for port in random.Random().sample(range(20000, 32000), 50):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return str(port)
+    raise OSError("50 ports from 20000 to 32000 are taken")
 
 
 # Overrides that make the demo's detector light, where only training and its files matter: 0.4 M

@@ -5,7 +5,7 @@ import torch
 from ddp_worker import training_step
 from detectron2.engine import launch
 from detectron2.modeling import build_model
-from helpers import ALIGNED, GFLV2, SIMOTA, TOOD, several_processes, tiny_cfg
+from helpers import ALIGNED, GFLV2, SIMOTA, TOOD, free_port, several_processes, tiny_cfg
 
 pytestmark = several_processes
 
@@ -46,7 +46,7 @@ def test_two_processes_equal_one(tmp_path, monkeypatch, keys):
         return CASES, keys, str(tmp_path / "model.pth"), str(tmp_path / name)
 
     training_step(*args("one", {**keys, "COMPILE": False}))
-    launch(training_step, 2, dist_url="auto", args=args("two", keys))
+    launch(training_step, 2, dist_url=f"tcp://127.0.0.1:{free_port()}", args=args("two", keys))
     one, one_state = torch.load(tmp_path / "one")
     two, two_state = torch.load(tmp_path / "two")
     for i, ((losses, gradients), (losses2, gradients2)) in enumerate(zip(one, two, strict=True)):

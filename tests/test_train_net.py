@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import pytest
 import torch
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
-from helpers import LIGHT, several_processes
+from helpers import LIGHT, free_port, several_processes
 
 from fcos_d2 import model_zoo
 from fcos_d2.config import load_cfg
@@ -93,12 +92,6 @@ def test_two_processes_stop_by_a_signal_and_one_goes_on(train_net, tmp_path):
     numbers = json.loads((folder / "report" / "report.json").read_text())
     assert numbers["ap"]["output"]["AP"] == pytest.approx(metrics["bbox/AP"], abs=1e-9)
     assert torch.load(folder / "model_final.pth")["iteration"] == last + 2
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def slurm(rank, port):

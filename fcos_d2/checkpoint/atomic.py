@@ -93,7 +93,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
         if is_intact(last):
             return last
-        newest_first = sorted(self.checkpoints_of_run(), key=os.path.getmtime, reverse=True)
+        files = self.checkpoints_of_run()
+        newest_first = sorted(files, key=lambda f: (os.path.getmtime(f), f), reverse=True)
         newest = next(filter(is_intact, newest_first), None)
         if newest is None:
             raise FileNotFoundError(

@@ -21,7 +21,7 @@ def tool(shapes_folder):
     def run(name, *args):
         command = [sys.executable, f"tools/{name}.py", "--config-file", CONFIG, *map(str, args)]
         return subprocess.run(
-            command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=120
+            command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300
         )
 
     return run

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from base64 import b64encode
@@ -14,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import make_arrays, make_detector, tiny_cfg
+from helpers import free_port, make_arrays, make_detector, tiny_cfg
 
 from fcos_d2 import Predictor, app
 from fcos_d2.app import main
@@ -75,11 +74,9 @@ def page(weights, tmp_path_factory):
     """The address of the page, and a folder that is the server's place for temporary files."""
     pytest.importorskip("gradio", reason="needs Gradio: pip install 'fcos_d2[app]'")
     folder = tmp_path_factory.mktemp("temporary")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     code = "from fcos_d2.cli import main; main()"
-    command = [sys.executable, "-c", code, "app", "--weights", "model.pth", "--port", str(port)]
+    command = [sys.executable, "-c", code, "app", "--weights", "model.pth", "--port", port]
     environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [*command, "--device", "cpu"], cwd=weights, env=environment, text=True,

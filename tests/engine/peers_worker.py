@@ -10,7 +10,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from helpers import LIGHT, tiny_cfg
+from helpers import LIGHT, free_port, tiny_cfg
 
 from fcos_d2.data import register_custom_datasets
 from fcos_d2.engine import Trainer, launch, leave_group
@@ -105,7 +105,8 @@ if __name__ == "__main__":
     parser.add_argument("case", choices=[name for name, x in globals().items() if callable(x)])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--num-gpus", type=int, default=1)
-    parser.set_defaults(timeout=5, num_machines=1, machine_rank=0, dist_url="auto")
+    parser.set_defaults(timeout=5, num_machines=1, machine_rank=0)
+    parser.set_defaults(dist_url=f"tcp://127.0.0.1:{free_port()}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     launch(globals()[arguments.case], arguments)

@@ -5,7 +5,7 @@ import torch
 from accumulation_worker import CASES, step
 from detectron2.engine import launch
 from detectron2.modeling import build_model
-from helpers import make_input, several_processes, tiny_cfg
+from helpers import free_port, make_input, several_processes, tiny_cfg
 
 from fcos_d2.engine import Trainer
 from fcos_d2.engine.step_trainer import StepTrainer
@@ -46,8 +46,8 @@ def test_parts_of_two_processes_equal_one_large_batch(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     keys = KEYS["moving average"]
     step(keys, 1, tmp_path / "one")
-    launch(step, 2, dist_url="auto", args=(keys, 1, tmp_path / "two"))
-    launch(step, 2, dist_url="auto", args=(keys, 2, tmp_path / "parts"))
+    launch(step, 2, dist_url=f"tcp://127.0.0.1:{free_port()}", args=(keys, 1, tmp_path / "two"))
+    launch(step, 2, dist_url=f"tcp://127.0.0.1:{free_port()}", args=(keys, 2, tmp_path / "parts"))
     one, two, parts = (torch.load(tmp_path / name) for name in ("one", "two", "parts"))
     assert_same_steps(parts, one)
     # The gradients are shared once a step, as without parts.

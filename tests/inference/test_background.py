@@ -1,4 +1,5 @@
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_results_before_an_error_are_not_lost():
     assert found == [1, 0]
 
 
-def test_what_waits_is_dropped_when_the_caller_stops():
+def test_what_waits_is_dropped_when_the_caller_stops(monkeypatch):
     second, go, done = threading.Event(), threading.Event(), []
 
     def work(item):
@@ -61,9 +62,16 @@ def test_what_waits_is_dropped_when_the_caller_stops():
             assert go.wait(10)
         done.append(item)
 
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def drop_then_go(pool, wait=True, cancel_futures=False):
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        go.set()
+        shutdown(pool, wait)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", drop_then_go)
     results = in_background(work, range(100), ahead=5)
     next(results)
     assert second.wait(10)
-    threading.Timer(0.5, go.set).start()
     results.close()  # waits for the one that is running
     assert done == [0, 1]

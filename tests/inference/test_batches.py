@@ -64,7 +64,7 @@ def check_batches(recorder, batch_size, max_held):
     assert recorder.most_held <= max_held
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(KINDS, BATCH_SIZES, MAX_HELD)
 @example([0, 1, 2, 1, 2], 2, 4)  # two batches fill up while the first item waits
 def test_equals_running_each_item_alone(kinds, batch_size, max_held):
@@ -85,7 +85,7 @@ def test_batches_are_as_full_as_can_be_if_all_items_may_be_held(kinds, batch_siz
         assert sizes == [batch_size] * full + [rest] * (rest > 0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(KINDS, BATCH_SIZES, MAX_HELD, st.booleans(), st.sets(st.integers(0, 39), max_size=3))
 def test_results_before_an_error_come_first(kinds, batch_size, max_held, ends_badly, bad_numbers):
     items, recorder = list(enumerate(kinds)), Recorder(bad_numbers)

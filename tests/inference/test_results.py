@@ -195,7 +195,8 @@ def test_kills_and_other_numbers_of_processes_lose_nothing(weights, shapes_folde
     def done():
         return sum(x.read_text().count("\n") for x in output.glob("results.*.jsonl"))
 
-    for options, least in (([], 20), (["--resume", "--num-gpus", "2"], 50)):
+    for options in ([], ["--resume", "--num-gpus", "2"]):
+        least = done() + 8
         process = subprocess.Popen(
             [*command, str(output), *options], env=env, start_new_session=True
         )
@@ -205,7 +206,7 @@ def test_kills_and_other_numbers_of_processes_lose_nothing(weights, shapes_folde
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     before = done()
-    assert 50 <= before < 90
+    assert 16 <= before < 90
     again = subprocess.run(
         [*command, str(output), "--resume", "--num-gpus", "3"],
         env=env, check=True, capture_output=True, text=True,

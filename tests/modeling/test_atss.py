@@ -118,7 +118,7 @@ coordinate = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(box(coordinate), max_size=3), min_size=1, max_size=2),
     st.sampled_from([(100, 140), (64, 256), (257, 90), (8, 200)]),

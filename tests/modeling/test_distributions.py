@@ -40,7 +40,7 @@ def test_hand_computed():
     assert loss.item() == pytest.approx(29 / 16 * math.log(2))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 40, width=32), min_size=4, max_size=4), st.integers(1, 16))
 def test_the_best_distribution_expects_the_distance(distances, last):
     """Its loss is the entropy, and no other logits are better."""

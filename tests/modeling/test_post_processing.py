@@ -375,7 +375,7 @@ def test_nan_and_infinite_maps_give_no_detection_there():
     assert len(detections[1]) > 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5).map(float)), max_size=40),
 )

@@ -144,7 +144,7 @@ def test_images_without_boxes():
     assert owned == {(1, 0, cell): 0 for cell in range(10)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(predictions(CLASSES), st.sampled_from([10, 1, 4]))
 def test_equals_the_slow_reference(case, top_k):
     expected, is_sure = assign_by_loops(*case, top_k)

@@ -114,7 +114,7 @@ coordinate = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.lists(box(coordinate), max_size=5), min_size=1, max_size=2),
     st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.7]),

@@ -145,7 +145,7 @@ def test_boxes_without_candidates_larger_than_the_image_and_images_without_boxes
     assert set(assign([[], [large], []], [0], outputs)) == {(1, 0, cell) for cell in range(13)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(predictions(CLASSES), st.sampled_from([13, 1, 4]))
 def test_equals_the_slow_reference(case, top_k):
     expected, is_sure = assign_by_loops(*case, top_k)

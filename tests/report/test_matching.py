@@ -76,7 +76,7 @@ def assert_same_matches(ours, theirs):
         np.testing.assert_array_equal(getattr(ours, name), expected, err_msg=name)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_everything_is_pycocotools(case):
     truth, results = case
@@ -99,7 +99,7 @@ def assert_precisions_are_equal(ours, theirs):
                 assert ours.average_precision(iou, name, category) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_everything_without_classes_is_pycocotools(case):
     truth, results = case

@@ -293,11 +293,14 @@ def test_a_browser_shows_every_picture(cfg, tmp_path):
     copy = page.parent / "checked.html"
     copy.write_text(page.read_text() + script)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    options += ["--disable-dev-shm-usage"]
     options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     options += [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=10000"]
     shown = subprocess.run(
-        ["chromium", *options, "--dump-dom", copy.as_uri()], capture_output=True, text=True
-    )
+        ["chromium", *options, "--dump-dom", copy.as_uri()],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
     title = re.search(r"<title>(.*?)</title>", shown.stdout).group(1)
     pictures = json.loads(title.replace("&quot;", '"'))
     assert [source for source, *_ in pictures] == [x for x in Page(page).links if ".png" in x]
