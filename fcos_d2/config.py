@@ -30,7 +30,8 @@ def add_fcos_config(cfg: CN) -> None:
     new.SOLVER.ACCUMULATE = 1
     # Moving average of the weights: 0 for none, else how much of it stays in each step, for example
     # 0.9998 for the 90000 steps of the recipes, 0.999 for a few thousand. The average is then what
-    # is evaluated, kept as best and written as "model". The papers of FCOS use none.
+    # is evaluated, kept as best and written as "model". The papers of FCOS use none. -1.0 averages
+    # over a tenth of the run if it has at least 2000 steps, as --data does.
     new.SOLVER.EMA.DECAY = 0.0
     # "SGD" (Detectron2's, and the papers') or "AdamW", as for ConvNeXt. AdamW needs values of its
     # own: BASE_LR 0.0001 for 16 images, WEIGHT_DECAY 0.05 and WEIGHT_DECAY_BIAS 0.0 are those of

@@ -142,6 +142,9 @@ def _fit_schedule(cfg: CfgNode, own: CfgNode, args, given: Sequence[str]) -> lis
         cfg.SOLVER.EPOCHS = epochs
     elif options["data"] and not {"SOLVER.MAX_ITER", "SOLVER.EPOCHS"} & set(given):
         cfg.SOLVER.EPOCHS = cfg.SOLVER.EPOCHS or AUTOMATIC
+    # Precise batch norm is for weights that are not averaged.
+    if options["data"] and "SOLVER.EMA.DECAY" not in given and not cfg.TEST.PRECISE_BN.ENABLED:
+        cfg.SOLVER.EMA.DECAY = cfg.SOLVER.EMA.DECAY or float(AUTOMATIC)
     notes = []
     if any(value is not None for value in options.values()):
         notes += follow_batch(cfg, own, given), follow_cores(cfg, given)

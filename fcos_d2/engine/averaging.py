@@ -30,7 +30,8 @@ class WeightAverage(AveragedModel):
         """
         if not 0 < decay < 1:
             raise ValueError(
-                f"SOLVER.EMA.DECAY must be at least 0 (no average) and below 1, got {decay}"
+                "SOLVER.EMA.DECAY must be from 0 (no average) to below 1, or -1.0 for one that "
+                f"follows the length of the run, got {decay}"
             )
         super().__init__(model, multi_avg_fn=self._move, use_buffers=True)
         self.decay = decay
@@ -75,7 +76,7 @@ def build_average(cfg: CfgNode, model: nn.Module) -> WeightAverage | None:
         raise ValueError(
             "TEST.PRECISE_BN computes statistics for the weights that are trained, and with "
             "SOLVER.EMA their average is evaluated, whose statistics are averages, too: set "
-            "TEST.PRECISE_BN.ENABLED False, or SOLVER.EMA.DECAY 0"
+            "TEST.PRECISE_BN.ENABLED False, or SOLVER.EMA.DECAY 0.0"
         )
     return WeightAverage(model, cfg.SOLVER.EMA.DECAY)
 

@@ -18,8 +18,10 @@ from tabulate import tabulate
 from ..data import TrainingLoader
 
 # A value of SOLVER.EPOCHS: as many as suit the number of images, from _EPOCHS up. A short training
-# takes at least _LEAST_ITERATIONS, a long one at most the config's own MAX_ITER.
+# takes at least _LEAST_ITERATIONS, a long one at most the config's own MAX_ITER. And a value of
+# SOLVER.EMA.DECAY: an average of the weights where it is known to gain, see benchmarks/NOTES.md.
 AUTOMATIC = -1
+_AVERAGED_FROM = 2000  # iterations
 _EPOCHS, _LEAST_ITERATIONS = 50, 2000
 _LEAST_PERIOD = 250  # iterations between two evaluations, and two checkpoints
 _MOST_ITERATIONS = 10**8
@@ -73,19 +75,22 @@ def scaled_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
 
 
 def with_schedule(cfg: CfgNode, data_loader: Iterable, given: Collection[str]) -> CfgNode:
-    """The config with the schedule that SOLVER.EPOCHS asks for; a table in the log says it.
+    """The config with what SOLVER.EPOCHS and EMA.DECAY leave open; a table in the log says it.
 
     Raises:
         ValueError: without a TrainingLoader, and see :func:`follow_epochs` and :func:`check_steps`.
     """
-    if cfg.SOLVER.EPOCHS == 0:
+    if cfg.SOLVER.EPOCHS == 0 and cfg.SOLVER.EMA.DECAY != AUTOMATIC:
         return cfg
-    if not isinstance(data_loader, TrainingLoader):
-        raise ValueError("SOLVER.EPOCHS needs a TrainingLoader: set SOLVER.MAX_ITER instead")
-    cfg = cfg.clone()
+    cfg, rows = cfg.clone(), []
     cfg.defrost()
-    rows = follow_epochs(cfg, data_loader.images_per_epoch, given)
-    check_steps(cfg.SOLVER)
+    if cfg.SOLVER.EPOCHS != 0:
+        if not isinstance(data_loader, TrainingLoader):
+            raise ValueError("SOLVER.EPOCHS needs a TrainingLoader: set SOLVER.MAX_ITER instead")
+        rows += follow_epochs(cfg, data_loader.images_per_epoch, given)
+        check_steps(cfg.SOLVER)
+    if cfg.SOLVER.EMA.DECAY == AUTOMATIC:
+        rows.append(_average_by_length(cfg.SOLVER))
     cfg.freeze()
     logging.getLogger(__name__).info(f"The schedule follows the data:\n{table(rows)}")
     return cfg
@@ -139,6 +144,18 @@ def follow_epochs(cfg: CfgNode, images: float, given: Collection[str]) -> list[R
         wanted["SOLVER.ATSS_ITERS"] = own_atss * end // own_end, reason
     rate = "SOLVER.BASE_LR", solver.BASE_LR, f"for {solver.IMS_PER_BATCH} images a batch"
     return [rate, *(_derived(cfg, given, key, *value) for key, value in wanted.items())]
+
+
+def _average_by_length(solver: CfgNode) -> Row:
+    """Set SOLVER.EMA.DECAY by SOLVER.MAX_ITER."""
+    end = solver.MAX_ITER
+    if end >= _AVERAGED_FROM:
+        solver.EMA.DECAY = round(1 - 10 / end, 6)
+        reason = "the weights are averaged over about a tenth of the run"
+    else:
+        solver.EMA.DECAY = 0.0
+        reason = f"no average of the weights in less than {_AVERAGED_FROM} iterations"
+    return "SOLVER.EMA.DECAY", solver.EMA.DECAY, reason
 
 
 def check_epochs(epochs: int, given: Collection[str]) -> None:

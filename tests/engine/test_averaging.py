@@ -45,7 +45,7 @@ def test_the_average_is_that_of_its_definition():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_decays_that_cannot_be(decay):
-    with pytest.raises(ValueError, match=r"SOLVER\.EMA\.DECAY must be at least 0"):
+    with pytest.raises(ValueError, match=r"SOLVER\.EMA\.DECAY must be from 0 .*, got"):
         WeightAverage(torch.nn.Identity(), decay)
 
 

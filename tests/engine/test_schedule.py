@@ -19,6 +19,7 @@ from fcos_d2.engine.schedule import (
     follow_epochs,
     scaled_to_processes,
     table,
+    with_schedule,
 )
 
 COCO = model_zoo.get_config_file("COCO-Detection/fcos_R_50_FPN_1x.yaml")
@@ -127,6 +128,10 @@ def test_data_of_your_own_with_a_coco_config(solver, shapes_folder):
     assert solver(data=data).EPOCHS == AUTOMATIC
     assert schedule(solver("SOLVER.EPOCHS", 0, data=data)) == ((60_000, 80_000), 90_000, 1000)
     assert solver(data=data, epochs=3).EPOCHS == 3
+    assert solver(data=data).EMA.DECAY == AUTOMATIC
+    assert solver("SOLVER.EMA.DECAY", 0.0, data=data).EMA.DECAY == 0.0  # given
+    assert solver("TEST.PRECISE_BN.ENABLED", True, data=data).EMA.DECAY == 0.0
+    assert solver(epochs=3).EMA.DECAY == 0.0  # not without --data
 
 
 def test_the_rate_follows_the_batch(solver, caplog):
@@ -196,6 +201,20 @@ def test_the_number_of_epochs_follows_the_data(images, iterations):
     found = epochs(AUTOMATIC, images)
     assert found[1] == iterations
     assert f"{iterations * 16 / images:.3g} epochs of {images} images" in found[-1]
+
+
+@pytest.mark.parametrize(
+    ("iterations", "decay"), [(1999, 0.0), (2000, 0.995), (90_000, 0.999889)]
+)
+def test_the_average_follows_the_length(caplog, iterations, decay):
+    """It moves by 10 / MAX_ITER in each step, so that it is over a tenth of the run."""
+    caplog.set_level(logging.INFO, logger="fcos_d2")
+    cfg = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.yaml")
+    cfg.merge_from_list(["SOLVER.EMA.DECAY", -1.0, "SOLVER.MAX_ITER", iterations])
+    found = with_schedule(cfg, [], given=()).SOLVER.EMA["DECAY"]
+    assert found == pytest.approx(decay, abs=1e-9)
+    assert re.search(rf"SOLVER\.EMA\.DECAY +{found} ", caplog.text)
+    assert ("no average" in caplog.text) == (decay == 0)
 
 
 def test_numbers_of_epochs_that_cannot_be():
