@@ -203,9 +203,7 @@ def test_the_number_of_epochs_follows_the_data(images, iterations):
     assert f"{iterations * 16 / images:.3g} epochs of {images} images" in found[-1]
 
 
-@pytest.mark.parametrize(
-    ("iterations", "decay"), [(1999, 0.0), (2000, 0.995), (90_000, 0.999889)]
-)
+@pytest.mark.parametrize(("iterations", "decay"), [(1999, 0.0), (2000, 0.995), (90_000, 0.999889)])
 def test_the_average_follows_the_length(caplog, iterations, decay):
     """It moves by 10 / MAX_ITER in each step, so that it is over a tenth of the run."""
     caplog.set_level(logging.INFO, logger="fcos_d2")

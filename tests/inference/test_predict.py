@@ -171,7 +171,9 @@ def test_a_video_that_is_cut_off_is_said(weights, film, tmp_path, capsys):
     assert f"{film} should have 4 frames; it may be cut off or damaged." in printed
 
 
-def test_ctrl_c_ends_a_camera_but_stops_a_video(weights, film, tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Pictures, of which the second one brings Ctrl-C."""
     drawn = []
 
     def stopped_at_the_second(image, *args):
@@ -181,6 +183,10 @@ def test_ctrl_c_ends_a_camera_but_stops_a_video(weights, film, tmp_path, monkeyp
         return image
 
     monkeypatch.setattr(predict, "draw_instances", stopped_at_the_second)
+    return drawn
+
+
+def test_ctrl_c_ends_a_camera_but_stops_a_video(weights, film, tmp_path, drawn):
     for source, code in ((film, 130), (f"file://{film}", None)):  # the address is like a camera
         drawn.clear()
         args = ["--weights", weights, "--input", source, "--output", str(tmp_path / "out")]
@@ -295,18 +301,10 @@ def test_drawing_without_names_and_without_detections():
     assert draw_instances(image, one, Metadata(), scale=2).shape == (100, 120, 3)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_ctrl_c_keeps_what_is_done_and_does_not_look_like_success(
     weights, images, tmp_path, monkeypatch, capsys
 ):
-    drawn = []
-
-    def stopped_at_the_second(image, *args):
-        drawn.append(image)
-        if len(drawn) == 2:
-            raise KeyboardInterrupt
-        return image
-
-    monkeypatch.setattr(predict, "draw_instances", stopped_at_the_second)
     args = ["--weights", weights, "--input", str(images), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stopped:
         predict.main([*args, "--json"])
