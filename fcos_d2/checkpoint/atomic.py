@@ -93,9 +93,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
         if is_intact(last):
             return last
-        files = self.checkpoints_of_run()
-        newest_first = sorted(files, key=lambda f: (os.path.getmtime(f), f), reverse=True)
-        newest = next(filter(is_intact, newest_first), None)
+        newest = next(filter(is_intact, self.checkpoints_of_run()), None)
         if newest is None:
             raise FileNotFoundError(
                 f"{last!r} is missing or damaged, and {self.save_dir} has no whole checkpoint to "
@@ -105,12 +103,16 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return newest
 
     def checkpoints_of_run(self) -> list[str]:
-        """The files from which a run in this folder may resume, whole or not."""
+        """The files from which a run in this folder may resume, whole or not, the newest first.
+
+        By time, and then by name: a damaged one of a later iteration may be there.
+        """
         if not os.path.isdir(self.save_dir):
             return []
         periodic = re.compile(r"model_(\d+|final)\.pth")
         files = self.get_all_checkpoint_files()
-        return [f for f in files if periodic.fullmatch(os.path.basename(f))]
+        files = [f for f in files if periodic.fullmatch(os.path.basename(f))]
+        return sorted(files, key=lambda f: (os.path.getmtime(f), f), reverse=True)
 
     def check_complete(self) -> None:
         """Raise a ValueError if the last file lacks anything that detection needs."""

@@ -1,6 +1,5 @@
 """What happens between the steps of a training."""
 
-import glob
 import logging
 import math
 import os
@@ -87,10 +86,9 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     def after_step(self) -> None:
         super().after_step()
         if self._kept and (self.trainer.iter + 1) % self.period == 0:
-            files = glob.glob(os.path.join(self.checkpointer.save_dir, "model_[0-9]*.pth"))
-            # By time first: a damaged one of a later iteration may be there.
-            files.sort(key=lambda file: (os.path.getmtime(file), file))
-            for file in files[: -self._kept]:
+            files = self.checkpointer.checkpoints_of_run()
+            periodic = [f for f in files if os.path.basename(f) != "model_final.pth"]
+            for file in periodic[self._kept :]:
                 os.remove(file)
 
 
