@@ -54,7 +54,6 @@ def schedule(solver):
     ],
 )
 def test_steps_and_warmup_follow_the_length(solver, caplog, max_iter, steps, warmup):
-    logging.getLogger("fcos_d2").propagate = True
     caplog.set_level(logging.INFO, logger="fcos_d2")
     assert schedule(solver("SOLVER.MAX_ITER", max_iter)) == (steps, max_iter, warmup)
     line = (
@@ -135,7 +134,6 @@ def test_data_of_your_own_with_a_coco_config(solver, shapes_folder):
 
 
 def test_the_rate_follows_the_batch(solver, caplog):
-    logging.getLogger("fcos_d2").propagate = True
     caplog.set_level(logging.INFO, logger="fcos_d2")
     found = solver("SOLVER.REFERENCE_WORLD_SIZE", 8, batch=4)
     # 0.01 is for 16 images.
